@@ -1,0 +1,5 @@
+"""`python -m msmdiff`: what `torchrun -m` and `accelerate launch -m` start."""
+
+from msmdiff.cli import main
+
+main()

@@ -1,0 +1,1 @@
+"""The toolkit proper: everything but the command line."""

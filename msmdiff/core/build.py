@@ -1,0 +1,133 @@
+"""From a configuration to the objects of the road: codec, process, mask, backbone, objective."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from msmdiff.core import backbones
+from msmdiff.core.config import Config
+from msmdiff.core.diffusion import codecs, masking, objectives, process
+from msmdiff.core.errors import UsageError
+
+
+@dataclass
+class Parts:
+    """What a configuration describes, except the trained numbers. The backbone is freshly initialised."""
+
+    codec: codecs.Codec
+    process: process.Process
+    mask: masking.Mask
+    backbone: Any
+    objective: objectives.ScoreMatching
+
+
+def resolve(config: Config, data_classes: int | None = None) -> Config:
+    """Complete a configuration (named sizes, automatic values) and check that its parts fit each other.
+
+    `data_classes` is how many classes the data has (None: the data is not at hand). Raises UsageError with every
+    problem found, not only the first.
+    """
+    config = config.model_copy(deep=True)
+    problems: list[str] = []
+
+    def attempt(function, *args):  # collect what each part has to complain of
+        try:
+            return function(*args)
+        except UsageError as error:
+            problems.append(str(error))
+            return None
+
+    model = attempt(backbones.resolve, config.model)
+    if model is not None:
+        config.model = model
+        problems += _check_classes(config, data_classes)
+        if config.optim.lr is None:
+            config.optim.lr = min(1e-3, 2e-4 * 512 / config.model.model_dump()["hidden_size"])
+    if config.optim.betas is None:
+        config.optim.betas = [0.99, 0.99] if config.optim.name == "adamw" else [0.98, 0.92, 0.99]
+    wanted = 2 if config.optim.name == "adamw" else 3
+    if len(config.optim.betas) != wanted or not all(0 <= b < 1 for b in config.optim.betas):
+        problems.append(f"optim.betas {config.optim.betas}: {config.optim.name} takes {wanted} numbers in [0, 1)")
+    if any(not 0 < d < 1 for d in config.ema.decays):
+        problems.append(f"ema.decays {config.ema.decays}: every decay must lie between 0 and 1 (no average: [])")
+    micro = config.train.micro_batch_size
+    if micro and config.train.batch_size % micro:
+        near = _nearest_multiples(config.train.batch_size, micro)
+        problems.append(
+            f"train.batch_size {config.train.batch_size} does not divide by train.micro_batch_size {micro}{near}"
+        )
+    if config.objective.name == "dsm" and (config.mask.ratio or (config.mask.kind == "crop" and config.mask.crop)):
+        problems.append(
+            f"objective.name 'dsm' sees every token, but mask.ratio is {config.mask.ratio}: use 'msm', or a ratio of 0"
+        )
+
+    problems += _check_sizes(config) if model is not None else []
+    codec = attempt(codecs.build, config.codec, config.data.image_size) if not problems else None
+    if codec is not None and model is not None:
+        network = attempt(_on_meta, config, codec.shape)
+        if network is not None:
+            attempt(masking.build, config.mask, network.grid)
+    if problems:
+        raise UsageError("; ".join(problems))
+    return config
+
+
+def build(config: Config) -> Parts:
+    """The parts a resolved configuration describes."""
+    codec = codecs.build(config.codec, config.data.image_size)
+    network = backbones.build(config.model, codec.shape)
+    noise = process.build(config.process)
+    mask = masking.build(config.mask, network.grid)
+    return Parts(
+        codec=codec,
+        process=noise,
+        mask=mask,
+        backbone=network,
+        objective=objectives.build(config.objective, noise, mask, network.patch_size, network.num_classes),
+    )
+
+
+def _on_meta(config: Config, shape: tuple[int, int, int]) -> Any:
+    with torch.device("meta"):
+        return backbones.build(config.model, shape)
+
+
+def _check_classes(config: Config, data_classes: int | None) -> list[str]:
+    wanted = config.model.num_classes
+    if wanted == "auto" and data_classes is not None:
+        config.model.num_classes = wanted = data_classes
+    if wanted == "auto" or not isinstance(wanted, int):
+        return []
+    if wanted < 0:
+        return [f"model.num_classes {wanted} must be 0 (unconditional), a positive number, or auto"]
+    if wanted and data_classes is not None and data_classes < wanted and data_classes < 2:
+        found = "no labels" if not data_classes else "one class only"
+        return [
+            f"model.num_classes is {wanted}, but {config.data.source} has {found}: put images into one sub-folder per "
+            "class, name them ClassID_anything.jpg, or set model.num_classes=0"
+        ]
+    if wanted and data_classes is not None and data_classes > wanted:
+        return [f"{config.data.source} has {data_classes} classes, more than model.num_classes {wanted}"]
+    return []
+
+
+def _check_sizes(config: Config) -> list[str]:
+    """The side of an image must divide by the codec's factor times the patch."""
+    factor = 2**config.codec.level if config.codec.name == "dwt" else 1
+    patch = config.model.model_dump()["patch_size"]
+    if config.data.image_size % (factor * patch) == 0:
+        return []
+    parts = (
+        f"{factor} (codec.level {config.codec.level}) x {patch} (model.patch_size)"
+        if factor > 1
+        else "model.patch_size"
+    )
+    near = _nearest_multiples(config.data.image_size, factor * patch)
+    return [f"data.image_size {config.data.image_size} does not divide by {factor * patch} = {parts}{near}"]
+
+
+def _nearest_multiples(value: int, divisor: int) -> str:
+    below = value // divisor * divisor
+    choices = [str(v) for v in (below, below + divisor) if v > 0]
+    return f"; the nearest valid values are {' and '.join(choices)}" if len(choices) > 1 else f"; use {choices[0]}"

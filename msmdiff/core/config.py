@@ -1,0 +1,324 @@
+"""The configuration: typed sections, YAML, overrides, presets, and what may change when a run is resumed.
+
+Precedence: defaults < preset or YAML file < named flags < `--set section.key=value`.
+"""
+
+import difflib
+import json
+import re
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+
+from msmdiff.core.errors import UsageError
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class DataConfig(Section):
+    source: str = Field("digits", description="`digits`, `digits:train`, `digits:test`, a folder, or a zip archive")
+    image_size: int = Field(16, ge=2, description="side of the square images, in pixels")
+    labels: Literal["auto", "folders", "adm", "none"] = Field(
+        "auto", description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none"
+    )
+    crop: Literal["center", "random"] = Field("center", description="ADM's centre or random crop")
+    hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
+    verify: StrictBool = Field(True, description="decode every image once before the first training on this data")
+    skip_unreadable: StrictBool = Field(False, description="leave unreadable images out instead of stopping")
+    workers: int | None = Field(None, ge=0, description="loader processes; null: as many as help")
+
+
+class CodecConfig(Section):
+    name: Literal["pixel", "dwt"] = "pixel"
+    wavelet: str = Field("haar", description="dwt: any orthogonal or biorthogonal PyWavelets filter")
+    level: int = Field(1, ge=1, description="dwt: decomposition levels")
+    mean: list[float] | None = Field(None, description="dwt: mean of each sub-band; null: measured from the data")
+    std: list[float] | None = Field(None, description="dwt: standard deviation of each sub-band; null: measured")
+
+
+class ModelConfig(Section):
+    """`name` is a published size; every other key is an argument of that family's network and overrides the size."""
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
+
+    name: str | None = "tiny"
+    family: str | None = None
+    num_classes: int | Literal["auto"] = Field(0, description="0: unconditional; auto: as many as the data has")
+
+
+class ProcessConfig(Section):
+    schedule: Literal["linear", "cosine", "shifted_cosine"] = "cosine"
+    timesteps: int = Field(1000, ge=2)
+    shift_size: int = Field(64, ge=1, description="shifted_cosine: image side the schedule is shifted to")
+    prediction: Literal["eps", "x0", "v"] = "eps"
+    weighting: Literal["uniform", "min_snr"] = "uniform"
+    min_snr_gamma: float = Field(5.0, gt=0)
+    time_sampling: Literal["uniform", "stratified"] = "uniform"
+
+
+class MaskConfig(Section):
+    ratio: float = Field(0.0, ge=0, lt=1, description="share of hidden tokens; 0: no mask")
+    kind: Literal["patch", "block", "crop"] = "patch"
+    block: int = Field(4, ge=1, description="block: side of a block, in tokens")
+    crop: int | None = Field(None, ge=1, description="crop: side of the visible window, in tokens; null: from ratio")
+    rounding: Literal["nearest", "floor"] = Field("nearest", description="patch: floor is the MaskDM code's rule")
+
+
+class ObjectiveConfig(Section):
+    name: Literal["dsm", "msm"] = "dsm"
+    loss: Literal["mse", "l1"] = "mse"
+    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+
+
+class OptimConfig(Section):
+    name: Literal["adamw", "adan", "adan-pytorch"] = "adamw"
+    lr: float | None = Field(None, gt=0, description="null: 2e-4 x 512 / hidden_size, at most 1e-3")
+    betas: list[float] | None = Field(None, description="null: adamw (0.99, 0.99), adan (0.98, 0.92, 0.99)")
+    eps: float = Field(1e-8, gt=0)
+    weight_decay: float = Field(0.03, ge=0)
+    warmup_steps: int = Field(0, ge=0)
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    final_lr: float = Field(0.0, ge=0, description="where a linear or cosine schedule ends")
+    decay_steps: int | None = Field(None, ge=1, description="length of the decay; null: the whole training")
+    clip_grad_norm: float | None = Field(1.0, gt=0)
+
+
+class EmaConfig(Section):
+    decays: list[float] = Field(default=[0.999], description="one average per decay, the first one is sampled from")
+    warmup: Literal["power", "constant"] = Field(
+        "power", description="power: ema-pytorch's min(1 - (1 + k)^-power, decay); constant: the decay from step one"
+    )
+    power: float = Field(2 / 3, gt=0)
+    update_after_step: int = Field(100, ge=0, description="power: plain copies until then")
+
+
+class TrainConfig(Section):
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    max_seconds: float | None = Field(None, gt=0, description="stop after this much time spent in training steps")
+    batch_size: int = Field(128, ge=1, description="images per optimiser step, over all processes")
+    micro_batch_size: int | None = Field(None, ge=1, description="images per forward pass and process")
+    seed: int = Field(0, ge=0)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    compile: StrictBool = False
+    gradient_checkpointing: StrictBool = False
+    init_from: str | None = Field(None, description="weights to start from; set by `finetune --ckpt`")
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    log_every: int = Field(50, ge=1)
+    checkpoint_every: int = Field(1000, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)
+    preview_every: int = Field(1000, ge=0, description="0: none")
+    trackers: list[Literal["tensorboard", "wandb"]] = []
+    threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: its share of the cores")
+
+
+class SampleConfig(Section):
+    sampler: Literal["ddim", "ddpm"] = "ddim"
+    steps: int = Field(50, ge=1)
+    eta: float = Field(0.0, ge=0, description="ddim: 0 deterministic, 1 as noisy as ddpm")
+    grid: Literal["even", "maskdm", "adm"] = Field("even", description="which of the training times are visited")
+    variance: Literal["small", "large"] = Field("small", description="ddpm: posterior variance or beta")
+    clip: StrictBool = Field(True, description="clip x0 to the codec's range at every step")
+    eps_after_clip: Literal["derived", "raw"] = Field(
+        "derived", description="the noise estimate after clipping x0: derived again (ADM) or as predicted (MaskDM)"
+    )
+    cfg_scale: float = Field(1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance")
+    ema: float | None = Field(None, description="which average to sample from; null: the first")
+
+
+class Config(Section):
+    data: DataConfig = DataConfig()
+    codec: CodecConfig = CodecConfig()
+    model: ModelConfig = ModelConfig()
+    process: ProcessConfig = ProcessConfig()
+    mask: MaskConfig = MaskConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optim: OptimConfig = OptimConfig()
+    ema: EmaConfig = EmaConfig()
+    train: TrainConfig = TrainConfig()
+    sample: SampleConfig = SampleConfig()
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+    def to_yaml(self) -> str:
+        return yaml.safe_dump(self.as_dict(), sort_keys=False)
+
+    def to_json(self) -> str:
+        return json.dumps(self.as_dict())
+
+
+# Keys that may differ when a run is resumed: they change when things are shown or saved, never what is computed.
+MUTABLE = re.compile(
+    r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers|threads|compile)"
+    r"|data\.(workers|verify)|sample\..*"
+)
+
+
+def build(*layers: dict[str, Any]) -> Config:
+    """Merge nested dictionaries, later ones winning, and validate the result.
+
+    Raises UsageError that lists every problem at once, an unknown key with the nearest valid name.
+    """
+    merged: dict[str, Any] = {}
+    for layer in layers:
+        _check_shape(layer)
+        model = layer.get("model") or {}
+        if model.get("name") not in (None, merged.get("model", {}).get("name")):
+            # Another size: what an earlier layer said of the old one's dimensions no longer applies.
+            merged["model"] = {k: v for k, v in merged.get("model", {}).items() if k == "num_classes"}
+        _merge(merged, layer)
+    try:
+        return Config.model_validate(merged)
+    except ValidationError as error:
+        raise UsageError("; ".join(_explain(e) for e in error.errors())) from None
+
+
+def nest(flat: dict[str, Any]) -> dict[str, Any]:
+    """`{"a.b": 1, "a.c": None}` -> `{"a": {"b": 1}}`: None means not given."""
+    out: dict[str, Any] = {}
+    for dotted, value in flat.items():
+        if value is not None:
+            node = out
+            *parents, leaf = dotted.split(".")
+            for name in parents:
+                node = node.setdefault(name, {})
+            node[leaf] = value
+    return out
+
+
+def parse_sets(items: list[str]) -> dict[str, Any]:
+    """`["optim.lr=1e-4", "mask.kind=block"]` -> nested dictionary; values are read as YAML.
+
+    Raises UsageError for an item without `=` or without a section.
+    """
+    out: dict[str, Any] = {}
+    for item in items:
+        dotted, equals, text = item.partition("=")
+        if not equals or "." not in dotted:
+            raise UsageError(f"--set {item}: write section.key=value, for example --set optim.lr=1e-4")
+        node = out
+        *parents, leaf = dotted.strip().split(".")
+        for name in parents:
+            node = node.setdefault(name, {})
+        node[leaf] = parse_yaml(text, f"--set {item}")
+    return out
+
+
+def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
+    out: dict[str, Any] = {}
+    for name, value in nested.items():
+        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
+    """The keys in which two configurations compute different things, as `{key: (old, new)}`."""
+    a, b = flatten(old.as_dict()), flatten(new.as_dict())
+    keys = [k for k in [*a, *(k for k in b if k not in a)] if a.get(k) != b.get(k)]
+    return {k: (a.get(k), b.get(k)) for k in keys if not MUTABLE.fullmatch(k)}
+
+
+# ------------------------------------------------------------------ YAML and presets
+
+
+class _Yaml12Loader(yaml.SafeLoader):
+    """YAML 1.2 scalars: `no` is a string, `1e-4` is a number."""
+
+
+_Yaml12Loader.yaml_implicit_resolvers = {
+    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF"))
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan"),
+    list("-+.0123456789"),
+)
+# Resolvers are tried in the order they were added: integers must keep winning over the float rule above.
+for _first, _rules in _Yaml12Loader.yaml_implicit_resolvers.items():
+    _rules.sort(key=lambda rule: not rule[0].endswith(":int"))
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    """Read YAML 1.2 text; raises UsageError naming `where` when it is malformed."""
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader: builds plain values only
+    except yaml.YAMLError as error:
+        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def preset_folder() -> Path:
+    """Where the YAML presets lie: inside the wheel, or beside the package in a checkout."""
+    inside = Path(str(resources.files("msmdiff"))) / "configs"
+    return inside if inside.is_dir() else inside.parent.parent / "configs"
+
+
+def presets() -> list[str]:
+    """Names that `--config` accepts."""
+    root = preset_folder()
+    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
+
+
+def read(name_or_path: str) -> dict[str, Any]:
+    """Read a YAML file, or a preset by its name.
+
+    Raises UsageError when there is neither, or when the file is not a mapping of sections.
+    """
+    path = Path(name_or_path)
+    if not path.is_file():
+        path = preset_folder() / f"{name_or_path}.yaml"
+        if not path.is_file():
+            near = nearest(name_or_path, presets())
+            raise UsageError(f"--config {name_or_path}: no such file and no such preset{near}; presets: {presets()}")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path} cannot be read: {error}") from None
+    content = parse_yaml(text, str(path))
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise UsageError(f"{path} must be a mapping of sections ({', '.join(Config.model_fields)})")
+    return content
+
+
+# ------------------------------------------------------------------ messages
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """A clause `; did you mean 'x'?`, or nothing where no candidate is close."""
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""
+
+
+def _explain(error: Any) -> str:
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section: Any = Config
+        for part in error["loc"][:-1]:
+            section = section.model_fields[part].annotation
+        near = nearest(str(error["loc"][-1]), list(section.model_fields))
+        return f"unknown configuration key '{where}'{near}"
+    message = error["msg"][0].lower() + error["msg"][1:]
+    return f"{where} = {error['input']!r}: {message}"
+
+
+def _check_shape(layer: dict[str, Any]) -> None:
+    for name, content in layer.items():
+        if content is not None and not isinstance(content, dict) and name in Config.model_fields:
+            raise UsageError(f"{name} must be a mapping of keys, not {content!r}")
+
+
+def _merge(base: dict[str, Any], layer: dict[str, Any]) -> None:
+    for name, value in layer.items():
+        if isinstance(value, dict) and isinstance(base.get(name), dict):
+            _merge(base[name], value)
+        else:
+            base[name] = json.loads(json.dumps(value)) if isinstance(value, dict) else value

@@ -1,0 +1,245 @@
+"""Where images come from: folders, zip archives, ADM `.npz` files, and the embedded digits.
+
+A new kind of source is one class with `__len__`, `read` and `describe`, and one line in `open_source`.
+"""
+
+import io
+import os
+import re
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+from PIL import Image
+
+from msmdiff.core.data.images import SUFFIXES, UNREADABLE, read_rgb
+from msmdiff.core.errors import MsmdiffError, UsageError
+
+
+class Source:
+    """Images by index, with labels where there are any.
+
+    Attributes:
+        spec: what the user wrote.
+        labels: [N] int64 class indices, or None.
+        class_names: a name per class, in the order of the indices.
+    """
+
+    spec: str
+    labels: np.ndarray | None = None
+    class_names: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """The image at `index` as 8-bit RGB; raises one of `images.UNREADABLE` for a damaged file."""
+        raise NotImplementedError
+
+    def describe(self, index: int) -> str:
+        """A name for the image at `index`, for messages and fingerprints; changes when the file does."""
+        raise NotImplementedError
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
+
+
+class Digits(Source):
+    """scikit-learn's 1,797 real scans of handwritten digits, 8x8 grey, ten classes.
+
+    `digits:test` is every fifth scan, `digits:train` the others.
+    """
+
+    def __init__(self, spec: str = "digits") -> None:
+        from sklearn.datasets import load_digits
+
+        part = spec.partition(":")[2]
+        if part not in ("", "train", "test"):
+            raise UsageError(f"data source '{spec}': the parts of digits are digits:train and digits:test")
+        bunch = load_digits()
+        chosen = np.arange(len(bunch.target))
+        if part:
+            chosen = chosen[(chosen % 5 == 0) == (part == "test")]
+        self.spec = spec
+        self._pixels = (bunch.images[chosen] * (255 / 16)).round().astype(np.uint8)
+        self.labels = bunch.target[chosen].astype(np.int64)
+        self.class_names = [str(i) for i in range(10)]
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index]).convert("RGB")
+
+    def describe(self, index: int) -> str:
+        return f"{self.spec}[{index}]"
+
+
+class Files(Source):
+    """Image files in a folder (recursive) or a zip archive, in sorted order."""
+
+    def __init__(self, spec: str, labels: str = "auto") -> None:
+        self.spec = spec
+        self.path = Path(spec)
+        self._archives: dict[int, zipfile.ZipFile] = {}
+        if self.path.is_dir():
+            self.names = sorted(_walk(self.path))
+        else:
+            self.names = sorted(n for n in self._archive().namelist() if _is_image(PurePosixPath(n)))
+        if not self.names:
+            raise UsageError(
+                f"{spec} holds no images: looked, in every sub-folder, for {', '.join(sorted(SUFFIXES))} in any case"
+            )
+        self.labels, self.class_names = _labels(self.names, labels, spec)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def read(self, index: int) -> Image.Image:
+        if self.path.is_dir():
+            return read_rgb(self.path / self.names[index])
+        try:
+            return read_rgb(io.BytesIO(self._archive().read(self.names[index])))
+        except zipfile.BadZipFile as error:
+            raise OSError(str(error)) from None
+
+    def describe(self, index: int) -> str:
+        if self.path.is_dir():
+            stat = (self.path / self.names[index]).stat()
+            return f"{self.names[index]} ({stat.st_size} bytes, changed {stat.st_mtime_ns})"
+        entry = self._archive().getinfo(self.names[index])
+        return f"{self.names[index]} ({entry.file_size} bytes, crc {entry.CRC:08x})"
+
+    def _archive(self) -> zipfile.ZipFile:
+        # One handle per process: a handle shared through fork would share its file position.
+        process = os.getpid()
+        if process not in self._archives:
+            try:
+                self._archives = {process: zipfile.ZipFile(self.path)}
+            except (OSError, zipfile.BadZipFile) as error:
+                raise MsmdiffError(f"{self.path} cannot be opened as a zip archive: {error}") from None
+        return self._archives[process]
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_archives": {}}
+
+
+class Npz(Source):
+    """ADM's sample files: `arr_0` uint8 [N, H, W, 3], and labels in `arr_1` where present."""
+
+    def __init__(self, spec: str) -> None:
+        self.spec = spec
+        try:
+            with np.load(spec, allow_pickle=False) as content:
+                if "arr_0" not in content:
+                    raise UsageError(f"{spec} holds {sorted(content)}, not images (ADM's `arr_0`, uint8 [N, H, W, 3])")
+                self._pixels = content["arr_0"]
+                labels = content.get("arr_1")
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise MsmdiffError(f"{spec} cannot be read as a NumPy archive: {error}") from None
+        if self._pixels.ndim != 4 or self._pixels.shape[-1] != 3 or self._pixels.dtype != np.uint8:
+            raise UsageError(
+                f"{spec}: arr_0 is {self._pixels.dtype} {list(self._pixels.shape)}, not uint8 [N, H, W, 3]"
+            )
+        if labels is not None and labels.shape == (len(self._pixels),):
+            self.labels = labels.astype(np.int64)
+            self.class_names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    def read(self, index: int) -> Image.Image:
+        return Image.fromarray(self._pixels[index])
+
+    def describe(self, index: int) -> str:
+        return f"{self.spec}[{index}]"
+
+
+class Subset(Source):
+    """Some images of another source, in the given order."""
+
+    def __init__(self, source: Source, indices: Sequence[int]) -> None:
+        self.spec, self.class_names = source.spec, source.class_names
+        self._source, self._indices = source, list(indices)
+        self.labels = None if source.labels is None else source.labels[self._indices]
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def read(self, index: int) -> Image.Image:
+        return self._source.read(self._indices[index])
+
+    def describe(self, index: int) -> str:
+        return self._source.describe(self._indices[index])
+
+
+def open_source(spec: str, labels: str = "auto") -> Source:
+    """Open images by what the user wrote: `digits[:train|:test]`, a folder, a `.zip`, or ADM's `.npz`.
+
+    `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all are of that form with
+    at least two classes, else none), `folders`, `adm` or `none`. Raises UsageError when nothing is there, or when
+    the labels asked for are not.
+    """
+    if spec.partition(":")[0] == "digits" and not Path(spec).exists():
+        return Digits(spec)
+    path = Path(spec)
+    if not path.exists():
+        raise UsageError(f"data source '{spec}' does not exist: give a folder, a .zip, an .npz, or 'digits'")
+    if path.suffix.lower() == ".npz":
+        return Npz(spec)
+    if path.is_dir() or path.suffix.lower() == ".zip":
+        return Files(spec, labels)
+    raise UsageError(f"data source '{spec}' is a file of no known kind: give a folder, a .zip, an .npz, or 'digits'")
+
+
+def _walk(root: Path) -> list[str]:
+    names: list[str] = []
+    for folder, subfolders, files in os.walk(root, followlinks=True):
+        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        names += [str(relative / f) for f in files if _is_image(relative / f)]
+    return names
+
+
+def _is_image(path: PurePosixPath) -> bool:
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
+
+
+def _labels(names: list[str], rule: str, spec: str) -> tuple[np.ndarray | None, list[str]]:
+    folders = [PurePosixPath(n).parts[0] if "/" in n else None for n in names]
+    stems = [re.match(r"[^_]+(?=_)", PurePosixPath(n).name) for n in names]
+    prefixes = [m.group() if m else None for m in stems]
+    if rule == "auto":
+        if None not in folders and len(set(folders)) > 1:
+            rule = "folders"
+        elif None not in prefixes and 1 < len(set(prefixes)) <= len(names) // 2:
+            rule = "adm"
+        else:
+            rule = "none"
+    if rule == "none":
+        return None, []
+    keys = folders if rule == "folders" else prefixes
+    if None in keys:
+        name, form = names[keys.index(None)], "class/image.png" if rule == "folders" else "ClassID_anything.jpg"
+        raise UsageError(f"data.labels is '{rule}', but {spec} holds {name}, which is not of the form {form}")
+    classes = sorted({k for k in keys if k is not None})
+    index = {c: i for i, c in enumerate(classes)}
+    return np.array([index[k] for k in keys if k is not None], dtype=np.int64), classes
+
+
+def unreadable(source: Source, indices: Sequence[int] | None = None) -> dict[int, str]:
+    """Decode every image (or those at `indices`), in threads; returns {index: reason} of those that fail."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def attempt(index: int) -> tuple[int, str | None]:
+        try:
+            source.read(index)
+        except UNREADABLE as error:
+            return index, f"{type(error).__name__}: {error}".strip(": ")
+        return index, None
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        results = pool.map(attempt, range(len(source)) if indices is None else indices)
+        return {index: reason for index, reason in results if reason is not None}

@@ -1,0 +1,1 @@
+"""The mathematics: spaces, noise, masks, losses."""
