@@ -7,7 +7,7 @@ import msmdiff
 
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
-    {"errors", "seeding"},
+    {"errors", "seeding", "machine"},
     {"config"},
     {"diffusion", "backbones"},
     {"build"},

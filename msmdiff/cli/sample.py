@@ -75,11 +75,12 @@ def _sample_one(
     import msmdiff
     from msmdiff.cli.console import write_json
     from msmdiff.core import config as configuration
-    from msmdiff.core import weights
+    from msmdiff.core import machine, weights
     from msmdiff.core.data.images import grid
     from msmdiff.core.errors import UsageError
     from msmdiff.core.samplers.generate import generate
 
+    machine.prepare()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     path = weights.locate(source, ema=flags["ema"])
     loaded = weights.load(path, device)

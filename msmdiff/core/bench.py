@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 import torch
 
 from msmdiff.core import build as road
+from msmdiff.core import machine
 from msmdiff.core.config import Config
 from msmdiff.core.seeding import stream
 from msmdiff.core.training import cost, optim
@@ -40,6 +41,7 @@ class Timing:
 
 def training_step(config: Config, device: torch.device, steps: int, peak: float, warmup: int = 2) -> Timing:
     """Time whole optimiser steps (loss, backward, update, averages) of a resolved configuration on random images."""
+    machine.prepare(config.train.threads)
     parts = road.build(config)
     parts.process.to(device)
     network = parts.backbone.to(device)

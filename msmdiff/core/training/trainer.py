@@ -17,7 +17,7 @@ from torch import Tensor
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core import weights
+from msmdiff.core import machine, weights
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
@@ -389,9 +389,7 @@ def _accelerator(config: Config, run_path: Path) -> Accelerator:
     # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
     AcceleratorState._reset_state()
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    torch.set_num_threads(config.train.threads or max(1, (os.cpu_count() or 1) // local))
-    torch.set_flush_denormal(True)
+    machine.prepare(config.train.threads)
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
