@@ -34,7 +34,7 @@ def bench(
     from msmdiff.core import bench as timing
     from msmdiff.core import build as road
     from msmdiff.core import config as configuration
-    from msmdiff.core.training.trainer import choose_precision
+    from msmdiff.core.training.launch import choose_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     preset = configuration.read(config) if config else {}

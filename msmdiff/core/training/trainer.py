@@ -1,36 +1,28 @@
 """The one training loop. `pretrain`, `finetune` and `train` differ in their configuration only."""
 
-import importlib.util
 import math
 import os
-import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Protocol
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from torch import Tensor
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core import machine, weights
+from msmdiff.core import weights
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion.codecs import DwtCodec
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.seeding import key, stream
-from msmdiff.core.training import checkpoint, cost, optim, previews, warmstart
+from msmdiff.core.training import checkpoint, cost, launch, optim, previews, warmstart
 from msmdiff.core.training.ema import Averages
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Run
-
-AUTOCAST_WIDTH = 64
-"""From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions (docs/benchmarks.md)."""
 
 
 class Reporter(Protocol):
@@ -88,9 +80,9 @@ class Trainer:
         self.main = os.environ.get("RANK", "0") == "0"
         source = open_training(config.data, self._note)
         config = road.resolve(config, source.num_classes)
-        config.train.precision = choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
+        config.train.precision = launch.choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = TrainingImages(source, config.data, config.train.seed)
-        self.accelerator = _accelerator(config, run_path)
+        self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
         try:
@@ -144,7 +136,7 @@ class Trainer:
         self._introduce(total)
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
         saved_at = previewed_at = self.images_seen if self.images_seen else -1
-        with _Signals() as signals:
+        with launch.Signals() as signals:
             while True:
                 step = self.images_seen // train.batch_size
                 out_of_time = train.max_seconds is not None and self.seconds >= train.max_seconds
@@ -345,68 +337,6 @@ class Trainer:
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.run.close()
-
-
-class _Signals:
-    """While active, SIGINT and SIGTERM only leave a note, so that a step ends before the run is saved."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "_Signals":
-        try:
-            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # not in the main thread, where Python allows no handlers
-            self._old = {}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if self.received is not None:
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
-        self.received = number
-
-
-def choose_precision(config: Config, device: str) -> Any:
-    """`auto` -> bf16 where it is faster: CUDA with bf16, or a CPU with bf16 instructions from AUTOCAST_WIDTH on."""
-    wanted = config.train.precision
-    if wanted == "fp16" and device == "cpu":
-        raise UsageError("train.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
-    if wanted != "auto":
-        return wanted
-    if device == "cuda":
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    wide = config.model.model_dump()["hidden_size"] >= AUTOCAST_WIDTH
-    can = torch.cpu.get_capabilities()
-    return "bf16" if wide and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
-
-
-def _accelerator(config: Config, run_path: Path) -> Accelerator:
-    """One process of however many the launcher started. Raises UsageError for a launch that would not work together."""
-    # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
-    AcceleratorState._reset_state()
-    cuda = torch.cuda.is_available()
-    machine.prepare(config.train.threads)
-    for tracker in config.train.trackers:
-        if importlib.util.find_spec(tracker) is None:
-            raise UsageError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
-    accelerator = Accelerator(
-        cpu=not cuda,
-        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
-        log_with=list(config.train.trackers) or None,
-        project_dir=str(run_path),
-        step_scheduler_with_optimizer=False,
-    )
-    launched = int(os.environ.get("WORLD_SIZE", "1"))
-    if launched > 1 and accelerator.num_processes == 1:
-        raise UsageError(
-            f"{launched} processes were started but would each train alone: start them with "
-            f"`torchrun --nproc_per_node {launched} -m msmdiff ...`"
-        )
-    return accelerator
 
 
 def _plain(config: Config) -> dict[str, Any]:

@@ -1,0 +1,81 @@
+"""How a training starts and is told to stop: devices and processes, precision, signals."""
+
+import importlib.util
+import os
+import signal
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+
+from msmdiff.core import machine
+from msmdiff.core.config import Config
+from msmdiff.core.errors import UsageError
+
+AUTOCAST_WIDTH = 64
+"""From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions (docs/benchmarks.md)."""
+
+
+def choose_precision(config: Config, device: str) -> Any:
+    """`auto` -> bf16 where it is faster: CUDA with bf16, or a CPU with bf16 instructions from AUTOCAST_WIDTH on."""
+    wanted = config.train.precision
+    if wanted == "fp16" and device == "cpu":
+        raise UsageError("train.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    wide = config.model.model_dump()["hidden_size"] >= AUTOCAST_WIDTH
+    can = torch.cpu.get_capabilities()
+    return "bf16" if wide and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
+
+
+def accelerator(config: Config, run_path: Path) -> Accelerator:
+    """One process of however many the launcher started. Raises UsageError for a launch that would not work together."""
+    # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
+    AcceleratorState._reset_state()
+    cuda = torch.cuda.is_available()
+    machine.prepare(config.train.threads)
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UsageError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
+    made = Accelerator(
+        cpu=not cuda,
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        log_with=list(config.train.trackers) or None,
+        project_dir=str(run_path),
+        step_scheduler_with_optimizer=False,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and made.num_processes == 1:
+        raise UsageError(
+            f"{launched} processes were started but would each train alone: start them with "
+            f"`torchrun --nproc_per_node {launched} -m msmdiff ...`"
+        )
+    return made
+
+
+class Signals:
+    """While active, SIGINT and SIGTERM only leave a note, so that a step ends before the run is saved."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "Signals":
+        try:
+            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where Python allows no handlers
+            self._old = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.received = number
