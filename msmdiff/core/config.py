@@ -52,7 +52,7 @@ class ModelConfig(Section):
 
 
 class ProcessConfig(Section):
-    schedule: Literal["linear", "cosine", "shifted_cosine"] = "cosine"
+    schedule: Literal["linear", "cosine", "shifted_cosine", "scaled_linear", "vp_sde"] = "cosine"
     timesteps: int = Field(1000, ge=2)
     shift_size: int = Field(64, ge=1, description="shifted_cosine: image side the schedule is shifted to")
     prediction: Literal["eps", "x0", "v"] = "eps"
