@@ -1,6 +1,7 @@
 """The loss of networks that learn their variance: squared error plus variational bound (Nichol & Dhariwal 2021)."""
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -8,14 +9,21 @@ from torch import Tensor
 from msmdiff.core.diffusion.process import Prediction, Process
 
 
-def terms(process: Process, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor) -> dict[str, Tensor]:
+def terms(
+    process: Process,
+    output: Tensor,
+    x0: Tensor,
+    eps: Tensor,
+    t: Tensor,
+    distance: Callable[[Tensor], Tensor] = torch.square,
+) -> dict[str, Tensor]:
     """The loss of each image: `mse` (weighted by the process), `vb` where the output has 2C channels, their sum `loss`.
 
     output [B, C or 2C, ...] is the network's at x_t = alpha x0 + sigma eps [B, C, ...], t [B]; every term is [B].
     The variational bound trains the variance only: the predicted mean enters it detached.
     """
     mean, *_ = output.float().split(x0.shape[1], dim=1)
-    error = (mean - process.target(x0, eps, t)).square().flatten(1).mean(1)
+    error = distance(mean - process.target(x0, eps, t)).flatten(1).mean(1)
     mse = process.weight(t) * error
     if output.shape[1] == x0.shape[1]:
         return {"mse": mse, "loss": mse}
@@ -23,6 +31,11 @@ def terms(process: Process, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor) 
     frozen = torch.cat([mean.detach(), output.float()[:, x0.shape[1] :]], dim=1)
     vb = variational_bound(process, process.split(frozen, x_t, t), x0, x_t, t)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
+
+
+def channels_first(tokens: Tensor, patch: int) -> Tensor:
+    """Patch vectors [B, K, p*p*C] -> their pixels in one row, [B, C, K*p*p], for `terms` on visible tokens."""
+    return tokens.unflatten(-1, (patch**2, -1)).flatten(1, 2).transpose(1, 2)
 
 
 def variational_bound(process: Process, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
