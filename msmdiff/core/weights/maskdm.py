@@ -6,22 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msmdiff.core.backbones import maskdwt, uvit
 from msmdiff.core.diffusion.process import cosine_betas, linear_betas
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
     Tensors,
-    count,
-    heads,
     kernel_to_linear,
     linear_to_kernel,
-    mlp_ratio,
     rename,
     reverse,
     side_of,
 )
+from msmdiff.core.weights.uvit import read_blocks
 
 PAIRS: Pairs = [
     ("encoder.patch_embed.proj.", "patch_embed."),
@@ -50,17 +47,7 @@ def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     wavelet = "approx_to_output.weight" in tensors
     kernel = tensors["encoder.approx_patch_embed.proj.weight" if wavelet else "encoder.patch_embed.proj.weight"]
     width, channels, patch, _ = kernel.shape
-    depth = 2 * count(tensors, "encoder.in_blocks.") + 1
-    sizes = [*uvit.SIZES.values(), *maskdwt.SIZES.values()]
-    fields: dict[str, Any] = {
-        "patch_size": patch,
-        "hidden_size": width,
-        "depth": depth,
-        "num_heads": heads(given, sizes, width, depth, odd=True),
-        "mlp_ratio": mlp_ratio(len(tensors["encoder.mid_block.mlp.fc1.bias"]), width),
-        "mlp_time_embed": "encoder.time_embed.0.weight" in tensors,
-        "qkv_bias": "encoder.mid_block.attn.q_bias" in tensors,
-    }
+    fields = {"patch_size": patch, "hidden_size": width} | read_blocks(tensors, given, width, "encoder.")
     labels = tensors.get("encoder.label_emb.weight")
     num_classes = 0 if labels is None else len(labels)
     tokens = tensors["encoder.encoder_pos_embed"].shape[1] - (1 if labels is None else 2)

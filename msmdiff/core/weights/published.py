@@ -147,11 +147,9 @@ def load(path: Path, average: bool = True) -> tuple[Any, Path]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             return torch.load(path, map_location="cpu", weights_only=True), path
     except pickle.UnpicklingError as error:
-        found_name = re.search(r"GLOBAL ([\w.]+)", str(error))
-        if found_name or "nsupported" in str(error):
-            what = found_name[1] if found_name else "objects that are not plain values"
+        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
             raise MsmdiffError(
-                f"{path} asks to run code ({what}), so it was not opened; nothing was executed"
+                f"{path} asks to run code ({wanted[1]}), so it was not opened; nothing was executed"
             ) from None
         raise MsmdiffError(f"{path} is not a checkpoint that torch wrote, or is damaged") from None
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:

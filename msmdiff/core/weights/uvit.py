@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from msmdiff.core.backbones import uvit
+from msmdiff.core.backbones import maskdwt, uvit
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -34,7 +34,6 @@ def matches(names: set[str]) -> bool:
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
     fields = {"patch_size": patch, "hidden_size": width} | read_blocks(tensors, given, width)
-    fields["qkv_bias"] = "mid_block.attn.qkv.bias" in tensors
     fields["final_conv"] = "final_layer.weight" in tensors
     # Without out-blocks there is nothing to skip to.
     fields["skip"] = count(tensors, "out_blocks.") == 0 or "out_blocks.0.skip_linear.weight" in tensors
@@ -78,12 +77,14 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     }
 
 
-def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int) -> dict[str, Any]:
-    """The fields that blocks tell, which MaskDM shares."""
-    depth = 2 * count(tensors, "in_blocks.") + 1
+def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int, prefix: str = "") -> dict[str, Any]:
+    """The fields that blocks tell. MaskDM has the same blocks behind a prefix, but for the name of its biases."""
+    depth = 2 * count(tensors, f"{prefix}in_blocks.") + 1
+    sizes = [*uvit.SIZES.values(), *maskdwt.SIZES.values()]
     return {
         "depth": depth,
-        "num_heads": heads(given, uvit.SIZES.values(), width, depth, odd=True),
-        "mlp_ratio": mlp_ratio(len(tensors["mid_block.mlp.fc1.bias"]), width),
-        "mlp_time_embed": "time_embed.0.weight" in tensors,
+        "num_heads": heads(given, sizes, width, depth, odd=True),
+        "mlp_ratio": mlp_ratio(len(tensors[f"{prefix}mid_block.mlp.fc1.bias"]), width),
+        "mlp_time_embed": f"{prefix}time_embed.0.weight" in tensors,
+        "qkv_bias": any(f"{prefix}mid_block.attn.{name}" in tensors for name in ("qkv.bias", "q_bias")),
     }
