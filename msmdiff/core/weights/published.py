@@ -102,6 +102,8 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
         raise MsmdiffError(f"{path} looks like a {name} checkpoint, but lacks the tensor {error}") from None
     except (UsageError, MsmdiffError) as error:
         raise type(error)(f"{path}: {error}") from None
+    except (ValueError, IndexError, RuntimeError):
+        raise MsmdiffError(f"{path} looks like a {name} checkpoint, but its tensors have other shapes") from None
     check(path, tensors, expected)
     notes = {"format": name, "weights": which or file.name, "size": size_of(model)}
     return Published(path, tensors, model, network.shape, sections, notes)
@@ -116,7 +118,8 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
         raise UsageError(f"--format {name}: the published layouts are {', '.join(WRITES)}")
     fields = {k: v for k, v in model.model_dump().items() if k not in ("name", "family", "num_classes")}
     family, num_classes = str(model.family), int(model.num_classes)
-    odd = [k for k in ("final_conv", "context_tokens") if name == "maskdm" and fields.get(k)]
+    plain = {"final_conv": False, "context_tokens": 0, "skip": True, "null_class": True} if name == "maskdm" else {}
+    odd = [k for k, value in plain.items() if fields.get(k, value) != value]
     if family not in WRITES[name] or odd:
         what = f"model.{odd[0]}={fields[odd[0]]}" if odd else f"model.family {family}"
         raise UsageError(f"--format {name} cannot hold a network with {what}")

@@ -100,6 +100,10 @@ def test_missing_unknown_and_misshaped_tensors_are_named(tmp_path):
         ({"pos_embed": None}, "lacks the tensor 'pos_embed'"),
         ({"extra.weight": torch.zeros(1)}, "has an unknown tensor extra.weight"),
         ({"blocks.0.attn.proj.bias": torch.zeros(3)}, r"of shape \[3\], not \[16\]"),
+        (
+            {"x_embedder.proj.weight": torch.zeros(16, 16)},
+            "looks like a dit checkpoint, but its tensors have other shapes",
+        ),
         ({"pos_embed": torch.zeros(1, 15, 16)}, "15 patch tokens, which is not a square grid"),
     ):
         torch.save({n: t for n, t in (state | change).items() if t is not None}, path)
