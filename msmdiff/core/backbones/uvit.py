@@ -149,10 +149,13 @@ class UViT(nn.Module):
         return nn.Linear(self.hidden_size, self.patch_size**2 * channels)
 
     def initialise(self) -> None:
-        """Truncated normal(0.02) for linear weights and positions, zero biases; labels keep torch's N(0, 1)."""
+        """Truncated normal(0.02) for linear weights and positions, zero biases.
+
+        The patch embedding and the label table keep torch's own initialisation, as the published networks do.
+        """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         for module in self.modules():
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module is not self.patch_embed:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)

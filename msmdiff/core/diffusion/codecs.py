@@ -104,7 +104,7 @@ class DwtCodec:
         self.level, self.bands = level, bands
         self.shape = (3 * factor**2, image_size // factor, image_size // factor)
         self._taps = {name: getattr(filters, name) for name in ("dec_lo", "dec_hi", "rec_lo", "rec_hi")}
-        probe = torch.eye(64, dtype=torch.float64)
+        probe = torch.eye(64, dtype=torch.float64, device="cpu")  # also where networks are built on meta
         if (self._synthesise(*self._analyse(probe, -1), -1) - probe).abs().max() > 1e-6:
             raise UsageError(
                 f"codec.wavelet '{wavelet}' does not invert exactly (its filters are truncated); use another"
@@ -191,7 +191,8 @@ class DwtCodec:
         return torch.stack(phases, dim=dim if dim >= 0 else low.ndim + dim + 1).flatten(dim - 1, dim)
 
     def _per_channel(self, values: list[float]) -> Tensor:
-        return torch.tensor(values).repeat_interleave(torch.tensor(self._widths)).view(-1, 1, 1)
+        widths = torch.tensor(self._widths, device="cpu")
+        return torch.tensor(values, device="cpu").repeat_interleave(widths).view(-1, 1, 1)
 
     def _largest_coefficients(self) -> list[float]:
         """What an image in -1..1 can reach in each band: products of the filters' absolute sums."""

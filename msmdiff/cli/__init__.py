@@ -1,0 +1,43 @@
+"""The command line: parse, call core, show. Heavy imports happen inside the commands, so that `--help` is instant."""
+
+import sys
+
+import typer
+
+from msmdiff import __version__
+from msmdiff.cli import bench, console, fid, quickstart, sample, training, weights
+
+app = typer.Typer(
+    name="msmdiff",
+    help="Train diffusion transformers cheaply by masking: pretrain, finetune, sample, measure.",
+    epilog="Start with `msmdiff quickstart`, or `msmdiff pretrain --mask 0.9`.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"msmdiff {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+) -> None:
+    pass
+
+
+for _module in (training, sample, fid, weights, bench, quickstart):
+    _module.register(app)
+
+
+def main() -> None:
+    """Run the command line; every failure ends in one sentence and an exit code."""
+    with console.sentences():
+        app()
+    sys.exit(0)

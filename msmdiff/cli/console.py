@@ -1,0 +1,148 @@
+"""What people see: notes, progress, tables, and the one place that turns errors into a sentence."""
+
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from msmdiff.core.errors import MsmdiffError
+
+PLAIN_LINE_EVERY = 5.0
+"""Seconds between progress lines where output is not a terminal."""
+
+
+@contextmanager
+def sentences() -> Iterator[None]:
+    """Turn what a user can meet into one line on stderr and an exit code: 2 for usage, 1 for failure."""
+    try:
+        yield
+    except MsmdiffError as error:
+        _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        _fail("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        sys.exit(1)
+    except MemoryError:
+        _fail("out of memory: lower train.micro_batch_size or --batch-size", 1)
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+            raise
+        _fail(
+            "out of memory: lower train.micro_batch_size (or --batch-size), or set train.gradient_checkpointing=true", 1
+        )
+
+
+def _fail(sentence: str, code: int) -> None:
+    print(f"error: {sentence}", file=sys.stderr)
+    sys.exit(code)
+
+
+class Console:
+    """Notes and progress: a live bar on a terminal, plain lines every few seconds elsewhere.
+
+    Args:
+        to_stderr: keep stdout for results, as with `--json`.
+        prefix: in front of every line.
+    """
+
+    def __init__(self, to_stderr: bool = False, prefix: str = "") -> None:
+        from rich.console import Console as Rich
+
+        self._rich = Rich(stderr=to_stderr, highlight=False, soft_wrap=True)
+        self._live = self._rich.is_terminal
+        self._prefix = prefix
+        self._bar: Any = None
+        self._task: Any = None
+        self._last_line = 0.0
+
+    def note(self, text: str) -> None:
+        """One line."""
+        self._rich.print(f"{self._prefix}{text}", markup=False)
+
+    def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
+        """`done` of `total` images; metrics may hold `loss`, `images_per_s` and others."""
+        text = _summary(metrics)
+        if self._live:
+            self._show_bar(done, total, text)
+            return
+        now = time.monotonic()
+        if done >= total or now - self._last_line >= PLAIN_LINE_EVERY:
+            self._last_line = now
+            self._rich.print(f"{self._prefix}{done:,}/{total:,} images{text}", markup=False)
+
+    def _show_bar(self, done: int, total: int, text: str) -> None:
+        if self._bar is None:
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                TextColumn(self._prefix + "{task.completed:,.0f}/{task.total:,.0f} images"),
+                BarColumn(bar_width=24),
+                TimeRemainingColumn(),
+                TextColumn("{task.description}"),
+                console=self._rich,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("", total=total)
+        self._bar.update(self._task, completed=done, total=total, description=text.strip(", "))
+        if done >= total:
+            self.finish()
+
+    def finish(self) -> None:
+        """Leave the bar as it stands."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
+        """A table: drawn on a terminal, aligned columns elsewhere, never cut."""
+        rows = [[str(cell) for cell in row] for row in rows]
+        if self._live:
+            from rich.table import Table
+
+            table = Table(title=title, title_justify="left")
+            for i, name in enumerate(header):
+                table.add_column(name, justify="left" if i == 0 else "right")
+            for row in rows:
+                table.add_row(*row)
+            self._rich.print(table)
+            return
+        widths = [max(len(row[i]) for row in [list(header), *rows]) for i in range(len(header))]
+        self._rich.print(title, markup=False)
+        for row in [list(header), *rows]:
+            cells = [
+                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+            ]
+            self._rich.print("  " + "  ".join(cells), markup=False)
+
+
+def print_json(content: Any) -> None:
+    """One JSON document on stdout."""
+    print(json.dumps(content, indent=2))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """One JSON document in a file, whole or not at all."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.part")
+        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        part.replace(path)
+    except OSError as error:
+        raise MsmdiffError(f"{path} cannot be written: {error.strerror or error}") from None
+
+
+def _summary(metrics: dict[str, Any]) -> str:
+    parts = []
+    if "loss" in metrics:
+        parts.append(f"loss {metrics['loss']:.4f}")
+    if "images_per_s" in metrics:
+        parts.append(f"{metrics['images_per_s']:,.0f} images/s")
+    if "data_wait" in metrics and metrics["data_wait"] > 0.1:
+        parts.append(f"{metrics['data_wait']:.0%} waiting for data")
+    return "".join(f", {part}" for part in parts)

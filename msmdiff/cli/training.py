@@ -1,0 +1,223 @@
+"""`pretrain`, `finetune`, `train`: three verbs over one trainer."""
+
+import hashlib
+import inspect
+import json
+import re
+import shlex
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+
+def _training_options(
+    config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
+    data: Annotated[str | None, typer.Option(help="Folder or zip of images, or `digits[:train|:test]`.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
+    codec: Annotated[Literal["pixel", "dwt"] | None, typer.Option(help="Space to train in.")] = None,
+    mask: Annotated[float | None, typer.Option(help="Share of hidden tokens, 0 to below 1.")] = None,
+    mask_kind: Annotated[Literal["patch", "block", "crop"] | None, typer.Option(help="What is hidden as one.")] = None,
+    mask_block: Annotated[int | None, typer.Option(help="Side of a block, in tokens.")] = None,
+    model: Annotated[str | None, typer.Option(help="Size by name: tiny, MaskDM-S/4, U-ViT-L/2, ...")] = None,
+    conditional: Annotated[
+        bool | None, typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    images: Annotated[int | None, typer.Option(help="Images to see, instead of --steps.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per optimiser step, over all processes.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    run: Annotated[str | None, typer.Option(help="Name under runs/, or a path. The same command resumes it.")] = None,
+    sets: Annotated[list[str] | None, typer.Option("--set", help="Any other key: `--set optim.lr=1e-4`.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the configuration and its cost; stop.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="End with a JSON summary on stdout.")] = False,
+) -> None:
+    """The options that every training verb has."""
+
+
+def _with_training_options(verb: Callable[..., None]) -> Callable[..., None]:
+    """Give a verb the shared options: it receives them as `**options`."""
+    own = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    shared = list(inspect.signature(_training_options).parameters.values())
+    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own + shared]
+    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    return verb
+
+
+def register(app: typer.Typer) -> None:
+    """Add the three verbs."""
+    app.command(
+        epilog="Examples: `msmdiff pretrain --mask 0.9` · "
+        "`msmdiff pretrain --data celeba/ --image-size 64 --model MaskDM-S/4 --mask 0.9 --mask-kind block` · "
+        "`msmdiff pretrain --codec dwt --mask 0.5 --dry-run`"
+    )(pretrain)
+    app.command(
+        epilog="Examples: `msmdiff finetune --ckpt runs/primer` · "
+        "`msmdiff finetune --ckpt primer --conditional --steps 5000` · "
+        "`msmdiff finetune --ckpt weights.safetensors --data faces.zip --image-size 128`"
+    )(finetune)
+    app.command(
+        epilog="Examples: `msmdiff train --conditional` · "
+        "`msmdiff train --config digits-scratch` · `torchrun --nproc_per_node 2 -m msmdiff train --data photos/`"
+    )(train)
+
+
+@_with_training_options
+def pretrain(**options: Any) -> None:
+    """Masked score matching: learn a primer distribution from the visible tokens only.
+
+    Without further options it trains the tiny network on the embedded digits, 90 % hidden.
+    """
+    masked = {"objective": {"name": "msm"}, "mask": {"ratio": 0.9}}
+    _train("pretrain", options, _configure(_with_preset(options, "digits-pretrain"), masked))
+
+
+@_with_training_options
+def finetune(
+    ckpt: Annotated[str, typer.Option(help="A run, its name, or a weights file to start from (its EMA).")],
+    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Start even if little of it fits.")] = False,
+    **options: Any,
+) -> None:
+    """Start from weights and train on, by default without a mask, with the configuration they were trained with.
+
+    Image size, classes and codec may change: positions are interpolated, new parts start fresh, all of it is named.
+    """
+    from msmdiff.core import weights
+
+    path = weights.locate(ckpt)
+    stored = weights.read(path).config
+    changes: dict[str, Any] = {
+        "mask": {"ratio": 0.0, "kind": "patch", "crop": None},
+        "objective": {"name": "dsm"},
+        "train": {"init_from": str(path)},
+    }
+    config = _configure(options, stored.as_dict(), changes)
+    statistics = {"mean": None, "std": None}
+    bands_changed = config.codec.model_copy(update=statistics) != stored.codec.model_copy(update=statistics)
+    if bands_changed and config.codec.std == stored.codec.std:
+        config.codec = config.codec.model_copy(update=statistics)  # other bands: measured again from the data
+    _train("finetune", options, config, allow_partial)
+
+
+@_with_training_options
+def train(**options: Any) -> None:
+    """Train from scratch on all tokens (or with whatever objective the configuration names)."""
+    _train("train", options, _configure(_with_preset(options, "digits-finetune")))
+
+
+def _with_preset(options: dict[str, Any], name: str) -> dict[str, Any]:
+    """The bare command takes the preset that suits what it trains: the tiny network on the embedded digits."""
+    bare = not (options["config"] or options["data"] or options["model"])
+    return {**options, "config": name} if bare else options
+
+
+def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool = False) -> None:
+    from msmdiff.cli.console import Console, print_json
+    from msmdiff.core import config as configuration
+
+    if options["dry_run"]:
+        _show_plan(config)
+        return
+    if options["run"]:
+        name = Path(options["run"])
+        path = name if len(name.parts) > 1 or name.is_absolute() else Path("runs") / name
+    else:
+        path = Path("runs") / _default_name(verb, config)
+
+    from msmdiff.core.training.trainer import train as fit
+
+    console = Console(to_stderr=options["as_json"])
+    try:
+        summary = fit(config, path, console, allow_partial=allow_partial, command=shlex.join(sys.argv))
+    finally:
+        console.finish()
+    if summary.interrupted:
+        console.note(f"interrupted at image {summary.images_seen:,} and saved: the same command resumes {path}")
+        raise typer.Exit(128 + signal.Signals(summary.interrupted))
+    console.note(
+        f"{path}: {summary.images_seen:,} images in {summary.steps:,} steps, {summary.seconds:.1f} s; "
+        f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
+    )
+    if options["as_json"]:
+        stored = configuration.parse_yaml((path / "config.yaml").read_text(), str(path))
+        print_json(
+            {
+                "run": str(path),
+                "images_seen": summary.images_seen,
+                "steps": summary.steps,
+                "seconds": summary.seconds,
+                "config": stored,
+            }
+        )
+
+
+def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
+    """Defaults < preset < named flags < --set."""
+    from msmdiff.core import config as configuration
+    from msmdiff.core.errors import UsageError
+
+    classes = {None: None, True: "auto", False: 0}[options["conditional"]]
+    flags = {
+        "data.source": options["data"],
+        "data.image_size": options["image_size"],
+        "codec.name": options["codec"],
+        "mask.ratio": options["mask"],
+        "mask.kind": options["mask_kind"],
+        "mask.block": options["mask_block"],
+        "model.name": options["model"],
+        "model.num_classes": classes,
+        "train.steps": options["steps"],
+        "train.batch_size": options["batch_size"],
+        "train.seed": options["seed"],
+    }
+    preset = [configuration.read(options["config"])] if options["config"] else []
+    sets = configuration.parse_sets(options["sets"] or [])
+    config = configuration.build(*defaults, *preset, configuration.nest(flags), sets)
+    if options["images"] is not None:
+        if options["steps"] is not None:
+            raise UsageError(
+                f"--images {options['images']} and --steps {options['steps']} say the same thing: give one"
+            )
+        config.train.steps = max(1, -(-options["images"] // config.train.batch_size))
+    return config
+
+
+def _default_name(verb: str, config: Any) -> str:
+    """A name that the same command finds again, and another command does not."""
+    from msmdiff.core import config as configuration
+
+    flat = configuration.flatten(config.as_dict())
+    identity = {key: value for key, value in flat.items() if not configuration.MUTABLE.fullmatch(key)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    data = re.sub(r"\W+", "-", Path(config.data.source).stem)
+    model = re.sub(r"\W+", "-", config.model.name or "custom")
+    return f"{verb}-{data}-{model}-{digest}"
+
+
+def _show_plan(config: Any) -> None:
+    """What `--dry-run` prints: the resolved configuration and what a step costs."""
+    import os
+
+    from msmdiff.core import build as road
+    from msmdiff.core.data import sources
+    from msmdiff.core.training import cost
+
+    source = sources.open_source(config.data.source, config.data.labels)
+    config = road.resolve(config, source.num_classes)
+    counted = cost.measure(config)
+    typer.echo(config.to_yaml().rstrip())
+    classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
+    full, masked = (
+        3 * flops * config.train.batch_size / 1e9 for flops in (counted.forward_flops, counted.masked_flops)
+    )
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    typer.echo(
+        f"\n# data            {len(source):,} images, {classes}"
+        f"\n# parameters      {counted.parameters:,}"
+        f"\n# tokens          {counted.kept} of {counted.tokens} seen, {1 - counted.kept / counted.tokens:.2%} hidden"
+        f"\n# per step        {masked:,.2f} GFLOP with the mask, {full:,.2f} without ({masked / full:.1%})"
+        f"\n# memory          about {counted.memory_bytes(config, processes) / 2**30:.2f} GiB per process"
+    )

@@ -1,0 +1,24 @@
+"""Making a process use its CPU well."""
+
+import ctypes
+import os
+
+import torch
+
+# glibc's mallopt parameters (malloc.h).
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+
+def prepare(threads: int | None = None) -> None:
+    """Set torch's threads (None: this process's share of the cores), flush denormals, and keep freed memory.
+
+    By default glibc hands every large tensor back to the system and asks for fresh, zeroed pages at the next step;
+    keeping them makes a training step on a CPU up to 1.5 times as fast (docs/benchmarks.md).
+    """
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) // processes))
+    torch.set_flush_denormal(True)
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc
+    if mallopt is not None and not torch.cuda.is_available():
+        mallopt(_M_MMAP_THRESHOLD, 2**30)
+        mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

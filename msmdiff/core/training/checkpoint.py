@@ -1,0 +1,113 @@
+"""Checkpoints: whole or not there at all, the newest valid one wins, the last few are kept."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msmdiff.core import weights
+from msmdiff.core.config import Config
+from msmdiff.core.errors import MsmdiffError
+
+
+def save(
+    run: Path,
+    images_seen: int,
+    state: dict[str, Any],
+    networks: dict[str, dict[str, Tensor]],
+    config: Config,
+    keep: int,
+) -> Path:
+    """Write `checkpoints/img-NNNNNNNNN/` and refresh `weights.safetensors`; then drop all but the newest `keep`.
+
+    Args:
+        run: the run's directory.
+        images_seen: names the checkpoint.
+        state: what torch saves beside the weights (optimiser, counters): numbers, text and tensors only.
+        networks: state dicts by file stem, `model` and any `ema-DECAY`; the first average (else the model) is what
+            sample and finetune take.
+        config: goes into every weights file.
+        keep: how many checkpoints stay.
+
+    Everything goes to a temporary directory that is renamed when it is on the disk, so a kill or a full disk leaves
+    the earlier checkpoints as they were. Raises MsmdiffError when it cannot be written.
+    """
+    folder = run / "checkpoints"
+    final, part = folder / f"img-{images_seen:09d}", folder / f".img-{images_seen:09d}.part"
+    averages = [name for name in networks if name != "model"]
+    try:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+        for name, tensors in networks.items():
+            weights.save(part / f"{name}.safetensors", tensors, config, images_seen=images_seen, weights=name)
+        torch.save(state, part / "state.pt")
+        sizes = {p.name: p.stat().st_size for p in part.iterdir()}
+        (part / "DONE").write_text(json.dumps(sizes))
+        for path in [*part.iterdir(), part]:
+            _fsync(path)
+        shutil.rmtree(final, ignore_errors=True)
+        part.rename(final)
+        _fsync(folder)
+        _publish(final / f"{(averages or ['model'])[0]}.safetensors", run / "weights.safetensors")
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+        shutil.rmtree(part, ignore_errors=True)
+        raise MsmdiffError(
+            f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
+            "earlier checkpoints are intact, run the same command again to go on from the newest"
+        ) from None
+    for old in _all(run)[:-keep]:
+        shutil.rmtree(old, ignore_errors=True)
+    return final
+
+
+def newest(run: Path) -> Path | None:
+    """The newest whole checkpoint of a run, or None: one whose files all have the sizes that DONE recorded."""
+    for path in reversed(_all(run)):
+        try:
+            sizes = json.loads((path / "DONE").read_text())
+            if all((path / name).stat().st_size == size for name, size in sizes.items()):
+                return path
+        except (OSError, ValueError):
+            continue
+    return None
+
+
+def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
+    """The state and the networks of a checkpoint, on the CPU. Raises MsmdiffError when it cannot be read."""
+    try:
+        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
+        return state, {p.stem: load_file(p) for p in path.glob("*.safetensors")}
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise MsmdiffError(
+            f"checkpoint {path} cannot be read ({error}); remove it to go on from an earlier one"
+        ) from None
+
+
+def _all(run: Path) -> list[Path]:
+    return sorted((run / "checkpoints").glob("img-*"))
+
+
+def _publish(source: Path, target: Path) -> None:
+    """Make `target` the same file as `source`, atomically: a link costs no space where the file system has links."""
+    part = target.with_name(f".{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(source, part)
+    except OSError:
+        shutil.copyfile(source, part)
+        _fsync(part)
+    part.replace(target)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

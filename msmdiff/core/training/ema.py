@@ -1,0 +1,62 @@
+"""Exponential moving averages of the network's weights, through ema-pytorch."""
+
+from typing import Any
+
+import torch
+from ema_pytorch import EMA
+from torch import Tensor, nn
+
+from msmdiff.core.config import EmaConfig
+
+# ema-pytorch's ramp 1 - (1 + k)^-power with this power is the full decay from the first step on.
+_NO_RAMP = 64.0
+
+
+class Averages:
+    """One average per decay, updated together after every optimiser step.
+
+    Args:
+        module: the unwrapped network; its present weights are where the averages start.
+        config: the `ema` section.
+    """
+
+    def __init__(self, module: nn.Module, config: EmaConfig) -> None:
+        constant = config.warmup == "constant"
+        self._emas: dict[str, EMA] = {}
+        for decay in config.decays:
+            ema = EMA(
+                module,
+                beta=decay,
+                update_every=1,
+                update_after_step=0 if constant else config.update_after_step,
+                power=_NO_RAMP if constant else config.power,
+                use_foreach=True,
+                include_online_model=False,
+            )
+            if constant:  # ema-pytorch would otherwise copy the weights once more after the first step
+                ema.initted.fill_(True)
+                ema.step.fill_(1)
+            ema.ema_model.eval()
+            self._emas[f"{decay:g}"] = ema
+
+    def update(self) -> None:
+        """Take in the network's present weights."""
+        with torch.no_grad():
+            for ema in self._emas.values():
+                ema.update()
+
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The averaged networks by decay, in the configuration's order."""
+        return {decay: ema.ema_model for decay, ema in self._emas.items()}
+
+    def counters(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the averaged weights."""
+        return {d: {"step": int(e.step), "initted": bool(e.initted)} for d, e in self._emas.items()}
+
+    def load(self, counters: dict[str, Any], tensors: dict[str, dict[str, Tensor]]) -> None:
+        """Restore counters and weights, both by decay."""
+        for decay, ema in self._emas.items():
+            ema.step.fill_(counters[decay]["step"])
+            ema.initted.fill_(counters[decay]["initted"])
+            ema.ema_model.load_state_dict(tensors[decay])

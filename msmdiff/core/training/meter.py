@@ -1,0 +1,64 @@
+"""What a training run logs: losses, speed, waiting, memory."""
+
+import resource
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msmdiff.core.training.cost import Cost
+
+
+class Meter:
+    """Collects between two reports. Losses stay on the device until they are read.
+
+    Args:
+        cost: of one image, for FLOP/s.
+        device: whose memory is reported.
+    """
+
+    def __init__(self, cost: Cost, device: torch.device) -> None:
+        self.cost, self.device = cost, device
+        self._reset()
+
+    def _reset(self) -> None:
+        self._terms: dict[str, Tensor] = {}
+        self._steps = self._images = 0
+        self._grad_norm = self._waited = 0.0
+        self._spent = 0.0
+
+    def add(self, terms: dict[str, Tensor], grad_norm: float, images: int, seconds: float, waited: float) -> None:
+        """Take in one optimiser step: its mean loss terms, images, and time, of which `waited` for data."""
+        for name, value in terms.items():
+            self._terms[name] = self._terms[name] + value if name in self._terms else value
+        self._grad_norm += grad_norm
+        self._steps, self._images = self._steps + 1, self._images + images
+        self._spent, self._waited = self._spent + seconds, self._waited + waited
+
+    def read(self) -> dict[str, Any]:
+        """Averages since the last reading; starts anew. Empty when nothing happened."""
+        if not self._steps:
+            return {}
+        if self.device.type == "cuda":
+            started = time.perf_counter()
+            torch.cuda.synchronize()  # what is still queued belongs to these steps
+            self._spent += time.perf_counter() - started
+        images_per_s = self._images / self._spent
+        metrics = {name: value.item() / self._steps for name, value in self._terms.items()} | {
+            "grad_norm": self._grad_norm / self._steps,
+            "images_per_s": images_per_s,
+            "ms_per_step": 1000 * self._spent / self._steps,
+            "data_wait": self._waited / self._spent,
+            "flops_per_s": images_per_s * self.cost.step_flops,
+            "peak_memory_bytes": peak_memory(self.device),
+        }
+        self._reset()
+        return metrics
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's peak allocation on CUDA, else the process's peak resident size."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

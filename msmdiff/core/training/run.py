@@ -1,0 +1,122 @@
+"""A run's directory: who may write there, what it was started with, and its log."""
+
+import fcntl
+import json
+import platform
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+import msmdiff
+from msmdiff.core import config as configuration
+from msmdiff.core.config import Config
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.training import checkpoint
+
+
+class Run:
+    """The directory of one training run; the unit of resuming.
+
+    Args:
+        path: made when it does not exist.
+        writes: whether this process is the one that writes (the first of several).
+
+    Raises MsmdiffError when the directory cannot be written, or another process is training there.
+    """
+
+    def __init__(self, path: Path, writes: bool = True) -> None:
+        self.path, self.writes = path, writes
+        self._lock: IO[str] | None = None
+        if not writes:
+            return
+        try:
+            (path / "previews").mkdir(parents=True, exist_ok=True)
+            self._lock = (path / ".lock").open("w")
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise MsmdiffError(f"another process is training in {path}: wait for it, or give another --run") from None
+        except OSError as error:
+            raise MsmdiffError(f"run directory {path} cannot be written: {error.strerror or error}") from None
+
+    def stored_config(self) -> Config | None:
+        """The configuration this run was started with, or None for a new run."""
+        path = self.path / "config.yaml"
+        if not path.is_file():
+            return None
+        return configuration.build(configuration.parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+
+    def admit(self, config: Config) -> None:
+        """Check that `config` continues what this run computed. Raises UsageError with the differences."""
+        stored = self.stored_config()
+        if stored is None or checkpoint.newest(self.path) is None:
+            return
+        if changes := configuration.difference(stored, config):
+            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items())
+            raise UsageError(
+                f"{self.path} was trained with another configuration ({shown}): "
+                "run the same command to resume it, or give another --run"
+            )
+
+    def start(self, config: Config, command: str, images_seen: int) -> None:
+        """Record the configuration and the circumstances; drop log lines past `images_seen`."""
+        if not self.writes:
+            return
+        try:
+            _replace(self.path / "config.yaml", config.to_yaml())
+            _replace(self.path / "run.json", json.dumps(_circumstances(command), indent=2) + "\n")
+            kept = [line for line in self._lines() if line["images"] <= images_seen]
+            _replace(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        except OSError as error:
+            raise MsmdiffError(f"run directory {self.path} cannot be written: {error.strerror or error}") from None
+
+    def log(self, metrics: dict[str, Any]) -> None:
+        """Append one line to metrics.jsonl."""
+        if self.writes:
+            with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """All lines of metrics.jsonl."""
+        return self._lines()
+
+    def close(self) -> None:
+        """Let another process in."""
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    def _lines(self) -> list[dict[str, Any]]:
+        path, lines = self.path / "metrics.jsonl", []
+        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+            try:
+                lines.append(json.loads(line))
+            except ValueError:
+                break  # a kill in the middle of a line: the rest is written again
+        return lines
+
+
+def _replace(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
+
+
+def _circumstances(command: str) -> dict[str, Any]:
+    package = Path(msmdiff.__file__).parent
+    git = subprocess.run(
+        ["git", "-C", str(package), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+    )
+    return {
+        "command": command,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "msmdiff": msmdiff.__version__,
+        "git": git.stdout.strip() or None,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "machine": platform.platform(),
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "threads": torch.get_num_threads(),
+    }

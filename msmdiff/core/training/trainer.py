@@ -1,0 +1,415 @@
+"""The one training loop. `pretrain`, `finetune` and `train` differ in their configuration only."""
+
+import importlib.util
+import math
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from torch import Tensor
+
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
+from msmdiff.core import machine, weights
+from msmdiff.core.config import Config
+from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
+from msmdiff.core.data.order import Chunks
+from msmdiff.core.diffusion.codecs import DwtCodec
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.seeding import key, stream
+from msmdiff.core.training import checkpoint, cost, optim, previews, warmstart
+from msmdiff.core.training.ema import Averages
+from msmdiff.core.training.meter import Meter
+from msmdiff.core.training.run import Run
+
+AUTOCAST_WIDTH = 64
+"""From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions (docs/benchmarks.md)."""
+
+
+class Reporter(Protocol):
+    """Where a training's messages go; the command line has one."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Summary:
+    """How a training ended."""
+
+    run: Path
+    images_seen: int
+    steps: int
+    seconds: float
+    interrupted: int | None = None
+    """The signal that ended it early, if one did."""
+
+
+def train(
+    config: Config,
+    run_path: Path,
+    reporter: Reporter,
+    *,
+    allow_partial: bool = False,
+    command: str = "",
+) -> Summary:
+    """Train until `train.steps` or `train.max_seconds`; continues the run in `run_path` when there is one.
+
+    Args:
+        config: need not be resolved.
+        run_path: the run's directory.
+        reporter: for messages and progress.
+        allow_partial: start from weights (`train.init_from`) even if few of them fit.
+        command: what the user typed, for the run's record.
+
+    Raises UsageError for a configuration that cannot work or differs from the run's, and MsmdiffError when training
+    has to stop; whatever was checkpointed by then is intact.
+    """
+    trainer = Trainer(config, run_path, reporter, allow_partial, command)
+    try:
+        return trainer.fit()
+    finally:
+        trainer.close()
+
+
+class Trainer:
+    """Everything a run needs, built once; `fit` is the loop."""
+
+    def __init__(self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str) -> None:
+        self.reporter = reporter
+        self.main = os.environ.get("RANK", "0") == "0"
+        source = open_training(config.data, self._note)
+        config = road.resolve(config, source.num_classes)
+        config.train.precision = choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
+        self.dataset = TrainingImages(source, config.data, config.train.seed)
+        self.accelerator = _accelerator(config, run_path)
+        self.device = self.accelerator.device
+        self.run = Run(run_path, writes=self.main)
+        try:
+            self._prepare(config, allow_partial, command)
+        except BaseException:
+            self.close()
+            raise
+
+    def _prepare(self, config: Config, allow_partial: bool, command: str) -> None:
+        config = self._with_statistics(config)
+        self.run.admit(config)
+        self.config = config
+        train, world = config.train, self.accelerator.num_processes
+        self.micro = train.micro_batch_size or train.batch_size // world
+        if train.batch_size % (self.micro * world):
+            raise UsageError(
+                f"train.batch_size {train.batch_size} does not divide by {world} processes x micro-batches of "
+                f"{self.micro}"
+            )
+
+        torch.manual_seed(key(train.seed, "init"))
+        self.parts = road.build(config)
+        self.parts.process.to(self.device)
+        backbone = self.parts.backbone
+        found = checkpoint.newest(self.run.path)
+        if train.init_from and not found:
+            report = warmstart.start_from(backbone, weights.read(weights.locate(train.init_from)), allow_partial)
+            for line in report.lines():
+                self._note(line)
+        backbone.gradient_checkpointing = train.gradient_checkpointing
+        self.averages = Averages(backbone.to(self.device), config.ema)
+        if train.compile:
+            backbone.compile()  # in place: parameter names stay as they are
+        self.model, self.optimizer = self.accelerator.prepare(
+            backbone, optim.build(config.optim, backbone.parameters())
+        )
+        self.images_seen, self.seconds, self.skipped = 0, 0.0, 0
+        if found:
+            self._restore(found)
+        self.cost = cost.measure(config)
+        self.meter = Meter(self.cost, self.device)
+        self.run.start(config, command, self.images_seen)
+        if train.trackers:
+            self.accelerator.init_trackers("msmdiff", configuration.flatten(_plain(config)))
+
+    # ------------------------------------------------------------------ the loop
+
+    def fit(self) -> Summary:
+        train = self.config.train
+        total = train.steps * train.batch_size
+        self._introduce(total)
+        stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
+        saved_at = previewed_at = self.images_seen if self.images_seen else -1
+        with _Signals() as signals:
+            while True:
+                step = self.images_seen // train.batch_size
+                out_of_time = train.max_seconds is not None and self.seconds >= train.max_seconds
+                done = self.images_seen >= total or out_of_time or self._agree(signals.received is not None)
+                if self.images_seen and (done or step % train.log_every == 0):
+                    self._log(total)
+                if (
+                    train.preview_every
+                    and previewed_at != self.images_seen
+                    and (done or step % train.preview_every == 0)
+                ):
+                    self._preview()
+                    previewed_at = self.images_seen
+                if self.images_seen and saved_at != self.images_seen and (done or step % train.checkpoint_every == 0):
+                    self._save()
+                    saved_at = self.images_seen
+                if done:
+                    break
+                self._step(stream_of_batches)
+        return Summary(self.run.path, self.images_seen, step, self.seconds, signals.received)
+
+    def _step(self, stream_of_batches: Any) -> None:
+        """One optimiser step over the next batch_size images."""
+        train, started, waited = self.config.train, time.perf_counter(), 0.0
+        rate = optim.learning_rate(self.config.optim, self.images_seen, train.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # Nothing draws from the global generators; this keeps it so even for a layer that one day would.
+        torch.manual_seed(key(train.seed, "global", self.accelerator.process_index, self.images_seen))
+        accumulate = train.batch_size // (self.micro * self.accelerator.num_processes)
+        terms: dict[str, Tensor] = {}
+        for i in range(accumulate):
+            asked = time.perf_counter()
+            batch: Batch = next(stream_of_batches)
+            waited += time.perf_counter() - asked
+            if i < accumulate - 1:
+                with self.accelerator.no_sync(self.model):
+                    part = self._accumulate(batch, accumulate)
+            else:
+                part = self._accumulate(batch, accumulate)
+            terms = {name: terms.get(name, 0.0) + value for name, value in part.items()}
+        grad_norm = self._checked_norm(terms)
+        if grad_norm is not None:
+            self.optimizer.step()
+            self.averages.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.images_seen += train.batch_size
+        spent = time.perf_counter() - started
+        self.seconds += spent
+        self.meter.add(terms, grad_norm or 0.0, train.batch_size, spent, waited)
+
+    def _accumulate(self, batch: Batch, accumulate: int) -> dict[str, Tensor]:
+        """Backward through one micro-batch; returns its share of the step's loss terms, detached."""
+
+        def draw(purpose: str) -> torch.Generator:
+            return stream(self.device, self.config.train.seed, purpose, batch.position)
+
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = batch.labels.to(self.device, non_blocking=True) if batch.labels is not None else None
+        if self.config.data.hflip:
+            flipped = torch.rand(len(images), generator=draw("flip"), device=self.device) < self.config.data.hflip
+            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
+        x0 = self.parts.codec.encode(images, draw("codec"))
+        terms = self.parts.objective(self.model, x0, labels, draw)
+        self.accelerator.backward(terms["loss"] / accumulate)
+        return {name: value.detach() / accumulate for name, value in terms.items()}
+
+    def _checked_norm(self, terms: dict[str, Tensor]) -> float | None:
+        """Clip the gradients and return their norm; None where this step must not be taken."""
+        limit = self.config.optim.clip_grad_norm
+        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit or math.inf))
+        if math.isfinite(norm):
+            return norm
+        loss_is_finite = all(bool(torch.isfinite(value)) for value in terms.values())
+        if self.accelerator.scaler is not None and loss_is_finite and self.accelerator.scaler.get_scale() > 1:
+            return norm  # fp16: the loss scale was too large; the scaler leaves this step out and halves it
+        self.skipped += 1
+        if self.config.train.on_nonfinite == "skip":
+            self._note(f"image {self.images_seen:,}: gradient norm {norm}, step skipped ({self.skipped} so far)")
+            return None
+        shown = ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
+        good = checkpoint.newest(self.run.path)
+        raise MsmdiffError(
+            f"stopped before the update at image {self.images_seen:,}: {shown}, gradient norm {norm}; "
+            f"the last good checkpoint is {good or 'none yet'}. A lower optim.lr or train.precision fp32 may help; "
+            "train.on_nonfinite=skip goes on and counts"
+        )
+
+    # ------------------------------------------------------------------ what happens between steps
+
+    def _log(self, total: int) -> None:
+        metrics = self.meter.read()
+        if not metrics:
+            return
+        line = {
+            "images": self.images_seen,
+            "step": self.images_seen // self.config.train.batch_size,
+            **metrics,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "mask_ratio": self.parts.mask.effective_ratio,
+            "skipped_steps": self.skipped,
+            "seconds": self.seconds,
+        }
+        self.run.log(line)
+        if self.config.train.trackers:
+            self.accelerator.log(line, step=self.images_seen)
+        if self.main:
+            self.reporter.progress(self.images_seen, total, line)
+
+    def _preview(self) -> None:
+        if self.main:
+            network = next(iter(self.averages.networks.values()), self.accelerator.unwrap_model(self.model))
+            training = network.training
+            network.eval()
+            stem = self.run.path / "previews" / f"img-{self.images_seen:09d}"
+            picture = previews.samples(network, self.parts, self.config, self.device)
+            picture.save(stem.with_name(f"{stem.name}-samples.png"))
+            if self.parts.mask.kept < self.parts.mask.tokens:
+                images = next(self.dataset.sample(8, "preview"))
+                picture = previews.masked_view(network, self.parts, images, self.config.train.seed, self.device)
+                picture.save(stem.with_name(f"{stem.name}-masked.png"))
+            network.train(training)
+        self.accelerator.wait_for_everyone()
+
+    def _save(self) -> None:
+        if self.main:
+            module = self.accelerator.unwrap_model(self.model)
+            scaler = self.accelerator.scaler
+            state = {
+                "images_seen": self.images_seen,
+                "seconds": self.seconds,
+                "skipped": self.skipped,
+                "optimizer": self.optimizer.state_dict(),
+                "averages": self.averages.counters(),
+                "scaler": scaler.state_dict() if scaler is not None else None,
+            }
+            networks = {"model": module.state_dict()}
+            networks |= {f"ema-{decay}": net.state_dict() for decay, net in self.averages.networks.items()}
+            keep = self.config.train.keep_checkpoints
+            checkpoint.save(self.run.path, self.images_seen, state, networks, self.config, keep)
+        self.accelerator.wait_for_everyone()
+
+    def _restore(self, path: Path) -> None:
+        state, networks = checkpoint.load(path)
+        self.accelerator.unwrap_model(self.model).load_state_dict(networks["model"])
+        averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
+        self.averages.load(state["averages"], averaged)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        self.images_seen, self.seconds, self.skipped = state["images_seen"], state["seconds"], state["skipped"]
+        self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
+
+    def _with_statistics(self, config: Config) -> Config:
+        """Measure what the codec needs to know of the data, once; a resumed run keeps what it measured."""
+        codec = road.build(config).codec
+        if not isinstance(codec, DwtCodec) or (config.codec.mean and config.codec.std):
+            return config
+        stored = self.run.stored_config()
+        if stored is not None and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec:
+            config.codec = stored.codec
+        else:
+            config.codec.mean, config.codec.std = codec.measure(self.dataset.sample(2048))
+            shown = ", ".join(f"{v:.3g}" for v in config.codec.std)
+            self._note(f"measured the deviation of {codec.bands} sub-bands: {shown}")
+        return config
+
+    def _introduce(self, total: int) -> None:
+        mask, cost_ = self.parts.mask, self.cost
+        self._note(
+            f"{self.run.path}: {cost_.parameters / 1e6:.2f} M parameters, {len(self.dataset.source):,} images, "
+            f"batch {self.config.train.batch_size}, {self.config.train.precision} on {self.device.type} x "
+            f"{self.accelerator.num_processes}, {total:,} images to see"
+        )
+        if mask.kept < mask.tokens:
+            self._note(
+                f"the network sees {mask.kept} of {mask.tokens} tokens ({mask.effective_ratio:.1%} hidden), "
+                f"{cost_.masked_flops / cost_.forward_flops:.1%} of the full pass"
+            )
+
+    def _chunks(self) -> Chunks:
+        accelerator, batch_size = self.accelerator, self.config.train.batch_size
+        return Chunks(self.images_seen, batch_size, self.micro, accelerator.process_index, accelerator.num_processes)
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process wants to stop; all must leave the loop at the same step."""
+        if self.accelerator.num_processes == 1:
+            return stop
+        flag = torch.tensor([float(stop)], device=self.device)
+        return bool(self.accelerator.reduce(flag, "sum").item())
+
+    def _note(self, text: str) -> None:
+        if self.main:
+            self.reporter.note(text)
+
+    def close(self) -> None:
+        """Finish the trackers and let another process into the run's directory."""
+        if self.accelerator.trackers:
+            self.accelerator.end_training()
+        self.run.close()
+
+
+class _Signals:
+    """While active, SIGINT and SIGTERM only leave a note, so that a step ends before the run is saved."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+
+    def __enter__(self) -> "_Signals":
+        try:
+            self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
+        except ValueError:  # not in the main thread, where Python allows no handlers
+            self._old = {}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._old.items():
+            signal.signal(number, handler)
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt  # asked twice: do not wait for the step
+        self.received = number
+
+
+def choose_precision(config: Config, device: str) -> Any:
+    """`auto` -> bf16 where it is faster: CUDA with bf16, or a CPU with bf16 instructions from AUTOCAST_WIDTH on."""
+    wanted = config.train.precision
+    if wanted == "fp16" and device == "cpu":
+        raise UsageError("train.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
+    if wanted != "auto":
+        return wanted
+    if device == "cuda":
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
+    wide = config.model.model_dump()["hidden_size"] >= AUTOCAST_WIDTH
+    can = torch.cpu.get_capabilities()
+    return "bf16" if wide and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
+
+
+def _accelerator(config: Config, run_path: Path) -> Accelerator:
+    """One process of however many the launcher started. Raises UsageError for a launch that would not work together."""
+    # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
+    AcceleratorState._reset_state()
+    cuda = torch.cuda.is_available()
+    machine.prepare(config.train.threads)
+    for tracker in config.train.trackers:
+        if importlib.util.find_spec(tracker) is None:
+            raise UsageError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
+    accelerator = Accelerator(
+        cpu=not cuda,
+        mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
+        log_with=list(config.train.trackers) or None,
+        project_dir=str(run_path),
+        step_scheduler_with_optimizer=False,
+    )
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched > 1 and accelerator.num_processes == 1:
+        raise UsageError(
+            f"{launched} processes were started but would each train alone: start them with "
+            f"`torchrun --nproc_per_node {launched} -m msmdiff ...`"
+        )
+    return accelerator
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    """Trackers take numbers and text only, in one flat table."""
+    flat = configuration.flatten(config.as_dict())
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()}

@@ -1,0 +1,93 @@
+"""Starting from other weights: what fits is loaded, positions are resized, and everything else is named."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msmdiff.core import build as road
+from msmdiff.core.errors import UsageError
+from msmdiff.core.weights import Stored
+
+
+@dataclass
+class Report:
+    """Names of parameters, by what became of them; `share` is the loaded part of the network's numbers."""
+
+    loaded: list[str] = field(default_factory=list)
+    resized: list[str] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    share: float = 0.0
+
+    def lines(self) -> list[str]:
+        """For people: a count each, with names where they matter."""
+        lines = [f"loaded {len(self.loaded)} tensors ({self.share:.0%} of the parameters)"]
+        for name in ("resized", "missing", "unexpected"):
+            if names := getattr(self, name):
+                lines.append(f"{name} {len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
+        return lines
+
+
+def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Report:
+    """Load `stored` into a fresh `backbone`, in place.
+
+    Position embeddings go to another grid by bicubic interpolation, special tokens unchanged; a label table keeps
+    the rows of the classes both have, and its null class; tensors of another shape stay as initialised ("missing").
+    Raises UsageError when less than half of the network's numbers are loaded, unless `allow_partial`.
+    """
+    with torch.device("meta"):
+        origin = road.build(stored.config).backbone
+    own, report = backbone.state_dict(), Report()
+    report.unexpected = [name for name in stored.tensors if name not in own]
+    loaded = 0
+    for name, target in own.items():
+        source = stored.tensors.get(name)
+        fitted = None
+        if source is not None and source.shape == target.shape and not _moved(name, origin, backbone):
+            fitted = source
+            report.loaded.append(name)
+        elif source is not None and name.endswith("pos_embed") and source.shape[-1] == target.shape[-1]:
+            fitted = _resize_positions(source, target, origin, backbone)
+            report.resized.append(name)
+        elif name == "label_emb.weight" and source is not None and source.shape[1] == target.shape[1]:
+            fitted = target.clone()
+            shared = min(len(source), len(target)) - 1
+            fitted[:shared], fitted[-1] = source[:shared], source[-1]
+            report.resized.append(name)
+        else:
+            report.missing.append(name)
+        if fitted is not None:
+            target.copy_(fitted)
+            loaded += target.numel()
+    report.share = loaded / sum(v.numel() for v in own.values())
+    if report.share < 0.5 and not allow_partial:
+        details = "; ".join(report.lines()[1:])
+        raise UsageError(
+            f"only {report.share:.0%} of the network's parameters are in {stored.path} ({details}): is it another "
+            "architecture? --allow-partial starts from it all the same"
+        )
+    return report
+
+
+def _moved(name: str, origin: Any, backbone: Any) -> bool:
+    """Same shape, other meaning: the grid or the special tokens changed and the number of rows happens to agree."""
+    same = origin.grid == backbone.grid and origin.special_tokens == backbone.special_tokens
+    return name.endswith("pos_embed") and not same
+
+
+def _resize_positions(source: Tensor, target: Tensor, origin: Any, backbone: Any) -> Tensor:
+    """[1, S + L, D] -> [1, S' + L', D]; a special token that is new keeps its fresh row."""
+    fitted = target.clone()
+    for row, token in enumerate(backbone.special_tokens):
+        if token in origin.special_tokens:
+            fitted[:, row] = source[:, origin.special_tokens.index(token)]
+    patches = source[:, len(origin.special_tokens) :]
+    if origin.grid != backbone.grid:
+        image = patches.transpose(1, 2).unflatten(2, origin.grid)  # [1, D, rows, columns]
+        image = F.interpolate(image, size=backbone.grid, mode="bicubic", align_corners=False, antialias=True)
+        patches = image.flatten(2).transpose(1, 2)
+    fitted[:, len(backbone.special_tokens) :] = patches
+    return fitted

@@ -1,0 +1,215 @@
+"""The command line as a user runs it: real processes, real files."""
+
+import json
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+COMMANDS = [
+    [],
+    ["pretrain"],
+    ["finetune"],
+    ["train"],
+    ["sample"],
+    ["fid"],
+    ["weights"],
+    ["weights", "show"],
+    ["quickstart"],
+]
+TINY = ["--batch-size", "8", "--set", "model.hidden_size=16", "--set", "model.num_heads=2", "--set", "model.depth=3"]
+TINY += ["--set", "train.preview_every=0"]
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
+def test_help_has_examples_and_imports_nothing_heavy(cli, command):
+    shown = cli(*command, "--help", PYTHONPROFILEIMPORTTIME="1")
+    assert "Usage: " in shown.stdout
+    if command and command != ["weights"]:
+        assert "Examples: " in shown.stdout
+    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines() if line.startswith("import time")}
+    assert "typer" in imported
+    assert not imported & {"torch", "numpy", "accelerate", "PIL", "sklearn"}
+
+
+def test_the_whole_road(cli, tmp_path):
+    """pretrain -> finetune -> sample -> fid, by the bare forms."""
+    cli("pretrain", "--mask", "0.9", "--steps", "6", "--run", "primer", *TINY)
+    primer = tmp_path / "runs" / "primer"
+    assert "ratio: 0.9" in (primer / "config.yaml").read_text()
+
+    done = cli("finetune", "--ckpt", "primer", "--conditional", "--steps", "5", "--run", "tuned", "--json")
+    assert "loaded" in done.stderr
+    assert "missing 1: label_emb.weight" in done.stderr
+    summary = json.loads(done.stdout)
+    assert summary["images_seen"] == 40
+    assert summary["config"]["mask"]["ratio"] == 0
+    assert summary["config"]["objective"]["name"] == "dsm"
+    assert summary["config"]["model"]["num_classes"] == 10
+    assert summary["config"]["model"]["hidden_size"] == 16
+
+    cli("sample", "--n", "12", "--steps", "3")  # the newest run
+    cli("sample", "primer", "--seeds", "5-14", "--steps", "3", "--batch-size", "4")
+    assert len(list((tmp_path / "samples" / "tuned").glob("*.png"))) == 12
+    assert sorted(p.name for p in (tmp_path / "samples" / "primer").glob("*.png"))[0] == "000005.png"
+    assert (tmp_path / "samples" / "tuned.grid.png").is_file()
+
+    done = cli("fid", "samples/tuned", "samples/primer", "--features", "pixel", "--json", "score.json")
+    assert "pixel Fréchet distance:" in done.stdout
+    assert "FID" not in done.stdout
+    score = json.loads((tmp_path / "score.json").read_text())
+    assert (score["count_a"], score["count_b"], score["features"]) == (12, 10, "pixel-8x8")
+    assert score["value"] > 0
+
+    shown = cli("weights", "show", "tuned").stdout
+    for part in ("uvit", "40 images (ema-0.995), dsm", "predicts x0", "digits"):
+        assert part in shown
+
+
+def test_the_same_command_resumes_and_more_steps_go_on(cli, tmp_path):
+    command = ["train", "--steps", "4", *TINY]
+    cli(*command)
+    (run,) = (tmp_path / "runs").iterdir()
+    assert run.name.startswith("train-digits-tiny-")
+    first = (run / "weights.safetensors").read_bytes()
+    done = cli(*command)
+    assert "resuming" in done.stdout
+    assert (run / "weights.safetensors").read_bytes() == first
+    cli("train", "--steps", "6", *TINY)
+    assert len(list((tmp_path / "runs").iterdir())) == 1
+    assert (run / "weights.safetensors").read_bytes() != first
+
+
+def test_fid_inputs_agree(cli, tmp_path, photos):
+    """A folder, its zip, its .npz and its statistics are the same set."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for path in photos.rglob("*.png"):
+            archive.write(path, path.relative_to(photos))
+    pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(photos.rglob("*.png"))])
+    np.savez(tmp_path / "photos.npz", pixels)
+    pixel = ["--features", "pixel"]
+    cli("fid", "photos", *pixel, "--save-stats", "stats.npz")
+    for other in ("photos", "photos.zip", "photos.npz", "stats.npz"):
+        score = json.loads(cli("fid", "photos", other, *pixel, "--json", "-").stdout)
+        assert score["value"] < 1e-3, other
+        assert score["count_b"] == 12
+    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=1)
+    assert "x.pth does not exist" in done.stderr
+
+
+def test_npz_is_adms_and_a_seed_is_an_image(cli, tmp_path):
+    cli("train", "--steps", "2", "--run", "r", *TINY)
+    cli(
+        "sample",
+        "r",
+        "--seeds",
+        "0-9",
+        "--classes",
+        "3,5",
+        "--steps",
+        "4",
+        "--npz",
+        "a.npz",
+        "--no-grid",
+        "--batch-size",
+        "3",
+    )
+    cli("sample", "r", "--seeds", "7", "--classes", "3,5", "--steps", "4", "--out", "one")
+    content = np.load(tmp_path / "a.npz")
+    assert content["arr_0"].shape == (10, 16, 16, 3)
+    assert content["arr_0"].dtype == np.uint8
+    assert content["arr_1"].tolist() == [3, 5] * 5
+    alone = np.asarray(Image.open(tmp_path / "one" / "000007.png")).astype(int)
+    assert np.abs(alone - content["arr_0"][7]).max() <= 1
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "r" / "000007.png")), content["arr_0"][7])
+    done = cli("sample", "r", "--steps", "5", code=2)
+    assert "samples/r holds images sampled with other settings (sample, classes)" in done.stderr
+
+
+def test_dry_run_shows_the_plan_and_trains_nothing(cli, tmp_path):
+    shown = cli("pretrain", "--model", "MaskDM-S/4", "--image-size", "64", "--mask", "0.9", "--dry-run").stdout
+    assert "# parameters      44,292,144" in shown
+    assert "26 of 256 seen, 89.84% hidden" in shown
+    assert "GFLOP with the mask" in shown
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bench_names_what_scripts_rely_on(cli):
+    command = ["bench", "--batch-size", "4", "--steps", "2", "--mask", "0.5", "--mask", "0.9", "--json"]
+    report = json.loads(cli(*command).stdout)
+    assert [row["kept"] for row in report["results"]] == [64, 32, 6]
+    for row in report["results"]:
+        assert row["images_per_s"] == pytest.approx(4000 / row["ms_per_step"])
+        assert row["flops_per_s"] > 0
+        assert 0 < row["peak_fraction"] < 1
+        assert row["peak_memory_bytes"] > 2**20
+    assert "6 of 64" in cli("bench", "--batch-size", "4", "--steps", "1").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["pretrain", "--mask", "1.5"], 2, "mask.ratio = 1.5: input should be less than 1"),
+        (["pretrain", "--model", "tiy"], 2, "'tiy' is not a known size; did you mean 'tiny'"),
+        (["pretrain", "--set", "train.stepz=3"], 2, "'train.stepz'; did you mean 'steps'"),
+        (["pretrain", "--config", "digit-pretrain"], 2, "did you mean 'digits-pretrain'"),
+        (["pretrain", "--data", "nowhere"], 2, "data source 'nowhere' does not exist"),
+        (["pretrain", "--image-size", "17"], 2, "the nearest valid values are 16 and 18"),
+        (["pretrain", "--steps", "3", "--images", "9"], 2, "give one"),
+        (["pretrain", "--mask-kind", "hole"], 2, "hole"),
+        (["pretrain", "--bogus"], 2, "--bogus"),
+        (["finetune"], 2, "--ckpt"),
+        (["finetune", "--ckpt", "nothing"], 2, "'nothing' is neither a weights file nor a run"),
+        (["sample"], 2, "no run with weights under runs/"),
+        (["sample", "--n", "3", "--seeds", "0-2"], 2, "give one"),
+        (["sample", "--seeds", "9-1"], 2, "--seeds 9-1"),
+        (["fid", "photos"], 2, "fid compares two sets"),
+        (["fid", "photos", "nowhere"], 2, "'nowhere' does not exist"),
+        (["fid", "photos/cat/1.png", "photos"], 2, "a file of no known kind"),
+        (["weights", "show", "broken.safetensors"], 1, "broken.safetensors is not a whole safetensors file"),
+    ],
+)
+def test_mistakes_get_one_sentence(cli, tmp_path, photos, arguments, code, message):
+    (tmp_path / "broken.safetensors").write_bytes(b"\0" * 100)
+    if arguments[0] == "fid":
+        arguments = [*arguments, "--features", "pixel"]
+    done = cli(*arguments, code=code)
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    if "Usage:" not in done.stderr:
+        assert done.stderr.count("\n") == 1
+
+
+def test_a_conditional_model_needs_labels(cli, tmp_path):
+    (tmp_path / "flat").mkdir()
+    for i in range(4):
+        Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
+    done = cli("train", "--data", "flat", "--set", "model.num_classes=3", code=2)
+    assert "flat has no labels: put images into one sub-folder per class" in done.stderr
+    cli("train", "--data", "flat", "--steps", "2", *TINY)
+
+
+def test_training_on_photos_in_wavelet_space(cli, tmp_path, photos):
+    done = cli("pretrain", "--data", "photos", "--codec", "dwt", "--image-size", "32", "--mask-kind", "block",
+               "--mask-block", "2", "--mask", "0.7", "--steps", "2", "--run", "w", *TINY)  # fmt: skip
+    assert "sub-bands" in done.stdout
+    config = (tmp_path / "runs" / "w" / "config.yaml").read_text()
+    assert "std:\n  - " in config
+    cli("finetune", "--ckpt", "w", "--set", "codec.level=2", "--steps", "2", "--run", "w2", "--allow-partial")
+    cli("sample", "w2", "--n", "2", "--steps", "2")
+    assert Image.open(tmp_path / "samples" / "w2" / "000001.png").size == (32, 32)
+
+
+def test_quickstart_tells_the_whole_story(cli, tmp_path):
+    done = cli("quickstart", "--minutes", "0.5", "--out", "demo")
+    for part in ("masked primer", "fine-tuned", "from scratch", "real training digits", "pixel Fréchet distance"):
+        assert part in done.stdout
+    for name in ("samples", "scratch", "masked", "curves"):
+        assert Image.open(tmp_path / "demo" / f"{name}.png").width > 200
+    story = json.loads((tmp_path / "demo" / "quickstart.json").read_text())
+    assert story["real_train_to_held_out"] == pytest.approx(1.21, abs=0.01)
+    arms = {name: stage for name, stage in story["seeds"][0].items() if stage["distance"] is not None}
+    assert set(arms) == {"fine-tuned", "from scratch"}
+    assert all(stage["distance"] > story["real_train_to_held_out"] for stage in arms.values())
+    done = cli("quickstart", "--out", "demo", code=2)
+    assert "holds a finished quickstart" in done.stderr

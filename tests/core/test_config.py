@@ -1,0 +1,123 @@
+import re
+from pathlib import Path
+
+import pytest
+
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
+from msmdiff.core.errors import UsageError
+
+
+def test_precedence_defaults_preset_flags_sets():
+    config = configuration.build(
+        {"train": {"steps": 1, "seed": 1, "batch_size": 1}},
+        {"train": {"steps": 2, "seed": 2}},
+        configuration.nest({"train.steps": 3, "train.seed": None}),
+        configuration.parse_sets(["train.steps=4"]),
+    )
+    assert (config.train.steps, config.train.seed, config.train.batch_size) == (4, 2, 1)
+
+
+def test_yaml_1_2_scalars():
+    values = configuration.parse_yaml("{a: no, b: 1e-4, c: 3, d: true, e: null, f: 1e3, g: .5, h: -2.5e+1}", "here")
+    assert values == {"a": "no", "b": 1e-4, "c": 3, "d": True, "e": None, "f": 1000.0, "g": 0.5, "h": -25.0}
+    assert configuration.build({"train": {"steps": 1e3}}).train.steps == 1000
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"mask": {"ration": 0.5}}, r"'mask\.ration'; did you mean 'ratio'"),
+        ({"trian": {}}, r"'trian'; did you mean 'train'"),
+        ({"train": {"steps": 0, "seed": -1}}, r"train\.steps = 0.*; train\.seed = -1"),
+        ({"train": {"compile": "yes"}}, r"train\.compile = 'yes'.*boolean"),
+        ({"train": {"steps": 1.5}}, r"train\.steps = 1\.5"),
+        ({"mask": 3}, "mask must be a mapping"),
+    ],
+)
+def test_bad_values_are_named_together(layer, message):
+    with pytest.raises(UsageError, match=message):
+        configuration.build(layer)
+
+
+@pytest.mark.parametrize("item", ["steps=3", "train.steps", "train.steps=[1"])
+def test_malformed_set(item):
+    with pytest.raises(UsageError, match=re.escape(item)):
+        configuration.parse_sets([item])
+
+
+def test_resolve_reports_every_problem():
+    config = configuration.build(
+        {
+            "model": {"name": "tinny"},
+            "optim": {"betas": [0.9]},
+            "mask": {"ratio": 0.5},
+            "train": {"batch_size": 10, "micro_batch_size": 4},
+        }
+    )
+    with pytest.raises(UsageError) as caught:
+        road.resolve(config)
+    for part in (
+        "did you mean 'tiny'",
+        "optim.betas",
+        "micro_batch_size 4; the nearest valid values are 8 and 12",
+        "'msm'",
+    ):
+        assert part in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("layers", "message"),
+    [
+        ({"data": {"image_size": 18}, "codec": {"name": "dwt"}}, "18 does not divide by 4 .* are 16 and 20"),
+        ({"data": {"image_size": 15}}, "15 does not divide by 2 = model.patch_size; .* are 14 and 16"),
+        (
+            {"codec": {"name": "dwt", "wavelet": "harr"}},
+            "'harr' is not a discrete PyWavelets filter; did you mean 'haar'",
+        ),
+        ({"codec": {"name": "dwt", "wavelet": "dmey"}}, "'dmey' does not invert exactly"),
+        (
+            {"objective": {"name": "msm"}, "mask": {"ratio": 0.5, "kind": "block", "block": 3}},
+            r"mask.block 3 does not divide the 8x8 token grid; use one of \[1, 2, 4, 8\]",
+        ),
+        ({"model": {"name": "tiny", "num_heads": 5}}, "hidden_size 64 does not divide by model.num_heads 5"),
+        ({"model": {"name": "tiny", "depht": 5}}, "'model.depht' .* did you mean 'depth'"),
+        ({"model": {"name": None, "family": "uvit", "depth": 2}}, "model.patch_size: field required"),
+    ],
+)
+def test_cross_checks(layers, message):
+    with pytest.raises(UsageError, match=message):
+        road.resolve(configuration.build(layers))
+
+
+def test_another_size_drops_the_old_dimensions():
+    first = road.resolve(configuration.build({"model": {"name": "MaskDM-B/4", "num_classes": 7}}))
+    second = road.resolve(configuration.build(first.as_dict(), {"model": {"name": "tiny"}}))
+    assert second.model.model_dump()["hidden_size"] == 64
+    assert second.model.num_classes == 7
+
+
+def test_difference_ignores_what_may_change():
+    a = configuration.build({})
+    b = configuration.build({"train": {"steps": 7, "log_every": 3, "seed": 5}, "sample": {"steps": 9}})
+    assert configuration.difference(a, b) == {"train.seed": (0, 5)}
+
+
+@pytest.mark.parametrize("name", configuration.presets())
+def test_every_preset_is_valid_and_complete(name):
+    content = configuration.read(name)
+    config = road.resolve(configuration.build(content), data_classes=10)
+    assert configuration.build(configuration.parse_yaml(config.to_yaml(), name)) == config
+    assert {"data", "model", "process", "mask", "objective", "optim", "ema", "train"} <= set(content)
+    text = (configuration.preset_folder() / f"{name}.yaml").read_text()
+    assert text.startswith("#"), "a preset says what it is"
+
+
+def test_unknown_preset_lists_those_there_are():
+    with pytest.raises(UsageError, match="digits-pretrain"):
+        configuration.read("digits-pretrian")
+
+
+def test_configs_lie_beside_the_package():
+    assert (configuration.preset_folder() / "digits-pretrain.yaml").is_file()
+    assert Path(configuration.preset_folder()).name == "configs"

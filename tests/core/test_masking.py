@@ -1,0 +1,95 @@
+import json
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msmdiff.core.config import MaskConfig
+from msmdiff.core.diffusion.masking import Mask, build
+from msmdiff.core.errors import UsageError
+from msmdiff.core.seeding import stream
+
+
+def draw(mask, batch=16, position=0):
+    return mask.draw(batch, stream("cpu", 0, "mask", position))
+
+
+def test_counts_equal_the_published_ones(golden):
+    table = json.loads((golden / "masks" / "case.json").read_text())["table"]
+    checked = 0
+    for values in table["rows"]:
+        row = dict(zip(table["columns"], values, strict=True))
+        side = row["grid_side"]
+        mask = Mask(
+            (side, side), row["ratio"] or 0.0, row["type"], row["block_size"] or 1, row["crop_size"], rounding="floor"
+        )
+        assert mask.tokens - mask.kept == row["masked_tokens"], row
+        assert mask.effective_ratio == pytest.approx(row["masked_fraction"]), row
+        keep = draw(mask, 3)
+        assert (side**2 if keep is None else keep.shape[1]) == mask.kept, row
+        checked += 1
+    assert checked == len(table["rows"]) > 0
+
+
+@given(
+    side=st.sampled_from([4, 6, 8, 16]),
+    ratio=st.floats(0, 0.999),
+    kind=st.sampled_from(["patch", "block", "crop"]),
+    rounding=st.sampled_from(["nearest", "floor"]),
+)
+def test_ids_are_valid_distinct_and_ascending(side, ratio, kind, rounding):
+    mask = Mask((side, side), ratio, kind, block=2, rounding=rounding)
+    keep = draw(mask)
+    if keep is None:
+        assert mask.kept == side**2
+        return
+    assert keep.shape == (16, mask.kept)
+    assert keep.min() >= 0
+    assert keep.max() < side**2
+    assert (keep.diff(dim=1) > 0).all()
+
+
+def test_default_rounding_is_to_the_nearest_and_keeps_one():
+    assert Mask((8, 8), 0.9).kept == 6
+    assert Mask((8, 8), 0.999).kept == 1
+    assert draw(Mask((8, 8), 0.0)) is None
+    assert build(MaskConfig(kind="block"), (7, 7)).kept == 49
+
+
+def test_blocks_are_whole_and_aligned():
+    keep = draw(Mask((16, 16), 0.75, "block", block=4))
+    for row in keep:
+        blocks = {(int(i) // 16 // 4, int(i) % 16 // 4) for i in row}
+        assert len(blocks) * 16 == len(row)
+
+
+def test_crop_is_one_window_at_varying_places():
+    mask = Mask((16, 12), 0.9, "crop", crop=5)
+    keep = draw(mask, 200)
+    rows, columns = keep // 12, keep % 12
+    assert ((rows.amax(1) - rows.amin(1)) == 4).all()
+    assert ((columns.amax(1) - columns.amin(1)) == 4).all()
+    assert set(rows.amin(1).tolist()) == set(range(12))
+    assert set(columns.amin(1).tolist()) == set(range(8))
+
+
+def test_every_token_is_kept_equally_often_and_streams_repeat():
+    mask = Mask((8, 8), 0.75)
+    keep = torch.cat([draw(mask, 100, i) for i in range(100)])
+    counts = torch.bincount(keep.flatten(), minlength=64)
+    assert (counts - 2500).abs().max() < 250
+    assert torch.equal(draw(mask, 8, 3), draw(mask, 8, 3))
+    assert not torch.equal(draw(mask, 8, 3), draw(mask, 8, 4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(ratio=0.5, kind="block", block=5), r"mask.block 5 does not divide .*\[1, 2, 4, 8\]"),
+        (dict(ratio=0.5, kind="crop", crop=9), "mask.crop 9 is larger than the 8x8"),
+    ],
+)
+def test_impossible_masks_are_refused(arguments, message):
+    with pytest.raises(UsageError, match=message):
+        Mask((8, 8), **arguments)

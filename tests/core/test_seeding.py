@@ -1,0 +1,57 @@
+import numpy as np
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from msmdiff.core.data.order import Chunks, image_at
+from msmdiff.core.seeding import SeedNoise, key, stream
+
+
+def test_streams_depend_on_every_key():
+    keys = {key(s, p, i, j) for s in (0, 1) for p in ("noise", "mask") for i in (0, 12) for j in (1, 2)}
+    assert len(keys) == 16
+    draws = [torch.rand(4, generator=stream("cpu", 3, "noise", 128)) for _ in range(2)]
+    assert torch.equal(*draws)
+
+
+def test_a_seed_is_an_image_whatever_the_batch():
+    alone = SeedNoise([7], (3, 8, 8), "cpu")
+    together = SeedNoise([3, 7, 50_000], (3, 8, 8), "cpu")
+    for _ in range(3):
+        assert torch.equal(alone()[0], together()[1])
+    first = SeedNoise(range(1000), (1, 4, 4), "cpu")()
+    assert len(first.flatten(1).unique(dim=0)) == 1000
+    assert abs(first.mean()) < 0.03
+    assert abs(first.std() - 1) < 0.03
+
+
+@given(count=st.integers(1, 50), epoch=st.integers(0, 5), seed=st.integers(0, 9))
+def test_an_epoch_is_a_permutation(count, epoch, seed):
+    positions = range(epoch * count, (epoch + 1) * count)
+    assert sorted(image_at(seed, count, p) for p in positions) == list(range(count))
+
+
+@given(
+    world=st.sampled_from([1, 2, 4]),
+    micro=st.sampled_from([1, 2, 4]),
+    accumulate=st.integers(1, 3),
+    steps=st.integers(0, 3),
+)
+def test_processes_share_out_each_batch_and_resume_where_they_were(world, micro, accumulate, steps):
+    batch = world * micro * accumulate
+    start = steps * batch
+    dealt = []
+    for rank in range(world):
+        chunks = iter(Chunks(start, batch, micro, rank, world))
+        dealt += [next(chunks) for _ in range(accumulate)]
+    assert sorted(p for chunk in dealt for p in chunk) == list(range(start, start + batch))
+    fresh = iter(Chunks(0, batch, micro, 0, world))
+    skipped = [next(fresh) for _ in range(steps * accumulate)]
+    assert next(fresh) == next(iter(Chunks(start, batch, micro, 0, world)))
+    assert all(len(chunk) == micro for chunk in skipped)
+
+
+def test_order_differs_between_epochs_and_seeds():
+    orders = [tuple(image_at(s, 100, e * 100 + i) for i in range(100)) for s in (0, 1) for e in (0, 1)]
+    assert len(set(orders)) == 4
+    assert np.mean([a == b for a, b in zip(orders[0], orders[1], strict=True)]) < 0.1

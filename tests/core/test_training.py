@@ -1,0 +1,344 @@
+import json
+import os
+import signal
+import threading
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from msmdiff.core import config as configuration
+from msmdiff.core import weights
+from msmdiff.core.config import OptimConfig
+from msmdiff.core.diffusion import objectives
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.training import checkpoint, cost, optim
+from msmdiff.core.training.ema import Averages
+from msmdiff.core.training.run import Run
+from msmdiff.core.training.trainer import Trainer, train
+
+SMALL = {
+    "model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3},
+    "train": {"batch_size": 8, "steps": 8, "log_every": 1, "preview_every": 0, "checkpoint_every": 100},
+    "objective": {"name": "msm"},
+    "mask": {"ratio": 0.75},
+    "data": {"hflip": 0.5},
+}
+
+
+def small(*layers):
+    return configuration.build(SMALL, *layers)
+
+
+def final_state(run):
+    """Every number that a run ends with: weights, averages, optimiser."""
+    path = checkpoint.newest(run)
+    state, networks = checkpoint.load(path)
+    flat = {f"{stem}/{k}": v for stem, tensors in networks.items() for k, v in tensors.items()}
+    for i, values in state["optimizer"]["state"].items():
+        flat |= {f"optimizer/{i}/{k}": v for k, v in values.items() if torch.is_tensor(v)}
+    return state["images_seen"], flat
+
+
+def assert_same_bits(a, b):
+    (images_a, numbers_a), (images_b, numbers_b) = final_state(a), final_state(b)
+    assert images_a == images_b
+    assert numbers_a.keys() == numbers_b.keys()
+    assert all(torch.equal(numbers_a[k], numbers_b[k]) for k in numbers_a)
+    losses = [[line["loss"] for line in Run(r, writes=False).metrics()] for r in (a, b)]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.parametrize("codec", [{}, {"codec": {"name": "dwt"}}], ids=["pixel", "dwt"])
+@pytest.mark.parametrize("ema", [[0.999], [], [0.9, 0.99]], ids=["ema", "no-ema", "two-emas"])
+@pytest.mark.parametrize("optimiser", ["adamw", "adan"])
+def test_three_plus_five_steps_equal_eight(tmp_path, quiet, codec, ema, optimiser):
+    layers = codec, {"ema": {"decays": ema, "update_after_step": 2}, "optim": {"name": optimiser}}
+    train(small(*layers), tmp_path / "straight", quiet)
+    train(small(*layers, {"train": {"steps": 3}}), tmp_path / "resumed", quiet)
+    assert final_state(tmp_path / "resumed")[0] == 24
+    train(small(*layers), tmp_path / "resumed", quiet)
+    assert any("resuming" in note for note in quiet.notes)
+    assert_same_bits(tmp_path / "straight", tmp_path / "resumed")
+
+
+def test_a_run_killed_between_checkpoints_ends_with_the_same_bits(tmp_path, quiet, monkeypatch):
+    layers = ({"train": {"checkpoint_every": 2, "micro_batch_size": 4, "precision": "bf16"}},)
+    train(small(*layers), tmp_path / "straight", quiet)
+    step = Trainer._step
+
+    def killed(self, batches):
+        if self.images_seen == 5 * 8:
+            raise RuntimeError("killed")
+        step(self, batches)
+
+    monkeypatch.setattr(Trainer, "_step", killed)
+    with pytest.raises(RuntimeError, match="killed"):
+        train(small(*layers), tmp_path / "killed", quiet)
+    monkeypatch.setattr(Trainer, "_step", step)
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
+        file.write('{"images": 48, "lo')  # torn by the kill
+    newest = checkpoint.newest(tmp_path / "killed")
+    assert newest.name == "img-000000032"
+    train(small(*layers), tmp_path / "killed", quiet)
+    assert_same_bits(tmp_path / "straight", tmp_path / "killed")
+
+
+def test_micro_batches_add_up_to_the_batch(tmp_path, quiet):
+    """Two micro-batches draw their own noise, so compare against gradients averaged by hand over the same chunks."""
+    trainer = Trainer(small({"train": {"micro_batch_size": 4}}), tmp_path / "a", quiet, False, "")
+    from msmdiff.core.data.loader import batches
+
+    stream = batches(trainer.dataset, trainer._chunks(), pin_memory=False)
+    chunks = [next(stream), next(stream)]
+    expected = []
+    for batch in chunks:
+        trainer.model.zero_grad()
+        trainer._accumulate(batch, 1)
+        expected.append([p.grad.clone() for p in trainer.model.parameters()])
+    trainer.model.zero_grad()
+    for batch in chunks:
+        trainer._accumulate(batch, 2)
+    for p, a, b in zip(trainer.model.parameters(), *expected, strict=True):
+        torch.testing.assert_close(p.grad, (a + b) / 2, rtol=1e-5, atol=1e-7)
+    trainer.close()
+
+
+def test_a_changed_configuration_is_refused_with_its_differences(tmp_path, quiet):
+    train(small({"train": {"steps": 1}}), tmp_path, quiet)
+    with pytest.raises(UsageError, match=r"optim.weight_decay: 0.03 there, 0.5 now.*another --run"):
+        train(small({"optim": {"weight_decay": 0.5}}), tmp_path, quiet)
+    train(small({"train": {"steps": 2, "log_every": 5}}), tmp_path, quiet)
+    assert final_state(tmp_path)[0] == 16
+
+
+def test_one_process_a_run(tmp_path, quiet):
+    first = Run(tmp_path)
+    with pytest.raises(MsmdiffError, match="another process is training in"):
+        train(small(), tmp_path, quiet)
+    first.close()
+    train(small({"train": {"steps": 1}}), tmp_path, quiet)
+
+
+def test_a_non_finite_loss_stops_before_the_update(tmp_path, quiet, monkeypatch):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    before = final_state(tmp_path)
+    monkeypatch.setattr(
+        objectives.ScoreMatching, "loss", lambda self, model, x0, *_: model(x0, torch.zeros(8)).sum() * float("nan")
+    )
+    with pytest.raises(MsmdiffError, match=r"before the update at image 16: loss nan.*img-000000016"):
+        train(small(), tmp_path, quiet)
+    assert all(torch.equal(before[1][k], v) for k, v in final_state(tmp_path)[1].items())
+
+
+def test_skipping_is_opt_in_and_counted(tmp_path, quiet, monkeypatch):
+    original = objectives.ScoreMatching.loss
+    calls = []
+
+    def sometimes(self, *arguments):
+        calls.append(1)
+        return original(self, *arguments) * (float("inf") if len(calls) == 2 else 1.0)
+
+    monkeypatch.setattr(objectives.ScoreMatching, "loss", sometimes)
+    train(small({"train": {"on_nonfinite": "skip", "steps": 4}}), tmp_path, quiet)
+    assert [line["skipped_steps"] for line in Run(tmp_path, writes=False).metrics()] == [0, 1, 1, 1]
+    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "weights.safetensors").values())
+
+
+def test_sigterm_saves_and_the_rest_follows(tmp_path, quiet):
+    train(small(), tmp_path / "straight", quiet)
+    seen = []
+
+    class Impatient(type(quiet)):
+        def progress(self, images_seen, total, metrics):
+            seen.append(images_seen)
+            if images_seen == 24:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    summary = train(small(), tmp_path / "stopped", Impatient())
+    assert summary.interrupted == signal.SIGTERM
+    assert summary.images_seen in (24, 32)
+    assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL
+    train(small(), tmp_path / "stopped", quiet)
+    assert_same_bits(tmp_path / "straight", tmp_path / "stopped")
+
+
+def test_training_works_off_the_main_thread(tmp_path, quiet):
+    thread = threading.Thread(target=train, args=(small({"train": {"steps": 1}}), tmp_path, quiet))
+    thread.start()
+    thread.join()
+    assert final_state(tmp_path)[0] == 8
+
+
+def test_checkpoints_are_whole_or_passed_over(tmp_path, quiet):
+    train(small({"train": {"checkpoint_every": 2, "keep_checkpoints": 3}}), tmp_path, quiet)
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["img-000000032", "img-000000048", "img-000000064"]
+    (tmp_path / "checkpoints" / names[-1] / "state.pt").write_bytes(b"torn")
+    (tmp_path / "checkpoints" / names[-2] / "DONE").unlink()
+    assert checkpoint.newest(tmp_path).name == names[0]
+    train(small({"train": {"checkpoint_every": 2}}), tmp_path, quiet)
+    assert final_state(tmp_path)[0] == 64
+
+
+def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, quiet, monkeypatch):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    before = final_state(tmp_path)
+
+    def full(*_args, **_kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(
+        MsmdiffError, match=r"image 64 could not be written .*No space left.*earlier checkpoints are intact"
+    ):
+        train(small(), tmp_path, quiet)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["img-000000016"]
+    assert all(torch.equal(before[1][k], v) for k, v in final_state(tmp_path)[1].items())
+
+
+def test_weights_are_the_average_and_describe_themselves(tmp_path, quiet):
+    train(small({"ema": {"decays": [0.5, 0.9], "warmup": "constant"}}), tmp_path, quiet)
+    folder = checkpoint.newest(tmp_path)
+    assert (tmp_path / "weights.safetensors").read_bytes() == (folder / "ema-0.5.safetensors").read_bytes()
+    loaded = weights.load(weights.locate(tmp_path))
+    assert loaded.config == Run(tmp_path, writes=False).stored_config()
+    assert loaded.notes == {"images_seen": "64", "weights": "ema-0.5"}
+    assert weights.locate(tmp_path, ema=0.9) == folder / "ema-0.9.safetensors"
+    with pytest.raises(UsageError, match=r"no average with decay 0.99"):
+        weights.locate(tmp_path, ema=0.99)
+    assert not torch.equal(load_file(folder / "ema-0.9.safetensors")["norm.weight"], loaded.backbone.norm.weight)
+
+
+@pytest.mark.parametrize("warmup", ["constant", "power"])
+def test_averages_follow_their_definition(warmup):
+    from msmdiff.core.config import EmaConfig
+
+    net = torch.nn.Linear(1, 1, bias=False)
+    values = torch.linspace(0, 3, 40).square()
+    net.weight.data.fill_(values[0])
+    averages = Averages(net, EmaConfig(decays=[0.9], warmup=warmup, update_after_step=5))
+    expected = values[0].item()
+    for k, value in enumerate(values[1:]):
+        net.weight.data.fill_(value)
+        averages.update()
+        # ema-pytorch: copies first, then min(1 - (1 + e)^-power, decay)
+        ramp = 0.0 if k <= 5 else min(1 - (1 + k - 5) ** (-2 / 3), 0.9)
+        decay = 0.9 if warmup == "constant" else ramp
+        expected = decay * expected + (1 - decay) * value.item()
+        assert averages.networks["0.9"].weight.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_published_ema_trajectory(golden):
+    from msmdiff.core.config import EmaConfig
+
+    tensors = load_file(golden / "maskdm_math" / "io.safetensors")
+    values, expected = tensors["ema/values"], tensors["ema/every1_trajectory"]
+    net = torch.nn.Linear(1, 1, bias=False)
+    net.weight.data.fill_(values.flatten()[0])
+    averages = Averages(net, EmaConfig(decays=[0.999]))
+    got = []
+    for value in values.flatten()[-expected.numel() :]:
+        net.weight.data.fill_(value)
+        averages.update()
+        got.append(averages.networks["0.999"].weight.item())
+    torch.testing.assert_close(torch.tensor(got), expected.flatten().float(), atol=1e-5, rtol=1e-4)
+
+
+def test_learning_rate_is_a_function_of_images_seen():
+    constant = OptimConfig(lr=1.0, warmup_steps=10)
+    assert [optim.learning_rate(constant, i * 8, 8) for i in (0, 5, 10, 999)] == [0, 0.5, 1, 1]
+    linear = OptimConfig(lr=1.0, final_lr=0.1, schedule="linear", decay_steps=100)
+    assert optim.learning_rate(linear, 50 * 8, 8) == pytest.approx(0.55)
+    assert optim.learning_rate(linear, 500 * 8, 8) == pytest.approx(0.1)
+    cosine = OptimConfig(lr=1.0, schedule="cosine", decay_steps=100)
+    assert optim.learning_rate(cosine, 25 * 8, 8) == pytest.approx(0.5 + 0.5 * 2**-0.5)
+
+
+def test_adan_is_the_published_one_and_adan_pytorch_is_not():
+    """First step of Adan (Xie et al. 2022) on a constant gradient g: lr (g + 0) / |g| by its bias corrections."""
+    moved = {}
+    for name in ("adan", "adan-pytorch"):
+        p = torch.nn.Parameter(torch.tensor([1.0]))
+        betas = [0.98, 0.92, 0.99]
+        optimiser = optim.build(OptimConfig(name=name, lr=0.1, betas=betas, weight_decay=0.0), [p])
+        p.grad = torch.tensor([2.0])
+        optimiser.step()
+        moved[name] = 1.0 - p.item()
+    assert moved["adan"] == pytest.approx(0.1, rel=1e-4)
+    assert moved["adan-pytorch"] == pytest.approx(0.0, abs=1e-6)
+
+
+def test_cost_counts_what_the_mask_saves():
+    from msmdiff.core import build as road
+
+    config = road.resolve(small({"mask": {"ratio": 0.75}}))
+    counted = cost.measure(config)
+    assert (counted.tokens, counted.kept) == (64, 16)
+    assert 16 / 66 * 0.7 < counted.masked_flops / counted.forward_flops < 18 / 65
+    # one Linear by hand: the patch embedding of 64 tokens
+    assert counted.forward_flops > 2 * 64 * 12 * 16
+    assert counted.parameters == sum(p.numel() for p in road.build(config).backbone.parameters())
+    assert counted.memory_bytes(config) > 5 * 4 * counted.parameters
+
+
+def test_previews_show_samples_and_what_the_mask_leaves(tmp_path, quiet):
+    from PIL import Image
+
+    train(small({"train": {"steps": 2, "preview_every": 1}, "sample": {"steps": 2}}), tmp_path, quiet)
+    names = sorted(p.name for p in (tmp_path / "previews").iterdir())
+    assert names == [f"img-{i * 8:09d}-{kind}.png" for i in range(3) for kind in ("masked", "samples")]
+    picture = Image.open(tmp_path / "previews" / names[-2])
+    assert picture.width == 8 * (16 * 3 + 2) + 2
+
+
+def test_metrics_hold_what_a_run_is_judged_by(tmp_path, quiet):
+    train(small(), tmp_path, quiet)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["images"] for line in lines] == [8 * i for i in range(1, 9)]
+    assert {
+        "loss",
+        "grad_norm",
+        "lr",
+        "images_per_s",
+        "data_wait",
+        "peak_memory_bytes",
+        "mask_ratio",
+        "flops_per_s",
+    } <= set(lines[0])
+    assert lines[0]["mask_ratio"] == 0.75
+    circumstances = json.loads((tmp_path / "run.json").read_text())
+    assert circumstances["torch"] == torch.__version__
+
+
+def test_tensorboard_gets_the_metrics(tmp_path, quiet):
+    pytest.importorskip("tensorboard")
+    train(small({"train": {"steps": 2, "trackers": ["tensorboard"]}}), tmp_path, quiet)
+    assert list(tmp_path.rglob("events.out.tfevents*"))
+
+
+def test_a_missing_tracker_is_an_error_not_a_silence(tmp_path, quiet, monkeypatch):
+    import importlib.util
+
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UsageError, match="names wandb, which is not installed"):
+        train(small({"train": {"trackers": ["wandb"]}}), tmp_path, quiet)
+
+
+def test_options_of_speed_train(tmp_path, quiet):
+    summary = train(small({"train": {"gradient_checkpointing": True, "steps": 2}}), tmp_path / "a", quiet)
+    train(small({"train": {"steps": 2}}), tmp_path / "b", quiet)
+    assert summary.images_seen == 16
+    a, b = (load_file(tmp_path / n / "weights.safetensors") for n in "ab")
+    assert all(torch.equal(a[k], b[k]) for k in a)
+    with pytest.raises(UsageError, match="fp16 needs a GPU"):
+        train(small({"train": {"precision": "fp16"}}), tmp_path / "c", quiet)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_training_on_a_gpu(tmp_path, quiet, precision):
+    summary = train(small({"train": {"precision": precision, "steps": 20}}), tmp_path, quiet)
+    assert summary.images_seen == 160
+    losses = [line["loss"] for line in quiet.lines]
+    assert losses[-1] < losses[0]
