@@ -154,8 +154,9 @@ class UViT(nn.Module):
         The patch embedding and the label table keep torch's own initialisation, as the published networks do.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        kept = set(self.patch_embed.modules())
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.patch_embed:
+            if isinstance(module, nn.Linear) and module not in kept:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
