@@ -81,7 +81,7 @@ def gradients(case: Case, network: Any) -> dict[str, Tensor]:
     """Gradients under the published names; zeros where none arrived."""
     read = case.published()
     ours = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
-    theirs = published.export(ours, read.model, read.shape, read.notes["format"])
+    theirs = published.export(ours, read.model, read.shape, read.notes["layout"])
     return {name: tensor for name, tensor in theirs.items() if tensor.is_floating_point()}
 
 

@@ -338,7 +338,7 @@ def test_checkpoint_round_trip(case: Case, item: str) -> None:
     if item == "ema" and "training_folder" in case.data:
         path = case.folder / case.data["training_folder"]["folder"]
     original, _, _ = published.unwrap(published.load(path, item == "ema")[0], item == "ema")
-    back = published.export(read.tensors, read.model, read.shape, read.notes["format"])
+    back = published.export(read.tensors, read.model, read.shape, read.notes["layout"])
     assert back.keys() == original.keys()
     for name, tensor in original.items():
         assert back[name].dtype == tensor.dtype, name

@@ -34,11 +34,13 @@ class DataConfig(Section):
 
 
 class CodecConfig(Section):
-    name: Literal["pixel", "dwt"] = "pixel"
+    name: Literal["pixel", "dwt", "vae"] = "pixel"
     wavelet: str = Field("haar", description="dwt: any orthogonal or biorthogonal PyWavelets filter")
     level: int = Field(1, ge=1, description="dwt: decomposition levels")
     mean: list[float] | None = Field(None, description="dwt: mean of each sub-band; null: measured from the data")
     std: list[float] | None = Field(None, description="dwt: standard deviation of each sub-band; null: measured")
+    vae: str | None = Field(None, description="vae: folder, file or hub id of an AutoencoderKL")
+    scale: float = Field(0.18215, gt=0, description="vae: factor that brings latents to about unit scale")
 
 
 class ModelConfig(Section):
@@ -127,6 +129,10 @@ class SampleConfig(Section):
         "derived", description="the noise estimate after clipping x0: derived again (ADM) or as predicted (MaskDM)"
     )
     cfg_scale: float = Field(1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance")
+    cfg_channels: Literal["all", "first3"] = Field(
+        "all", description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth one unguided"
+    )
+    cfg_power: float | None = Field(None, gt=0, description="MDT's power-cosine schedule of the scale; null: constant")
     ema: float | None = Field(None, description="which average to sample from; null: the first")
 
 

@@ -55,7 +55,7 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance; guided with strength 1.5 for the published FID."""
-    return adm_sections(network) | {"sample": {**ADM_SAMPLING, "cfg_scale": 1.5}}
+    return adm_sections(network) | {"sample": {**ADM_SAMPLING, "cfg_channels": "first3", "cfg_scale": 1.5}}
 
 
 # ------------------------------------------------------------------ shared with MDT and EDT

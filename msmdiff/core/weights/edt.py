@@ -61,7 +61,7 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance, min-SNR weights; strength 4 as in the published image generator."""
     common = adm_sections(network)
     common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
-    return common | {"sample": {**ADM_SAMPLING, "cfg_scale": 4.0}}
+    return common | {"sample": {**ADM_SAMPLING, "cfg_channels": "first3", "cfg_scale": 4.0}}
 
 
 def _numbering(network: Network) -> Pairs:

@@ -57,4 +57,4 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     common = adm_sections(network)
     if network.family == "mdtv2":
         common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
-    return common | {"sample": {**ADM_SAMPLING, "cfg_scale": 3.8}}
+    return common | {"sample": {**ADM_SAMPLING, "cfg_channels": "first3", "cfg_power": 4.0, "cfg_scale": 3.8}}

@@ -55,7 +55,7 @@ class Published:
         model: the resolved model section.
         shape: (C, H, W) of the network's input.
         sections: the other sections of the configuration that say what it was trained for, as nested dictionaries.
-        notes: where it came from: `format`, `weights` (which of the file's), `size` (published, "" for none).
+        notes: where it came from: `layout`, `weights` (which of the file's), `size` (published, "" for none).
     """
 
     path: Path
@@ -105,7 +105,7 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
     except (ValueError, IndexError, RuntimeError):
         raise MsmdiffError(f"{path} looks like a {name} checkpoint, but its tensors have other shapes") from None
     check(path, tensors, expected)
-    notes = {"format": name, "weights": which or file.name, "size": size_of(model)}
+    notes = {"layout": name, "weights": which or file.name, "size": size_of(model)}
     return Published(path, tensors, model, network.shape, sections, notes)
 
 

@@ -44,7 +44,7 @@ def test_an_exported_network_reads_back_the_same(family, tmp_path):
     path = tmp_path / "weights.pt"
     torch.save(published.export(network.state_dict(), model, SHAPE, layout), path)
     read = published.read(path, {"num_heads": 2} if family in ("dit", "uvit", "maskdwt") else {})
-    assert (read.notes["format"], read.shape) == (layout, SHAPE)
+    assert (read.notes["layout"], read.shape) == (layout, SHAPE)
     wanted, got = model.model_dump(), read.model.model_dump()
     assert {k: v for k, v in got.items() if k != "amm"} == {k: v for k, v in wanted.items() if k != "amm"}
     rebuilt = read.build().state_dict()
