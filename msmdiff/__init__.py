@@ -1,3 +1,12 @@
 """msmdiff: train diffusion transformers cheaply by masking."""
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str):  # type: ignore[no-untyped-def]
+    """`msmdiff.load`, imported when asked for: torch takes seconds."""
+    if name == "load":
+        from msmdiff.core.weights import load
+
+        return load
+    raise AttributeError(f"module 'msmdiff' has no attribute '{name}'")

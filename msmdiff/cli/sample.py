@@ -35,7 +35,9 @@ def sample(
     out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")] = None,
     npz: Annotated[Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")] = None,
     grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")] = True,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Any other key: `--set sample.clip=false`.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Other keys of sample, codec or model: `--set sample.clip=false`.")
+    ] = None,
 ) -> None:
     """Sample images from trained weights."""
     from msmdiff.cli.console import Console
@@ -82,13 +84,14 @@ def _sample_one(
 
     machine.prepare()
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    path = weights.locate(source, ema=flags["ema"])
-    loaded = weights.load(path, device)
     changes = configuration.parse_sets(sets)
-    if set(changes) - {"sample"}:
-        raise UsageError(f"--set: only keys of the sample section apply here, not {', '.join(sorted(changes))}")
+    if set(changes) - {"sample", "codec", "model"}:
+        raise UsageError(f"--set {' '.join(sets)}: only keys of the sample, codec and model sections apply here")
     given = {"sample": {k: v for k, v in flags.items() if v is not None}}
-    options = configuration.build(loaded.config.as_dict(), given, changes).sample
+    layers = (given, {k: v for k, v in changes.items() if k != "model"})
+    path = weights.locate(source, ema=flags["ema"])
+    loaded = weights.load(path, device, layers, **changes.get("model", {}))
+    options = loaded.config.sample
     num_classes = loaded.backbone.num_classes
     if classes is not None and not num_classes:
         raise UsageError(f"--classes {classes}: {path} is unconditional")
@@ -97,7 +100,7 @@ def _sample_one(
 
     settings = {
         "weights": str(path),
-        "sha256": weights.checksum(path),
+        "sha256": weights.checksum(weights.file_of(path)),
         "sample": options.model_dump(mode="json"),
         "classes": classes,
         "precision": precision,

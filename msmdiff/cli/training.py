@@ -88,7 +88,10 @@ def finetune(
     from msmdiff.core import weights
 
     path = weights.locate(ckpt)
-    stored = weights.read(path).config
+    from msmdiff.cli.weights import model_fields
+
+    told = [item for item in options["sets"] or [] if item.startswith("model.")]
+    stored = weights.read(path, model_fields(told)).config
     changes: dict[str, Any] = {
         "mask": {"ratio": 0.0, "kind": "patch", "crop": None},
         "objective": {"name": "dsm"},

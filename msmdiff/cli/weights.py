@@ -1,10 +1,11 @@
-"""`weights`: what is in a weights file."""
+"""`weights`: what is in a weights file, and in and out of the published layouts."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import typer
 
-group = typer.Typer(help="Weights files: show.", no_args_is_help=True)
+group = typer.Typer(help="Weights files: show, convert, export.", no_args_is_help=True)
 
 
 def register(app: typer.Typer) -> None:
@@ -14,27 +15,43 @@ def register(app: typer.Typer) -> None:
 
 @group.callback()
 def _group() -> None:
-    """Look into weights files."""
+    """Look into weights files; open the published ones and write their layouts back."""
 
 
-@group.command(epilog="Examples: `msmdiff weights show runs/primer` · `msmdiff weights show model.safetensors --json`")
+@group.command(
+    epilog="Examples: `msmdiff weights show runs/primer` · `msmdiff weights show DiT-XL-2-256x256.pt --keys`"
+)
 def show(
-    source: Annotated[str, typer.Argument(help="A weights file, a run, or a run's name.")],
+    source: Annotated[str, typer.Argument(help="A weights file (ours or published), a run, or a run's name.")],
+    keys: Annotated[bool, typer.Option("--keys", help="List the tensors.")] = False,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Show what a weights file holds: network, space, noise, how long it was trained, its checksum."""
+    """Show what a weights file holds: network, cost, space, noise, how long it was trained, its checksum."""
     from msmdiff.cli.console import Console, print_json
+    from msmdiff.core import build as road
     from msmdiff.core import weights
+    from msmdiff.core.training import cost
 
     path = weights.locate(source)
-    stored = weights.read(path)
-    config, count = stored.config, sum(v.numel() for v in stored.tensors.values())
+    stored = weights.read(path, model_fields(sets))
+    config = stored.config
+    console = Console()
+    if keys:
+        rows = [(name, " x ".join(map(str, v.shape)), str(v.dtype)[6:]) for name, v in stored.tensors.items()]
+        console.table(f"{len(rows)} tensors in {path}", ("name", "shape", "type"), rows)
+        return
+    counted = cost.measure(road.resolve(config))
+    file = weights.file_of(path)
     if as_json:
         print_json(
             {
                 "path": str(path),
-                "sha256": weights.checksum(path),
-                "parameters": count,
+                "sha256": weights.checksum(file),
+                "parameters": counted.parameters,
+                "multiply_adds": {"full": counted.forward_flops // 2, "masked": counted.masked_flops // 2},
                 "tensors": {name: list(v.shape) for name, v in stored.tensors.items()},
                 "notes": stored.notes,
                 "config": config.as_dict(),
@@ -42,23 +59,101 @@ def show(
         )
         return
     model = config.model.model_dump(exclude={"name", "family", "num_classes"})
-    images = int(stored.notes.get("images_seen", 0))
-    codec = config.codec.name + (
-        f" {config.codec.wavelet} level {config.codec.level}" if config.codec.name == "dwt" else ""
-    )
+    codec = config.codec.name
+    if codec == "dwt":
+        codec += f" {config.codec.wavelet} level {config.codec.level}"
+    masked = f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen" if counted.kept < counted.tokens else ""
+    origin = f"published by {stored.notes['layout']}, {stored.notes['weights']}" if "layout" in stored.notes else ""
+    trained = f"{int(stored.notes.get('images_seen', 0)):,} images ({stored.notes.get('weights', 'model')})"
+    size = config.model.name or stored.notes.get("size") or "no published size"
     rows = [
-        ("file", f"{path} ({path.stat().st_size / 2**20:.1f} MiB)"),
-        ("sha256", weights.checksum(path)),
-        ("network", f"{config.model.name or 'custom'} ({config.model.family}), {count:,} numbers"),
+        ("file", f"{path} ({file.stat().st_size / 2**20:.1f} MiB)"),
+        ("sha256", weights.checksum(file)),
+        ("network", f"{size} ({config.model.family}), {counted.parameters:,} parameters"),
+        ("forward", f"{counted.forward_flops / 2e9:,.2f} G multiply-adds, {counted.tokens} tokens{masked}"),
         ("dimensions", ", ".join(f"{k} {v}" for k, v in model.items())),
         ("classes", str(config.model.num_classes or "unconditional")),
         ("space", f"{codec}, images of {config.data.image_size} pixels"),
         ("noise", f"{config.process.schedule}, {config.process.timesteps} steps, predicts {config.process.prediction}"),
-        (
-            "trained",
-            f"{images:,} images ({stored.notes.get('weights', 'model')}), {config.objective.name}, "
-            f"mask {config.mask.ratio:g} {config.mask.kind}",
-        ),
-        ("data", config.data.source),
+        ("trained", origin or f"{trained}, {config.objective.name}, mask {config.mask.ratio:g} {config.mask.kind}"),
     ]
-    Console().table("weights", ("what", "value"), rows)
+    if not origin:
+        rows.append(("data", config.data.source))
+    console.table("weights", ("what", "value"), rows)
+
+
+@group.command(
+    epilog="Examples: `msmdiff weights convert DiT-XL-2-256x256.pt` · "
+    "`msmdiff weights convert model-200.pt -o celebahq.safetensors` · "
+    "`msmdiff weights convert mine.pth --set model.num_heads=6`"
+)
+def convert(
+    file: Annotated[str, typer.Argument(help="A checkpoint that DiT, MDT, EDT, U-ViT or MaskDM wrote.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")] = None,
+    family: Annotated[
+        Literal["auto", "dit", "mdt", "edt", "uvit", "maskdm"], typer.Option(help="auto: recognised by the keys.")
+    ] = "auto",
+    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="The averaged weights, where the file has them.")] = True,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`.")
+    ] = None,
+) -> None:
+    """Convert a published checkpoint into one self-describing weights file."""
+    from msmdiff.cli.console import Console
+    from msmdiff.core import weights
+    from msmdiff.core.errors import UsageError
+
+    path = Path(file)
+    if weights.is_ours(path):
+        raise UsageError(f"{file} is msmdiff's already: `msmdiff weights export` writes a published layout")
+    target = out or path.with_suffix(".safetensors")
+    if target.exists() and target.samefile(path):
+        raise UsageError(f"{target} would replace the file it is read from: give another --out")
+    stored = weights.read(path, model_fields(sets), ema, family)
+    weights.save(target, stored.tensors, stored.config, **stored.notes)
+    size = stored.notes["size"] or "no published size"
+    Console().note(
+        f"{target}: {stored.config.model.family}, {size}, {sum(v.numel() for v in stored.tensors.values()):,} numbers, "
+        f"from {stored.notes['weights']}"
+    )
+
+
+@group.command(
+    epilog="Examples: `msmdiff weights export runs/mine --format uvit -o nnet_ema.pth` · "
+    "`msmdiff weights export dit.safetensors --format dit`"
+)
+def export(
+    source: Annotated[str, typer.Argument(help="A weights file, a run, or a run's name.")],
+    layout: Annotated[
+        Literal["dit", "mdt", "edt", "uvit", "maskdm"], typer.Option("--format", help="Whose layout to write.")
+    ],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: SOURCE's name with .FORMAT.pt.")] = None,
+) -> None:
+    """Write weights in a published project's layout: a torch file with its keys, the network's only."""
+    import torch
+
+    from msmdiff.cli.console import Console
+    from msmdiff.core import build as road
+    from msmdiff.core import weights
+    from msmdiff.core.weights import published
+
+    path = weights.locate(source)
+    stored = weights.read(path)
+    config = road.resolve(stored.config)
+    state = published.export(stored.tensors, config.model, road.build(config).codec.shape, layout)
+    target = out or Path(f"{path.parent.name if path.name == 'weights.safetensors' else path.stem}.{layout}.pt")
+    part = target.with_name(f".{target.name}.part")
+    torch.save(state, part)
+    part.replace(target)
+    Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
+
+
+def model_fields(sets: list[str] | None) -> dict[str, Any]:
+    """`["model.num_heads=16"]` -> `{"num_heads": 16}`. Raises UsageError for keys of other sections."""
+    from msmdiff.core import config as configuration
+    from msmdiff.core.errors import UsageError
+
+    changes = configuration.parse_sets(sets or [])
+    if set(changes) - {"model"}:
+        raise UsageError(f"--set: only keys of the model section apply here, not {', '.join(sorted(changes))}")
+    return changes.get("model", {})

@@ -114,15 +114,11 @@ def _check_classes(config: Config, data_classes: int | None) -> list[str]:
 
 def _check_sizes(config: Config) -> list[str]:
     """The side of an image must divide by the codec's factor times the patch."""
-    factor = 2**config.codec.level if config.codec.name == "dwt" else 1
+    factor = {"pixel": 1, "dwt": 2**config.codec.level, "vae": 8}[config.codec.name]
     patch = config.model.model_dump()["patch_size"]
     if config.data.image_size % (factor * patch) == 0:
         return []
-    parts = (
-        f"{factor} (codec.level {config.codec.level}) x {patch} (model.patch_size)"
-        if factor > 1
-        else "model.patch_size"
-    )
+    parts = f"{factor} (codec {config.codec.name}) x {patch} (model.patch_size)" if factor > 1 else "model.patch_size"
     near = _nearest_multiples(config.data.image_size, factor * patch)
     return [f"data.image_size {config.data.image_size} does not divide by {factor * patch} = {parts}{near}"]
 

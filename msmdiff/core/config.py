@@ -34,11 +34,13 @@ class DataConfig(Section):
 
 
 class CodecConfig(Section):
-    name: Literal["pixel", "dwt"] = "pixel"
+    name: Literal["pixel", "dwt", "vae"] = "pixel"
     wavelet: str = Field("haar", description="dwt: any orthogonal or biorthogonal PyWavelets filter")
     level: int = Field(1, ge=1, description="dwt: decomposition levels")
     mean: list[float] | None = Field(None, description="dwt: mean of each sub-band; null: measured from the data")
     std: list[float] | None = Field(None, description="dwt: standard deviation of each sub-band; null: measured")
+    vae: str | None = Field(None, description="vae: folder, file or hub id of an AutoencoderKL")
+    scale: float = Field(0.18215, gt=0, description="vae: factor that brings latents to about unit scale")
 
 
 class ModelConfig(Section):
@@ -52,7 +54,7 @@ class ModelConfig(Section):
 
 
 class ProcessConfig(Section):
-    schedule: Literal["linear", "cosine", "shifted_cosine"] = "cosine"
+    schedule: Literal["linear", "cosine", "shifted_cosine", "scaled_linear", "vp_sde"] = "cosine"
     timesteps: int = Field(1000, ge=2)
     shift_size: int = Field(64, ge=1, description="shifted_cosine: image side the schedule is shifted to")
     prediction: Literal["eps", "x0", "v"] = "eps"
@@ -127,6 +129,10 @@ class SampleConfig(Section):
         "derived", description="the noise estimate after clipping x0: derived again (ADM) or as predicted (MaskDM)"
     )
     cfg_scale: float = Field(1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance")
+    cfg_channels: Literal["all", "first3"] = Field(
+        "all", description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth one unguided"
+    )
+    cfg_power: float | None = Field(None, gt=0, description="MDT's power-cosine schedule of the scale; null: constant")
     ema: float | None = Field(None, description="which average to sample from; null: the first")
 
 

@@ -167,7 +167,7 @@ def test_bench_names_what_scripts_rely_on(cli):
         (["fid", "photos"], 2, "fid compares two sets"),
         (["fid", "photos", "nowhere"], 2, "'nowhere' does not exist"),
         (["fid", "photos/cat/1.png", "photos"], 2, "a file of no known kind"),
-        (["weights", "show", "broken.safetensors"], 1, "broken.safetensors is not a whole safetensors file"),
+        (["weights", "show", "broken.safetensors"], 1, "broken.safetensors is truncated or damaged"),
     ],
 )
 def test_mistakes_get_one_sentence(cli, tmp_path, photos, arguments, code, message):

@@ -203,7 +203,7 @@ def test_weights_are_the_average_and_describe_themselves(tmp_path, quiet):
     assert (tmp_path / "weights.safetensors").read_bytes() == (folder / "ema-0.5.safetensors").read_bytes()
     loaded = weights.load(weights.locate(tmp_path))
     assert loaded.config == Run(tmp_path, writes=False).stored_config()
-    assert loaded.notes == {"images_seen": "64", "weights": "ema-0.5"}
+    assert loaded.report == {"images_seen": "64", "weights": "ema-0.5"}
     assert weights.locate(tmp_path, ema=0.9) == folder / "ema-0.9.safetensors"
     with pytest.raises(UsageError, match=r"no average with decay 0.99"):
         weights.locate(tmp_path, ema=0.99)

@@ -98,12 +98,12 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(MsmdiffError, match=r"w.safetensors is not a whole safetensors file"):
+    with pytest.raises(MsmdiffError, match=r"w.safetensors is truncated or damaged"):
         weights.read(path)
     from safetensors.torch import save_file
 
     save_file({"a": torch.zeros(1)}, path)
-    with pytest.raises(MsmdiffError, match="carries no msmdiff configuration"):
+    with pytest.raises(MsmdiffError, match="is no checkpoint of"):
         weights.read(path)
     save_file({"a": torch.zeros(1)}, path, {"format": "msmdiff", "version": "99", "config": "{}"})
     with pytest.raises(MsmdiffError, match="written by a newer msmdiff"):

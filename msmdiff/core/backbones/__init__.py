@@ -10,12 +10,41 @@ from typing import Any, Protocol
 from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
-from msmdiff.core.backbones import uvit
+from msmdiff.core.backbones import dit, edt, maskdwt, mdt, uvit
 from msmdiff.core.config import ModelConfig, nearest
 from msmdiff.core.errors import UsageError
 
-FAMILIES: dict[str, type[nn.Module]] = {"uvit": uvit.UViT}
-SIZES: dict[str, dict[str, Any]] = {name: {"family": "uvit", **fields} for name, fields in uvit.SIZES.items()}
+FAMILIES: dict[str, type[nn.Module]] = {
+    "uvit": uvit.UViT,
+    "maskdwt": maskdwt.MaskDWT,
+    "dit": dit.DiT,
+    "mdt": mdt.MDT,
+    "mdtv2": mdt.MDTv2,
+    "edt": edt.EDT,
+}
+SIZES: dict[str, dict[str, Any]] = {
+    name: {"family": family, **fields}
+    for family, sizes in {
+        "uvit": uvit.SIZES,
+        "maskdwt": maskdwt.SIZES,
+        "dit": dit.SIZES,
+        "mdt": mdt.SIZES,
+        "edt": edt.SIZES,
+    }.items()
+    for name, fields in sizes.items()
+}
+# What the published code calls these sizes, where a paper's name differs.
+ALIASES: dict[str, str] = {name.replace("-", "_").replace("/", "_"): name for name in mdt.SIZES} | {
+    "cifar10_uvit_small": "U-ViT-S/2",
+    "celeba64_uvit_small": "U-ViT-S/4",
+    "imagenet64_uvit_mid": "U-ViT-M/4",
+    "imagenet64_uvit_large": "U-ViT-L/4",
+    "imagenet256_uvit_large": "U-ViT-L/2",
+    "imagenet256_uvit_huge": "U-ViT-H/2",
+    "imagenet512_uvit_large": "U-ViT-L/4",
+    "imagenet512_uvit_huge": "U-ViT-H/4",
+    "mscoco_uvit_small": "U-ViT-S/2-T2I",
+}
 
 
 class Backbone(Protocol):
@@ -36,6 +65,7 @@ def resolve(config: ModelConfig) -> ModelConfig:
     """
     given = {k: v for k, v in config.model_dump().items() if v is not None}
     name = given.pop("name", None)
+    name = ALIASES.get(name, name)
     if name is not None and name not in SIZES:
         raise UsageError(
             f"model.name '{name}' is not a known size{nearest(name, list(SIZES))}; sizes: {', '.join(SIZES)}"

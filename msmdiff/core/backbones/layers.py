@@ -1,6 +1,7 @@
 """Pieces that several backbones share."""
 
 import math
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -34,37 +35,104 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Te
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(d)) v for q, k, v [B, heads, L, d]."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:
-        # torch's fused CPU kernel is slower than two matrix products in bf16; the softmax itself runs in float32.
+def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
+    """The fixed positions of DiT and EDT, float32 [1, rows * columns, width].
+
+    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines.
+    """
+    rows, columns = grid
+    frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    row, column = torch.meshgrid(
+        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+    )
+    halves = [place.reshape(-1, 1) * frequencies for place in (column, row)]
+    return torch.cat([wave for angles in halves for wave in (angles.sin(), angles.cos())], dim=1).float()[None]
+
+
+def relative_index(grid: tuple[int, int]) -> Tensor:
+    """Row of the relative-position table for every (query, key): int64 [L, L], query minus key, rows before columns."""
+    rows, columns = grid
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    dy, dx = row[:, None] - row, column[:, None] - column
+    return (dy + rows - 1) * (2 * columns - 1) + dx + columns - 1
+
+
+def select_pairs(table: Tensor, keep: Tensor | None) -> Tensor:
+    """A table [L, L] over pairs of tokens, for the tokens keep [B, K] only: [B, K, K] (None: the table itself)."""
+    return table if keep is None else table[keep[:, :, None], keep[:, None, :]]
+
+
+def amm_matrix(grid: tuple[int, int], formula: Literal["exp", "cos"] = "exp") -> Tensor:
+    """EDT's attention modulation matrix (Chen et al. 2024, section 3.3), float32 [L, L], to multiply probabilities by.
+
+    It falls with the distance d of two tokens, 0.5 exp(cos(2 pi d / T)) with T = 4 sqrt(2) (n - 1) on an n x n grid,
+    and is zero beyond sqrt(4 + (n - 1)^2). `cos` is the 512-pixel model's 1.3 cos(2 pi d / T).
+    """
+    rows, columns = grid
+    row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
+    squared = (row[:, None] - row) ** 2 + (column[:, None] - column) ** 2
+    side = max(max(grid) - 1, 1)
+    wave = torch.cos(2 * math.pi * squared.double().sqrt() / (4 * math.sqrt(2) * side))
+    values = 0.5 * torch.exp(wave) if formula == "exp" else 1.3 * wave
+    return torch.where(squared <= 4 + side**2, values, 0.0).float()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(d) + bias) v for q, k, v [B, heads, L, d].
+
+    bias [B or 1, heads, L, L] is added to the scores; factor, broadcast likewise, multiplies the probabilities.
+    """
+    # torch's fused CPU kernel is slower than two matrix products in bf16, and no fused kernel knows a factor.
+    if factor is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
-        return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ v
-    return F.scaled_dot_product_attention(q, k, v)
+        if bias is not None:
+            scores = scores + bias
+        probabilities = scores.softmax(-1, dtype=torch.promote_types(q.dtype, torch.float32))
+        if factor is not None:
+            probabilities = probabilities * factor
+        return probabilities.to(v.dtype) @ v
+    return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: one qkv Linear ordered (q, k, v)(head)(dim), then a projection with bias."""
+    """Multi-head self-attention: one qkv Linear ordered (q, k, v)(head)(dim), then a projection with bias.
 
-    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool = False) -> None:
+    With `table_rows`, each head adds a learned bias for the relative position of query and key. `factor`, where a
+    backbone sets it, multiplies the probabilities in evaluation mode (AMM).
+    """
+
+    factor: Tensor | None
+
+    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool = False, table_rows: int = 0) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.proj = nn.Linear(hidden_size, hidden_size)
+        self.bias_table = nn.Parameter(torch.zeros(table_rows, num_heads)) if table_rows else None
+        self.register_buffer("factor", None, persistent=False)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D]. index [L, L] or [B, L, L]: rows of the bias table; keep [B, L]: x's token ids."""
         b, l, d = x.shape
         q, k, v = self.qkv(x).view(b, l, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # [B, h, L, d]
-        return self.proj(attention(q, k, v).transpose(1, 2).reshape(b, l, d))
+        bias = factor = None
+        if self.bias_table is not None and index is not None:
+            bias = self.bias_table[index].movedim(-1, -3)  # [h, L, L] or [B, h, L, L]
+            bias = bias if bias.ndim == 4 else bias[None]
+        if self.factor is not None and not self.training:
+            factor = select_pairs(self.factor, keep)
+            factor = factor if keep is None else factor[:, None]
+        return self.proj(attention(q, k, v, bias, factor).transpose(1, 2).reshape(b, l, d))
 
 
 class Mlp(nn.Module):
-    """Linear, exact GELU, Linear."""
+    """Linear, GELU (exact, or with `approximate` "tanh" the approximation of DiT), Linear."""
 
-    def __init__(self, hidden_size: int, inner: int) -> None:
+    def __init__(self, hidden_size: int, inner: int, approximate: Literal["none", "tanh"] = "none") -> None:
         super().__init__()
+        self.approximate = approximate
         self.fc1 = nn.Linear(hidden_size, inner)
         self.fc2 = nn.Linear(inner, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
+        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))

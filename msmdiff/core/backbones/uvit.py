@@ -1,5 +1,7 @@
 """U-ViT (Bao et al. 2023, "All are Worth Words"), and MaskDM's use of it on visible patches only (Lei et al. 2023)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -24,6 +26,12 @@ SIZES: dict[str, dict] = {
     "U-ViT-M/4": dict(patch_size=4, hidden_size=768, depth=16, num_heads=12, final_conv=True),
     "U-ViT-L/4": dict(patch_size=4, hidden_size=1024, depth=20, num_heads=16, final_conv=True),
     "U-ViT-L/2": dict(patch_size=2, hidden_size=1024, depth=20, num_heads=16, final_conv=True),
+    "U-ViT-S/2-T2I": dict(
+        patch_size=2, hidden_size=512, depth=12, num_heads=8, final_conv=True, context_tokens=77, context_width=768
+    ),
+    "U-ViT-S/2-T2I-Deep": dict(
+        patch_size=2, hidden_size=512, depth=16, num_heads=8, final_conv=True, context_tokens=77, context_width=768
+    ),
     "U-ViT-H/2": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
     "U-ViT-H/4": dict(patch_size=4, hidden_size=1152, depth=28, num_heads=16),
 }
@@ -49,7 +57,7 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """A transformer over [label,] time and patch tokens, with long skips from the first half to the second.
+    """A transformer over [label,] time [, context] and patch tokens, with long skips from its first half to its second.
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by patch_size.
@@ -63,6 +71,9 @@ class UViT(nn.Module):
         skip: long skip connections.
         mlp_time_embed: Linear-SiLU-Linear on the time sinusoids.
         final_conv: a 3x3 convolution over the output image.
+        null_class: the label table has the row of the null class; the published ImageNet-64 models lack it.
+        context_tokens: tokens of a text encoder, which then take the place of labels (0: none).
+        context_width: width of such a token.
 
     Raises UsageError when the dimensions do not fit.
     """
@@ -81,6 +92,9 @@ class UViT(nn.Module):
         skip: bool = True,
         mlp_time_embed: bool = False,
         final_conv: bool = False,
+        null_class: bool = True,
+        context_tokens: int = 0,
+        context_width: int = 768,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -88,36 +102,51 @@ class UViT(nn.Module):
             raise UsageError(f"model.patch_size {patch_size} does not divide the {height}x{width} input")
         if hidden_size % num_heads:
             raise UsageError(f"model.hidden_size {hidden_size} does not divide by model.num_heads {num_heads}")
+        if context_tokens and num_classes:
+            raise UsageError(
+                f"a network with model.context_tokens has no labels: set model.num_classes=0, not {num_classes}"
+            )
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
         self.num_classes = num_classes
         self.hidden_size = hidden_size
+        self.context_tokens = context_tokens
         self.gradient_checkpointing = False
-        patch_width = patch_size**2 * channels
 
-        self.patch_embed = nn.Linear(patch_width, hidden_size)
+        self.patch_embed: Any = self._make_patch_embed(channels)
         self.time_embed = (
             nn.Sequential(nn.Linear(hidden_size, 4 * hidden_size), nn.SiLU(), nn.Linear(4 * hidden_size, hidden_size))
             if mlp_time_embed
             else nn.Identity()
         )
-        self.label_emb = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
-        tokens = len(self.special_tokens) + self.grid[0] * self.grid[1]
-        self.pos_embed = nn.Parameter(torch.empty(1, tokens, hidden_size))
+        self.label_emb = nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
+        self.context_embed = nn.Linear(context_width, hidden_size) if context_tokens else None
+        self.pos_embed = nn.Parameter(torch.empty(1, len(self.special_tokens) + self._patch_tokens(), hidden_size))
 
         block = (hidden_size, num_heads, mlp_ratio, qkv_bias)
         self.in_blocks = nn.ModuleList(Block(*block) for _ in range(depth // 2))
         self.mid_block = Block(*block)
         self.out_blocks = nn.ModuleList(Block(*block, skip=skip) for _ in range(depth // 2))
         self.norm = nn.LayerNorm(hidden_size)
-        self.to_output = nn.Linear(hidden_size, patch_width)
+        self.to_output: Any = self._make_to_output(channels)
         self.final_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
         self.initialise()
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
         """The tokens in front of the patches, in the order of their rows in `pos_embed`."""
-        return ("label", "time") if self.label_emb is not None else ("time",)
+        if self.label_emb is not None:
+            return ("label", "time")
+        return ("time", *["context"] * self.context_tokens)
+
+    def _patch_tokens(self) -> int:
+        return self.grid[0] * self.grid[1]
+
+    def _make_patch_embed(self, channels: int) -> nn.Module:
+        return nn.Linear(self.patch_size**2 * channels, self.hidden_size)
+
+    def _make_to_output(self, channels: int) -> nn.Module:
+        return nn.Linear(self.hidden_size, self.patch_size**2 * channels)
 
     def initialise(self) -> None:
         """Truncated normal(0.02) for linear weights and positions, zero biases.
@@ -125,27 +154,24 @@ class UViT(nn.Module):
         The patch embedding and the label table keep torch's own initialisation, as the published networks do.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        kept = set(self.patch_embed.modules())
         for module in self.modules():
-            if isinstance(module, nn.Linear) and module is not self.patch_embed:
+            if isinstance(module, nn.Linear) and module not in kept:
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Any = None) -> Any:
         """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null class).
 
+        With context tokens, y is the text's features [B, tokens, width] and cannot be left out.
         keep None returns an image [B, C, H, W]. keep [B, K] (token ids) embeds those patches only and returns their
         predictions [B, K, p*p*C] in the order of keep; the final convolution, where there is one, then sees zeros in
         place of hidden patches.
         """
-        patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
         extras = len(self.special_tokens)
-        position = self.pos_embed[:, extras:]  # [1, L, D]
-        if keep is not None:
-            patches, position = gather_tokens(patches, keep), gather_tokens(position, keep)
-        tokens = torch.cat(
-            [self._special(x, t, y) + self.pos_embed[:, :extras], self.patch_embed(patches) + position], 1
-        )
+        special = self._special(x, t, y) + self.pos_embed[:, :extras]
+        tokens = torch.cat([special, self._embed(x, self.pos_embed[:, extras:], keep)], 1)  # [B, extras + L or K, D]
 
         skips = []
         for block in self.in_blocks:
@@ -154,8 +180,18 @@ class UViT(nn.Module):
         tokens = self._run(self.mid_block, tokens)
         for block in self.out_blocks:
             tokens = self._run(block, tokens, skips.pop())
+        return self._predict(self.norm(tokens[:, extras:]), keep)
 
-        out = self.to_output(self.norm(tokens[:, extras:]))  # [B, L or K, p*p*C]
+    def _embed(self, x: Tensor, position: Tensor, keep: Any) -> Tensor:
+        """x [B, C, H, W] and the patches' positions [1, L, D] -> tokens [B, L or K, D]."""
+        patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
+        if keep is not None:
+            patches, position = gather_tokens(patches, keep), gather_tokens(position, keep)
+        return self.patch_embed(patches) + position
+
+    def _predict(self, tokens: Tensor, keep: Any) -> Any:
+        """Normed patch tokens [B, L or K, D] -> what `forward` returns."""
+        out = self.to_output(tokens)  # [B, L or K, p*p*C]
         if keep is None:
             image = unpatchify(out, self.patch_size, self.grid)
             return self.final_conv(image) if self.final_conv is not None else image
@@ -168,9 +204,15 @@ class UViT(nn.Module):
 
     def _special(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
         time = self.time_embed(timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype))[:, None]
+        if self.context_embed is not None:
+            if y is None:
+                raise UsageError("this network draws from text: give it the text encoder's features")
+            return torch.cat([time, self.context_embed(y)], dim=1)
         if self.label_emb is None:
             return time
         if y is None:
+            if self.label_emb.num_embeddings == self.num_classes:
+                raise UsageError("this network has no null class (model.null_class=false): give it labels")
             y = torch.full((len(x),), self.num_classes, device=x.device)
         return torch.cat([self.label_emb(y)[:, None], time], dim=1)
 

@@ -4,7 +4,8 @@ The road of an image: `pack` once, offline; `encode` every step, on the device; 
 """
 
 from collections.abc import Iterable
-from typing import Protocol
+from pathlib import Path
+from typing import Any, Protocol
 
 import pywt
 import torch
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from msmdiff.core.config import CodecConfig, nearest
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError
 
 
 class Codec(Protocol):
@@ -204,8 +205,79 @@ class DwtCodec:
         return bounds
 
 
+class VaeCodec:
+    """Latents of a diffusers AutoencoderKL: 3xHxW to 4xH/8xW/8, times a factor that brings them to about unit scale.
+
+    The network is loaded when it is first used, so that a denoiser's shape is known without it.
+
+    Args:
+        image_size: side of the images in pixels; must divide by 8.
+        source: a local folder, a single-file checkpoint, or a hub id; None until it is needed.
+        scale: 0.18215 for Stable Diffusion's.
+
+    Raises UsageError for an indivisible size, and, on use, MsmdiffError when the network cannot be had.
+    """
+
+    def __init__(self, image_size: int, source: str | None, scale: float) -> None:
+        if image_size % 8:
+            raise UsageError(f"data.image_size {image_size} does not divide by 8, the VAE's factor")
+        self.shape = (4, image_size // 8, image_size // 8)
+        self.scale, self.source = scale, source
+        self._vae: Any = None
+
+    def pack(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 8, H/8, W/8]."""
+        with torch.no_grad():
+            posterior = self._network(images.device).encode(to_unit(images)).latent_dist
+        return torch.cat([posterior.mean, posterior.std], dim=1)
+
+    def encode(self, packed: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A fresh draw from the posterior; images (uint8) are packed first."""
+        if packed.dtype == torch.uint8:
+            packed = self.pack(packed)
+        mean, std = packed.float().chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        return self.scale * (mean + std * noise)
+
+    def decode(self, z: Tensor) -> Tensor:
+        with torch.no_grad():
+            return to_uint8(self._network(z.device).decode(z.float() / self.scale).sample)
+
+    def clip(self, x0: Tensor) -> Tensor:
+        return x0
+
+    def _network(self, device: torch.device) -> Any:
+        if self._vae is None:
+            self._vae = _load_vae(self.source)
+        return self._vae.to(device)
+
+
+def _load_vae(source: str | None) -> Any:
+    if source is None:
+        raise UsageError(
+            "these weights work on latents: name the VAE with --set codec.vae=FOLDER, a file, or a hub id such as "
+            "stabilityai/sd-vae-ft-ema"
+        )
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise MsmdiffError("latents need diffusers: pip install 'msmdiff[vae]'") from None
+    try:
+        if Path(source).is_file():
+            return AutoencoderKL.from_single_file(source).eval().requires_grad_(False)
+        vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MsmdiffError(f"codec.vae {source} cannot be loaded as an AutoencoderKL: {reason}") from None
+    if loading["missing_keys"]:  # diffusers only warns, and goes on with random numbers
+        raise MsmdiffError(f"codec.vae {source} lacks {len(loading['missing_keys'])} of the network's tensors")
+    return vae.eval().requires_grad_(False)
+
+
 def build(config: CodecConfig, image_size: int) -> Codec:
     """The codec a configuration asks for, for square images of `image_size` pixels."""
     if config.name == "dwt":
         return DwtCodec(image_size, config.wavelet, config.level, config.mean, config.std)
+    if config.name == "vae":
+        return VaeCodec(image_size, config.vae, config.scale)
     return PixelCodec(image_size)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from msmdiff.core.backbones.layers import gather_tokens, patchify
 from msmdiff.core.config import ObjectiveConfig
+from msmdiff.core.diffusion import hybrid
 from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.process import Process
 
@@ -59,8 +60,17 @@ class ScoreMatching:
         target = self.process.target(x0, eps, t)
         if keep is not None:
             target = gather_tokens(patchify(target, self.patch_size), keep)
+        if output.numel() == 2 * target.numel():
+            return self._with_variance(output, x0, eps, t, keep)
         per_image = self.distance(output.float() - target).flatten(1).mean(1)
         return (self.process.weight(t) * per_image).mean()
+
+    def _with_variance(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, keep: Tensor | None) -> Tensor:
+        """The loss of a network that learns its variance too, on the visible pixels."""
+        if keep is not None:
+            x0, eps = (gather_tokens(patchify(z, self.patch_size), keep) for z in (x0, eps))
+            x0, eps, output = (hybrid.channels_first(z, self.patch_size) for z in (x0, eps, output))
+        return hybrid.terms(self.process, output, x0, eps, t, self.distance)["loss"].mean()
 
 
 def build(config: ObjectiveConfig, process: Process, mask: Mask, patch_size: int, num_classes: int) -> ScoreMatching:

@@ -16,17 +16,27 @@ from msmdiff.core.config import ProcessConfig
 
 @dataclass
 class Prediction:
-    """What a denoiser says of x_t: x0 and eps [B, C, H, W], and the log-variance where the network learns it."""
+    """What a denoiser says of x_t: x0 and eps [B, C, H, W], and the variance of the step where the network learns it.
+
+    log_variance is that of one step of the training schedule; a sampler on fewer steps recomputes it from `variance`,
+    which lies between the posterior's (0) and beta's (1).
+    """
 
     x0: Tensor
     eps: Tensor
     log_variance: Tensor | None = None
+    variance: Tensor | None = None
 
 
 def linear_betas(timesteps: int) -> np.ndarray:
     """DDPM's schedule, 1e-4..0.02 scaled by 1000/T (Ho et al. 2020, section 4; Dhariwal & Nichol 2021)."""
     scale = 1000 / timesteps
     return np.linspace(scale * 1e-4, scale * 0.02, timesteps, dtype=np.float64)
+
+
+def scaled_linear_betas(timesteps: int) -> np.ndarray:
+    """Stable Diffusion's schedule, linear in the square root of beta (Rombach et al. 2022), which U-ViT uses."""
+    return np.linspace(0.00085**0.5, 0.012**0.5, timesteps, dtype=np.float64) ** 2
 
 
 def cosine_betas(timesteps: int, shift_size: int | None = None) -> np.ndarray:
@@ -50,6 +60,7 @@ class Process:
         betas: [T] float64, the noise added at each step.
         prediction: what the network's output means.
         weighting: loss weight, `uniform` or `min_snr` (Hang et al. 2023).
+        first_step: what the network is fed at the first step, 0 or 1.
     """
 
     def __init__(
@@ -59,8 +70,10 @@ class Process:
         weighting: Literal["uniform", "min_snr"] = "uniform",
         min_snr_gamma: float = 5.0,
         time_sampling: Literal["uniform", "stratified"] = "uniform",
+        first_step: int = 0,
     ) -> None:
         self.timesteps = len(betas)
+        self.first_step = first_step
         self.prediction = prediction
         self.weighting = weighting
         self.min_snr_gamma = min_snr_gamma
@@ -102,13 +115,41 @@ class Process:
         return alpha * eps - sigma * x0
 
     def split(self, output: Tensor, x_t: Tensor, t: Tensor) -> Prediction:
-        """The network's output at x_t [B, ...], t [B] -> x0 and eps in x_t's shape."""
+        """The network's output at x_t [B, C, ...], t [B] -> x0 and eps in x_t's shape.
+
+        An output of 2C channels carries the learned variance in the second half (Nichol & Dhariwal 2021, eq. 15).
+        """
         alpha, sigma = self._like(t, x_t)
+        learned: dict[str, Tensor] = {}
+        if output.shape[1] == 2 * x_t.shape[1]:
+            output, value = output.chunk(2, dim=1)
+            variance = (value + 1) / 2
+            low, high = (_view(bound, x_t) for bound in self.log_variance_bounds(t))
+            learned = {"variance": variance, "log_variance": variance * high + (1 - variance) * low}
         if self.prediction == "eps":
-            return Prediction(x0=(x_t - sigma * output) / alpha, eps=output)
+            return Prediction((x_t - sigma * output) / alpha, output, **learned)
         if self.prediction == "x0":
-            return Prediction(x0=output, eps=(x_t - alpha * output) / sigma)
-        return Prediction(x0=alpha * x_t - sigma * output, eps=sigma * x_t + alpha * output)
+            return Prediction(output, (x_t - alpha * output) / sigma, **learned)
+        return Prediction(alpha * x_t - sigma * output, sigma * x_t + alpha * output, **learned)
+
+    def log_variance_bounds(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithms of the posterior variance and of beta for the training step that ends at t [B], float64.
+
+        The first step has no posterior variance; it is given the second one's.
+        """
+        k = self.index(t).to(self.alpha_bar.device).clamp(min=1)
+        now, before, second = self.alpha_bar[k], self.alpha_bar[k - 1], k.clamp(min=2)
+        beta = 1 - self.alpha_bar[second] / self.alpha_bar[second - 1]
+        posterior = beta * (1 - self.alpha_bar[second - 1]) / (1 - self.alpha_bar[second])
+        return posterior.log(), (1 - now / before).log()
+
+    def posterior_mean(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The mean of q(x_s | x_t, x0) for the training step from t [B] to s (Ho et al. 2020, eq. 7)."""
+        k = self.index(t).to(self.alpha_bar.device).clamp(min=1)
+        now, before = self.alpha_bar[k], self.alpha_bar[k - 1]
+        beta = 1 - now / before
+        from_x0, from_x = before.sqrt() * beta / (1 - now), (now / before).sqrt() * (1 - before) / (1 - now)
+        return _view(from_x0, x_t) * x0 + _view(from_x, x_t) * x_t
 
     def eps_from_x0(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         """The noise that makes x_t out of x0."""
@@ -138,19 +179,60 @@ class Process:
         return k.float() / self.timesteps
 
     def model_time(self, t: Tensor) -> Tensor:
-        """The time the network is fed: the integer index 0..T-1 of the training process, as float32."""
-        return (self.index(t) - 1).clamp(min=0).float()
+        """The time the network is fed: the integer index of the training process, as float32, from `first_step` on."""
+        return (self.index(t) - 1).clamp(min=0).float() + self.first_step
 
     def _like(self, t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         alpha, sigma = self.alpha_sigma(t)
-        shape = (-1, *[1] * (x.ndim - 1))
-        return alpha.to(x.dtype).view(shape), sigma.to(x.dtype).view(shape)
+        return _view(alpha, x), _view(sigma, x)
+
+
+def _view(values: Tensor, x: Tensor) -> Tensor:
+    """One value per image, [B], to be multiplied with x [B, ...]."""
+    return values.to(x.dtype).view(-1, *[1] * (x.ndim - 1))
+
+
+class ContinuousProcess(Process):
+    """The variance-preserving SDE with linear beta(t) from 0.1 to 20 (Song et al. 2021, appendix C).
+
+    Its `timesteps` only say how finely samplers may step; training times are drawn from the whole of [0, 1].
+    """
+
+    BETA_MIN, BETA_MAX = 0.1, 20.0
+
+    def log_alpha_bar(self, t: Tensor) -> Tensor:
+        """log alpha(t)^2 of any t, float64."""
+        t = t.double()
+        return -(self.BETA_MIN * t + (self.BETA_MAX - self.BETA_MIN) * t**2 / 2)
+
+    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        log = self.log_alpha_bar(t)
+        return (log / 2).exp().to(t.dtype), (-torch.expm1(log)).sqrt().to(t.dtype)
+
+    def log_snr(self, t: Tensor) -> Tensor:
+        log = self.log_alpha_bar(t)
+        return (log - torch.log(-torch.expm1(log))).to(t.dtype)
+
+    def sample_t(self, n: int, generator: torch.Generator) -> Tensor:
+        u = torch.rand(n, generator=generator, device=generator.device)
+        if self.time_sampling == "stratified":
+            order = torch.randperm(n, generator=generator, device=generator.device)
+            u = (order + u) / n
+        return u
+
+    def model_time(self, t: Tensor) -> Tensor:
+        """U-ViT's 999 t."""
+        return 999 * t.float()
 
 
 def build(config: ProcessConfig) -> Process:
     """The process a configuration asks for."""
+    options = (config.prediction, config.weighting, config.min_snr_gamma, config.time_sampling)
     if config.schedule == "linear":
-        betas = linear_betas(config.timesteps)
-    else:
-        betas = cosine_betas(config.timesteps, config.shift_size if config.schedule == "shifted_cosine" else None)
-    return Process(betas, config.prediction, config.weighting, config.min_snr_gamma, config.time_sampling)
+        return Process(linear_betas(config.timesteps), *options)
+    if config.schedule == "scaled_linear":
+        return Process(scaled_linear_betas(config.timesteps), *options, first_step=1)
+    if config.schedule == "vp_sde":
+        return ContinuousProcess(np.zeros(config.timesteps), *options)
+    shift = config.shift_size if config.schedule == "shifted_cosine" else None
+    return Process(cosine_betas(config.timesteps, shift), *options)

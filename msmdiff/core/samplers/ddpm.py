@@ -20,18 +20,24 @@ def sample(
     """x [B, C, H, W] at times[0] -> x0 at times[-1].
 
     Each step draws from q(x_s | x_t, x0); its variance is the posterior's (`options.variance` small) or
-    1 - (alpha_t / alpha_s)^2 (large). The last step, to t = 0, adds no noise.
+    1 - (alpha_t / alpha_s)^2 (large), or, where the network learns it, between the two (Nichol & Dhariwal 2021,
+    eq. 15). The last step, to t = 0, adds no noise.
     """
     alpha, sigma = process.alpha_sigma(times)
     ratio = alpha[:-1] / alpha[1:]
     beta = 1 - ratio**2
     from_x0 = alpha[1:] * beta / sigma[:-1] ** 2
     from_x = ratio * sigma[1:] ** 2 / sigma[:-1] ** 2
-    variance = beta if options.variance == "large" else beta * sigma[1:] ** 2 / sigma[:-1] ** 2
+    posterior = beta * sigma[1:] ** 2 / sigma[:-1] ** 2
+    variance = beta if options.variance == "large" else posterior
     last = len(times) - 2
     for i, t in enumerate(times[:-1].tolist()):
-        now = torch.full((len(x),), t, device=x.device)
-        x = from_x0[i].item() * denoise(x, now).x0 + from_x[i].item() * x
+        prediction = denoise(x, torch.full((len(x),), t, device=x.device))
+        x = from_x0[i].item() * prediction.x0 + from_x[i].item() * x
         if i < last:
-            x = x + variance[i].sqrt().item() * noise()
+            scale: float | Tensor = variance[i].sqrt().item()
+            if prediction.variance is not None:
+                low, high = posterior[i].log().item() / 2, beta[i].log().item() / 2
+                scale = torch.exp(low + (high - low) * prediction.variance)
+            x = x + scale * noise()
     return x

@@ -37,7 +37,11 @@ def denoiser(
     After clipping, eps is derived again from the clipped x0 (as ADM does), or left as the network gave it (`raw`, as
     MaskDM does), by `options.eps_after_clip`.
     """
-    network = guidance.classifier_free(backbone, null_class, options.cfg_scale)
+    scale: float | guidance.Strength = options.cfg_scale
+    if options.cfg_power is not None and options.cfg_scale != 1:
+        scale = guidance.power_cosine(options.cfg_scale, options.cfg_power, process.timesteps)
+    channels = 3 if options.cfg_channels == "first3" else None
+    network = guidance.classifier_free(backbone, null_class, scale, channels)
 
     def denoise(x_t: Tensor, t: Tensor) -> Prediction:
         prediction = process.split(network(x_t, process.model_time(t), y).float(), x_t, t)

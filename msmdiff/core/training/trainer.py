@@ -109,7 +109,10 @@ class Trainer:
         backbone = self.parts.backbone
         found = checkpoint.newest(self.run.path)
         if train.init_from and not found:
-            report = warmstart.start_from(backbone, weights.read(weights.locate(train.init_from)), allow_partial)
+            # Only a published file asks for this: shapes do not tell how many heads a network has.
+            told = {k: v for k, v in config.model.model_dump().items() if k == "num_heads"}
+            stored = weights.read(weights.locate(train.init_from), told)
+            report = warmstart.start_from(backbone, stored, allow_partial)
             for line in report.lines():
                 self._note(line)
         backbone.gradient_checkpointing = train.gradient_checkpointing

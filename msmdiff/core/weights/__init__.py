@@ -3,13 +3,14 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from msmdiff.core import build as road
@@ -18,6 +19,7 @@ from msmdiff.core.config import Config
 from msmdiff.core.diffusion.codecs import Codec
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.weights import published
 
 FORMAT_VERSION = 1
 
@@ -40,7 +42,7 @@ class Loaded:
     process: Process
     codec: Codec
     config: Config
-    notes: dict[str, str]
+    report: dict[str, str]
 
 
 def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -> None:
@@ -57,20 +59,38 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -
     part.replace(path)
 
 
-def read(path: Path) -> Stored:
-    """Read a weights file onto the CPU.
+def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto") -> Stored:
+    """Read a weights file, ours or a published project's, onto the CPU.
 
-    Raises MsmdiffError for a file that is missing, truncated, of another format or from a newer version. Nothing in
-    it is executed: safetensors holds numbers and text only.
+    Args:
+        given: model fields for a published file whose shapes do not tell them (num_heads), see `published.read`.
+        average: take a published checkpoint's averaged weights where it has them.
+        family: the published project, or auto.
+
+    Raises MsmdiffError or UsageError for a file that is missing, truncated, of no known layout or from a newer
+    version. Nothing in it is executed.
     """
-    metadata = read_notes(path)
-    config = configuration.build(json.loads(metadata.pop("config")))
+    if is_ours(path):
+        metadata = read_notes(path)
+        config = configuration.build(json.loads(metadata.pop("config")))
+        try:
+            return Stored(path, load_file(path), config, metadata)
+        except (SafetensorError, OSError) as error:
+            raise MsmdiffError(f"{path} is truncated or damaged: {error}") from None
+    found = published.read(path, given, average, family)
+    config = configuration.build({**found.sections, "model": found.model.model_dump()})
+    return Stored(path, found.tensors, config, found.notes)
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a file carries msmdiff's metadata."""
+    if path.suffix != ".safetensors" or not path.is_file():
+        return False
     try:
         with safe_open(path, "pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-    except (SafetensorError, OSError) as error:
-        raise MsmdiffError(f"{path} is truncated or damaged: {error}") from None
-    return Stored(path, tensors, config, metadata)
+            return (file.metadata() or {}).get("format") == "msmdiff"
+    except (SafetensorError, OSError):
+        return False
 
 
 def read_notes(path: Path) -> dict[str, str]:
@@ -92,19 +112,30 @@ def read_notes(path: Path) -> dict[str, str]:
     return metadata
 
 
-def load(path: Path, device: torch.device | str = "cpu") -> Loaded:
-    """Build the network a weights file describes, with its numbers, in evaluation mode on `device`.
+def load(
+    path: str | Path,
+    device: torch.device | str = "cpu",
+    layers: Sequence[dict[str, Any]] = (),
+    **model_fields: Any,
+) -> Loaded:
+    """The network of a weights file, a run, or a published checkpoint, in evaluation mode on `device`.
 
-    Raises MsmdiffError where the file's tensors are not exactly the network's.
+    Args:
+        layers: nested configuration dictionaries laid over the stored one, for example {"codec": {"vae": FOLDER}}.
+        model_fields: what the shapes of a published checkpoint do not tell, such as num_heads=16.
+
+    Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a source that is not
+    there or does not say enough.
     """
-    stored = read(path)
-    parts = road.build(stored.config)
+    stored = read(locate(path), model_fields)
+    config = configuration.build(stored.config.as_dict(), *layers)
+    parts = road.build(config)
     try:
         parts.backbone.load_state_dict(stored.tensors)
     except RuntimeError as error:
         raise MsmdiffError(f"{path} does not hold the network that it describes: {error}") from None
     backbone = parts.backbone.to(device).eval().requires_grad_(False)
-    return Loaded(backbone, parts.process.to(device), parts.codec, stored.config, stored.notes)
+    return Loaded(backbone, parts.process.to(device), parts.codec, config, stored.notes)
 
 
 def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = None) -> Path:
@@ -114,6 +145,8 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     is no such run, or none of its weights yet.
     """
     for path in (Path(source), runs / source):
+        if path.is_dir() and any(path.glob("nnet*.pth")):
+            return path  # the training state that U-ViT writes
         if path.is_dir():
             if ema is not None:
                 averages = sorted(path.glob(f"checkpoints/img-*/ema-{ema:g}.safetensors"))
@@ -136,6 +169,11 @@ def newest(runs: Path = Path("runs")) -> Path:
             f"no run with weights under {runs}/: name a run or a file, or train one with `msmdiff pretrain`"
         )
     return max(found, key=lambda p: p.stat().st_mtime).parent
+
+
+def file_of(path: Path) -> Path:
+    """The file that holds the numbers: of U-ViT's folder the average, where it has one."""
+    return next((f for f in (path / "nnet_ema.pth", path / "nnet.pth") if f.is_file()), path)
 
 
 def checksum(path: Path) -> str:

@@ -1,0 +1,174 @@
+"""What DiT, MDT and EDT share: norms that are shifted, scaled and gated by time and label (adaLN-zero)."""
+
+import math
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from msmdiff.core.backbones.layers import Attention, Mlp, amm_matrix, timestep_embedding
+from msmdiff.core.errors import UsageError
+
+TIME_WIDTH = 256
+Amm = Literal["off", "default"] | list[int]
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """Normalise x [B, L, D] (no parameters, eps 1e-6), then scale and shift it by [B, D]."""
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+
+
+class Block(nn.Module):
+    """adaLN-zero block (Peebles & Xie 2023, figure 3); with `skip`, the concatenated skip is projected down first."""
+
+    def __init__(
+        self, width: int, num_heads: int, mlp_ratio: float, condition: int, table_rows: int = 0, skip: bool = False
+    ) -> None:
+        super().__init__()
+        self.skip_linear = nn.Linear(2 * width, width) if skip else None
+        self.attn = Attention(width, num_heads, qkv_bias=True, table_rows=table_rows)
+        self.mlp = Mlp(width, int(width * mlp_ratio), approximate="tanh")
+        self.modulation = nn.Linear(condition, 6 * width)
+
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        index: Tensor | None = None,
+        keep: Tensor | None = None,
+        skip: Tensor | None = None,
+    ) -> Tensor:
+        """x [B, L, D] under the condition c [B, C]; index and keep as `Attention` takes them; skip [B, L, D]."""
+        if self.skip_linear is not None:
+            assert skip is not None
+            x = self.skip_linear(torch.cat([x, skip], dim=-1))
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a), index, keep)
+        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    """Modulated norm, then a Linear to patch vectors."""
+
+    def __init__(self, width: int, patch_width: int, condition: int) -> None:
+        super().__init__()
+        self.linear = nn.Linear(width, patch_width)
+        self.modulation = nn.Linear(condition, 2 * width)
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        """x [B, L, D], c [B, C] -> [B, L, patch_width]."""
+        shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
+        return self.linear(modulate(x, shift, scale))
+
+
+class AdaLNTransformer(nn.Module):
+    """The ends of such a network: patches in, time and label embedded, patch vectors out. Subclasses add the blocks.
+
+    Args:
+        shape: (C, H, W) of the input; H and W must divide by patch_size.
+        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class `num_classes`.
+        hidden_size: width of the condition, and of the first tokens.
+        last_width: width of the last tokens.
+        learn_sigma: twice the channels out: the prediction, then the variance between its two bounds.
+    """
+
+    AMM: ClassVar[dict[int, list[tuple[float, list[int]]]]] = {}
+    """AMM's blocks as EDT's authors chose them: depth -> [(from this guidance scale on, block numbers)]."""
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        patch_size: int,
+        hidden_size: int,
+        last_width: int,
+        learn_sigma: bool,
+    ) -> None:
+        super().__init__()
+        channels, height, width = shape
+        if height % patch_size or width % patch_size:
+            raise UsageError(f"model.patch_size {patch_size} does not divide the {height}x{width} input")
+        self.patch_size = patch_size
+        self.grid = (height // patch_size, width // patch_size)
+        self.num_classes = num_classes
+        self.hidden_size = hidden_size
+        self.learn_sigma = learn_sigma
+        self.gradient_checkpointing = False
+        patch_width = patch_size**2 * channels
+
+        self.patch_embed = nn.Linear(patch_width, hidden_size)
+        self.time_embed: Any = nn.Sequential(
+            nn.Linear(TIME_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+        self.label_emb = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
+        self.final = FinalLayer(last_width, patch_width * (1 + learn_sigma), hidden_size)
+
+    special_tokens: tuple[str, ...] = ()
+    """Tokens in front of the patches: none, time and label come in through the norms."""
+
+    def initialise(self) -> None:
+        """DiT's start: every block is the identity, and the output zero."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, Attention) and module.bias_table is not None:
+                nn.init.trunc_normal_(module.bias_table, std=0.02)
+        for embedding in (self.time_embed[0], self.time_embed[2], self.label_emb):
+            if embedding is not None:
+                nn.init.normal_(embedding.weight, std=0.02)
+        for module in self.modules():
+            if isinstance(module, Block | FinalLayer):
+                nn.init.zeros_(module.modulation.weight)
+        nn.init.zeros_(self.final.linear.weight)
+
+    def condition(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
+        """Network time t [B] and labels y [B] (None: the null class) -> the condition [B, hidden_size]."""
+        c = self.time_embed(timestep_embedding(t, TIME_WIDTH).to(self.patch_embed.weight.dtype))
+        if self.label_emb is None:
+            return c
+        if y is None:
+            y = torch.full((len(x),), self.num_classes, device=x.device)
+        return c + self.label_emb(y)
+
+    def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
+        """The blocks in the order AMM counts them, each with its grid."""
+        raise NotImplementedError
+
+    def set_amm(self, amm: Amm, formula: Literal["exp", "cos"] = "exp", cfg_scale: float = 1.0) -> None:
+        """Switch the attention modulation matrix on (in evaluation mode) in the blocks that `amm` numbers.
+
+        `default` takes the published blocks for this depth and guidance scale. Raises UsageError where there are
+        none, or no such block.
+        """
+        blocks = self.numbered_blocks()
+        if amm == "default":
+            if len(blocks) not in self.AMM:
+                raise UsageError(
+                    f"model.amm 'default' is published for {' and '.join(map(str, self.AMM))} blocks, and this "
+                    f"network has {len(blocks)}: list the block numbers, or use off"
+                )
+            amm = [layers for start, layers in self.AMM[len(blocks)] if cfg_scale >= start][-1]
+        chosen = [] if amm == "off" else amm
+        if wrong := [i for i in chosen if not 0 <= i < len(blocks)]:
+            raise UsageError(f"model.amm names block {wrong[0]}; this network's blocks are 0..{len(blocks) - 1}")
+        for i, (block, grid) in enumerate(blocks):
+            block.attn.factor = amm_matrix(grid, formula).to(block.attn.qkv.weight) if i in chosen else None
+
+    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, *inputs, use_reentrant=False)
+        return block(*inputs)
+
+
+def check_width(option: str, width: int, num_heads: int) -> None:
+    """Raises UsageError unless a width suits its heads and the sine-cosine positions."""
+    if width % num_heads or width % 4:
+        divisor = math.lcm(num_heads, 4)
+        raise UsageError(
+            f"{option} {width} must divide by 4 (positions) and by the {num_heads} attention heads; "
+            f"the nearest that does is {max(1, round(width / divisor)) * divisor}"
+        )

@@ -1,0 +1,83 @@
+"""DiT (Peebles & Xie 2023, "Scalable Diffusion Models with Transformers")."""
+
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+
+from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, check_width
+from msmdiff.core.backbones.layers import gather_tokens, patchify, sincos_table, unpatchify
+
+WIDTHS = {  # of DiT and of MDT
+    "S": dict(hidden_size=384, depth=12, num_heads=6),
+    "B": dict(hidden_size=768, depth=12, num_heads=12),
+    "L": dict(hidden_size=1024, depth=24, num_heads=16),
+    "XL": dict(hidden_size=1152, depth=28, num_heads=16),
+}
+SIZES: dict[str, dict] = {
+    f"DiT-{size}/{p}": dict(patch_size=p, **fields, learn_sigma=True)
+    for size, fields in WIDTHS.items()
+    for p in (2, 4, 8)
+}
+
+
+class DiT(AdaLNTransformer):
+    """A transformer over patch tokens, with fixed positions.
+
+    Args:
+        shape: (C, H, W) of the input; H and W must divide by patch_size.
+        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class `num_classes`.
+        patch_size: side of a patch.
+        hidden_size: width of a token; must divide by num_heads and by 4.
+        depth: blocks.
+        num_heads: attention heads.
+        mlp_ratio: inner width of the MLP over hidden_size.
+        learn_sigma: predict the variance too.
+        amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their numbers.
+        amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
+
+    Raises UsageError when the dimensions do not fit.
+    """
+
+    # EDT's authors list them for XL, and in a comment for the 12 blocks of S.
+    AMM: ClassVar = {12: [(0.0, [8, 10])], 28: [(0.0, [15, 17, 19, 22, 24])]}
+
+    def __init__(
+        self,
+        shape: tuple[int, int, int],
+        num_classes: int = 0,
+        *,
+        patch_size: int,
+        hidden_size: int,
+        depth: int,
+        num_heads: int,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = False,
+        amm: Amm = "off",
+        amm_formula: Literal["exp", "cos"] = "exp",
+    ) -> None:
+        check_width("model.hidden_size", hidden_size, num_heads)
+        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma)
+        self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth))
+        self.initialise()
+        self.set_amm(amm, amm_formula)
+
+    def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
+        return [(block, self.grid) for block in self.blocks]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
+        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null class).
+
+        keep None returns an image [B, C or 2C, H, W]. keep [B, K] (token ids) embeds those patches only and returns
+        their predictions [B, K, p*p*(C or 2C)] in the order of keep.
+        """
+        patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
+        position: Tensor = self.pos_embed  # [1, L, D]
+        if keep is not None:
+            patches, position = gather_tokens(patches, keep), gather_tokens(position, keep)
+        tokens = self.patch_embed(patches) + position  # [B, L or K, D]
+        c = self.condition(x, t, y)  # [B, D]
+        for block in self.blocks:
+            tokens = self._run(block, tokens, c, None, keep)
+        out = self.final(tokens, c)  # [B, L or K, p*p*(C or 2C)]
+        return unpatchify(out, self.patch_size, self.grid) if keep is None else out

@@ -1,0 +1,90 @@
+"""The layout of U-ViT's checkpoints (baofff/U-ViT), image and text-to-image."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from msmdiff.core.backbones import maskdwt, uvit
+from msmdiff.core.weights.layout import (
+    Network,
+    Pairs,
+    Tensors,
+    count,
+    heads,
+    kernel_to_linear,
+    latent_sections,
+    linear_to_kernel,
+    mlp_ratio,
+    rename,
+    reverse,
+    side_of,
+)
+
+PAIRS: Pairs = [
+    ("patch_embed.proj.", "patch_embed."),
+    ("decoder_pred.", "to_output."),
+    ("final_layer.", "final_conv."),
+]
+IMAGENET_CLASSES = 1000
+
+
+def matches(names: set[str]) -> bool:
+    return "decoder_pred.weight" in names
+
+
+def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
+    width, channels, patch, _ = tensors["patch_embed.proj.weight"].shape
+    fields = {"patch_size": patch, "hidden_size": width} | read_blocks(tensors, given, width)
+    fields["final_conv"] = "final_layer.weight" in tensors
+    # Without out-blocks there is nothing to skip to.
+    fields["skip"] = count(tensors, "out_blocks.") == 0 or "out_blocks.0.skip_linear.weight" in tensors
+    extras, num_classes = 1, 0
+    if "label_emb.weight" in tensors:
+        rows = len(tensors["label_emb.weight"])
+        # The published ImageNet-64 models are the only ones without a null class; 1000 rows betray them.
+        fields["null_class"] = given.get("null_class", rows != IMAGENET_CLASSES)
+        extras, num_classes = 2, rows - fields["null_class"]
+    if "context_embed.weight" in tensors:
+        fields["context_width"] = tensors["context_embed.weight"].shape[1]
+        fields["context_tokens"] = given.get("context_tokens", 77)
+        extras += fields["context_tokens"]
+    side = patch * side_of(tensors["pos_embed"].shape[1] - extras, "pos_embed")
+    return Network("uvit", (channels, side, side), num_classes, fields)
+
+
+def to_ours(tensors: Tensors, network: Network) -> Tensors:
+    ours = rename(tensors, PAIRS)
+    return ours | {"patch_embed.weight": kernel_to_linear(ours["patch_embed.weight"])}
+
+
+def to_published(tensors: Tensors, network: Network) -> Tensors:
+    kernel = linear_to_kernel(tensors["patch_embed.weight"], network.fields["patch_size"])
+    return rename(tensors | {"patch_embed.weight": kernel}, reverse(PAIRS))
+
+
+def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
+    """Text-to-image and the latent models without a convolution (huge) are discrete, all others continuous in time."""
+    text = bool(network.fields.get("context_tokens"))
+    latent = network.shape[0] == 4
+    discrete = text or (latent and not network.fields["final_conv"])
+    common = latent_sections(network.shape)
+    if text:
+        common["codec"]["scale"] = 0.2301
+    common["process"] = {"schedule": "scaled_linear" if discrete else "vp_sde", "prediction": "eps"}
+    # Their scale counts from 0. The 512-pixel models (patch 4) use 0.7, text-to-image 1, the others 0.4.
+    strength = 2.0 if text else 1.7 if network.fields["patch_size"] == 4 else 1.4
+    return common | {
+        "sample": {"clip": False, "cfg_scale": strength if latent and (text or network.num_classes) else 1.0}
+    }
+
+
+def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int, prefix: str = "") -> dict[str, Any]:
+    """The fields that blocks tell. MaskDM has the same blocks behind a prefix, but for the name of its biases."""
+    depth = 2 * count(tensors, f"{prefix}in_blocks.") + 1
+    sizes = [*uvit.SIZES.values(), *maskdwt.SIZES.values()]
+    return {
+        "depth": depth,
+        "num_heads": heads(given, sizes, width, depth, odd=True),
+        "mlp_ratio": mlp_ratio(len(tensors[f"{prefix}mid_block.mlp.fc1.bias"]), width),
+        "mlp_time_embed": f"{prefix}time_embed.0.weight" in tensors,
+        "qkv_bias": any(f"{prefix}mid_block.attn.{name}" in tensors for name in ("qkv.bias", "q_bias")),
+    }

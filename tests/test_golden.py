@@ -1,0 +1,384 @@
+"""Every call of the golden data: outputs, losses and gradients of the published code, from its own checkpoints.
+
+MSMDIFF_GOLDEN names the folder (default ../shared/golden, beside the repository).
+"""
+
+import gzip
+import json
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from golden import FOLDER, Case, cases, compare, compare_norms, gradients
+from torch import Tensor
+
+from msmdiff.core import backbones
+from msmdiff.core.backbones.edt import TokenMasks
+from msmdiff.core.backbones.layers import amm_matrix, gather_tokens, patchify
+from msmdiff.core.config import CodecConfig
+from msmdiff.core.diffusion import codecs, hybrid
+from msmdiff.core.diffusion.masking import Mask, mdt_kept
+from msmdiff.core.diffusion.objectives import ScoreMatching
+from msmdiff.core.samplers.guidance import classifier_free, power_cosine
+from msmdiff.core.weights import published
+
+Outputs = dict[str, Tensor]
+
+# Families of other parts of the toolkit, each with the part that will run them.
+LATER = {
+    "diffusion_math": "schedules and samplers",
+    "optimizer": "optimisers",
+    "dpm_solver": "samplers",
+    "uvit_math": "samplers",
+    "maskdm_math": "samplers",
+    "metrics": "metrics",
+}
+
+# What a call may set beside its tensors; another word would mean something that no runner here does. The local and
+# enable_ switches are implied by amm_blocks and by the tensors given; EDT's enable_input_mask never did anything.
+SCALARS = {"first_samples", "t", "dtype", "cfg_scale", "scale_pow", "diffusion_steps", "scale", "p", "u", "ratio"}
+SCALARS |= {"len_keep", "mask", "block_size", "masked_tokens", "approx_ratio", "detail_ratio", "beta_schedule"}
+SCALARS |= {"loss_type", "schedule_sampler_weights", "amm_blocks", "amm_formula", "local"}
+SCALARS |= {"enable_mask", "enable_down_mask", "enable_input_mask"}
+
+# ------------------------------------------------------------------ forward passes
+
+FORWARD_INPUTS = {"x", "t", "timesteps", "y", "context", "label_drop_uniform", "mask"}
+MASK_INPUTS = {"mask_noise", "ids_keep", "ids_restore", "down0_uniform", "down1_uniform", "mid_uniform"}
+
+
+def set_amm(case: Case, network: Any, scalars: dict[str, Any]) -> None:
+    """AMM as the call says, else as the case's own default arrangement."""
+    if case.family not in ("edt", "dit_amm", "mdtv2_amm"):
+        return
+    blocks = scalars.get("amm_blocks")
+    if blocks is None:
+        default = next(call for call in case.calls.values() if call["scalars"].get("amm_blocks"))
+        blocks = [] if scalars.get("local") is False else default["scalars"]["amm_blocks"]
+    network.set_amm(blocks, {"1.3*cos": "cos", None: "exp"}[scalars.get("amm_formula")])
+
+
+def drop_labels(case: Case, network: Any, y: Tensor, uniform: Tensor | None) -> Tensor:
+    return y if uniform is None else torch.where(uniform < case.hyper["class_dropout_prob"], network.num_classes, y)
+
+
+def hidden_tokens(case: Case, network: Any, inputs: Outputs, scalars: dict[str, Any]) -> Any:
+    """The call's mask in the form that the backbone takes."""
+    if "mask_noise" in inputs:
+        tokens = inputs["mask_noise"].shape[1]
+        extra = inputs["u"].item() if "u" in inputs else scalars.get("u")
+        kept = mdt_kept(tokens, case.hyper["mask_ratio"], extra)
+        keep = inputs["mask_noise"].argsort(dim=1)[:, :kept]
+        if "ids_keep" in inputs:
+            assert kept == scalars["len_keep"]
+            assert torch.equal(keep, inputs["ids_keep"])
+        return keep
+    if "down0_uniform" in inputs:
+        hidden = {name: inputs[f"{name}_uniform"] < p for name, p in scalars["p"].items()}
+        return TokenMasks((hidden["down0"], hidden["down1"]), hidden.get("mid"))
+    tokens = math.prod(network.grid)
+    if "mask" in inputs:
+        visible = ~inputs["mask"][:, len(network.special_tokens) :]
+        groups = visible.split(tokens, dim=1)  # the wavelet network has two
+        ids = tuple(v.nonzero()[:, 1].view(len(v), -1) + 0 for v in groups)
+        return ids[0] if len(ids) == 1 else ids
+    if scalars.get("mask") == "all False":
+        return torch.arange(tokens).expand(len(inputs["x"]), -1)
+    return None
+
+
+def run_forward(case: Case, call: dict[str, Any]) -> Outputs:
+    scalars = call["scalars"]
+    inputs = case.inputs(call, FORWARD_INPUTS | MASK_INPUTS)
+    network = case.published(average="ema" in call["name"]).build().train(call["mode"] == "train")
+    set_amm(case, network, scalars)
+    count = scalars.get("first_samples", len(inputs["x"]))
+    dtype = getattr(torch, scalars.get("dtype", "float32"))
+    network, x = network.to(dtype), inputs["x"][:count].to(dtype)
+    t = inputs.get("t", inputs.get("timesteps"))
+    t = torch.full((count,), scalars["t"]) if t is None else t
+    y = inputs.get("y")
+    if y is not None:
+        y = drop_labels(case, network, y[:count], inputs.get("label_drop_uniform"))
+    if "context" in inputs:
+        y = inputs["context"][:count].to(dtype)
+    keep = hidden_tokens(case, network, inputs, scalars)
+    with torch.no_grad():
+        output = network(x, t, y) if keep is None else network(x, t, y, keep)
+    if isinstance(output, tuple):
+        return dict(zip(("approx", "detail"), output, strict=True))
+    return {"output": output}
+
+
+# ------------------------------------------------------------------ guidance
+
+
+def run_adm_guidance(case: Case, call: dict[str, Any]) -> Outputs:
+    """DiT's, MDT's and EDT's batch is (conditional, unconditional) on the first half's images."""
+    scalars, inputs = call["scalars"], case.inputs(call, {"x", "t", "y"})
+    network, (x, t, y) = case.published().build(), (inputs["x"], inputs["t"], inputs["y"])
+    set_amm(case, network, scalars)
+    with torch.no_grad():
+        if scalars["cfg_scale"] is None:
+            return {"output": network(x, t, y)}
+        half = len(x) // 2
+        assert (y[half:] == network.num_classes).all()
+        assert torch.equal(t[:half], t[half:])
+        scale = scalars["cfg_scale"]
+        if "scale_pow" in scalars:
+            scale = power_cosine(scale, scalars["scale_pow"], scalars["diffusion_steps"])
+        guided = classifier_free(network, network.num_classes, scale, channels=3)(x[:half], t[:half], y[:half])
+        rest = network(x[:half], t[half:], y[half:])[:, 3:]
+    return {"output": torch.cat([guided, torch.cat([guided[:, :3], rest], dim=1)])}
+
+
+def run_uvit_guidance(case: Case, call: dict[str, Any]) -> Outputs:
+    inputs = case.inputs(call, {"x", "timesteps", "y", "context", "empty_context"})
+    network = case.published().build()
+    null = inputs.get("empty_context", network.num_classes)
+    y = inputs["context"] if "context" in inputs else inputs["y"]
+    with torch.no_grad():
+        guided = classifier_free(network, null, 1 + call["scalars"]["scale"])
+        return {"output": guided(inputs["x"], inputs["timesteps"], y)}
+
+
+# ------------------------------------------------------------------ losses
+
+
+def run_adm_step(case: Case, call: dict[str, Any]) -> Outputs:
+    """Hybrid loss, once plain, and for MDT and EDT once more under a mask."""
+    passes = ("plain", "masked") if "noise_plain" in call["inputs"] else ("",)
+    marks = [f"_{name}" if name else "" for name in passes]
+    known = {f"{name}{mark}" for name in ("noise", "label_drop_uniform") for mark in marks}
+    inputs = case.inputs(call, known | MASK_INPUTS | {"x_start", "t", "y", "u", "weights"})
+    weights = inputs.get("weights", torch.tensor(call["scalars"].get("schedule_sampler_weights", 1.0)))
+    network, noise = case.published().build().train(), case.process()
+    x0, t = inputs["x_start"], (inputs["t"] + 1) / noise.timesteps
+    assert torch.equal(noise.model_time(t).long(), inputs["t"])
+    got: Outputs = {}
+    total = torch.zeros(())
+    for name, mark in zip(passes, marks, strict=True):
+        eps = inputs[f"noise{mark}"]
+        y = drop_labels(case, network, inputs["y"], inputs[f"label_drop_uniform{mark}"])
+        keep = hidden_tokens(case, network, inputs, call["scalars"]) if name == "masked" else None
+        output = network(noise.add_noise(x0, t, eps), noise.model_time(t), y, keep)
+        terms = hybrid.terms(noise, output, x0, eps, t)
+        total = total + (terms["loss"] * weights).mean()
+        got |= {f"{name}_{term}" if name else term: value for term, value in terms.items()}
+    total.backward()
+    return got | {"total": total} | gradients(case, network)
+
+
+def run_uvit_loss(case: Case, call: dict[str, Any]) -> Outputs:
+    discrete = {"loss_discrete": True, "loss_continuous": False}[call["name"]]
+    inputs = case.inputs(call, {"x0", "eps", "y", "context"} | ({"n"} if discrete else {"t"}))
+    network = case.published().build().train()
+    noise = case.process(schedule="scaled_linear" if discrete else "vp_sde")
+    t = inputs["n"] / noise.timesteps if discrete else inputs["t"]
+    if discrete:
+        assert torch.equal(noise.model_time(t), inputs["n"].float())
+    x_t = noise.add_noise(inputs["x0"], t, inputs["eps"])
+    output = network(x_t, noise.model_time(t), inputs.get("context", inputs.get("y")))
+    loss = hybrid.terms(noise, output, inputs["x0"], inputs["eps"], t)["loss"]
+    loss.mean().backward()
+    return {"loss": loss, "xn": x_t} | gradients(case, network)
+
+
+def run_maskdm_loss(case: Case, call: dict[str, Any]) -> Outputs:
+    inputs = case.inputs(call, {"img", "noise", "t", "mask", "y"})
+    scalars = call["scalars"]
+    network, noise = case.published().build().train(), case.process(schedule=scalars["beta_schedule"])
+    x0, t = 2 * inputs["img"] - 1, (inputs["t"] + 1) / noise.timesteps
+    keep = hidden_tokens(case, network, inputs, {})
+    objective = ScoreMatching(noise, None, {"l1": "l1", "l2": "mse"}[scalars["loss_type"]], network.patch_size, None, 0)
+    loss = objective.loss(network, x0, inputs["noise"], t, inputs.get("y"), keep)
+    loss.backward()
+    return {"loss": loss} | gradients(case, network)
+
+
+def run_maskdwt_loss(case: Case, call: dict[str, Any]) -> Outputs:
+    inputs = case.inputs(call, {"img", "dwt", "noise", "t", "mask"})
+    network, noise = case.published().build().train(), case.process()
+    approx, detail = inputs["dwt"].split([3, inputs["dwt"].shape[1] - 3], dim=1)
+    x0, eps, t = torch.cat([2 * approx - 1, detail], dim=1), inputs["noise"], (inputs["t"] + 1) / noise.timesteps
+    keep = hidden_tokens(case, network, inputs, {})
+    outputs = network(noise.add_noise(x0, t, eps), noise.model_time(t), None, keep)
+    targets = patchify(eps[:, :3], network.patch_size), patchify(eps[:, 3:], network.detail_patch)
+    parts = [(o - gather_tokens(e, k)).square().mean() for o, e, k in zip(outputs, targets, keep, strict=True)]
+    sum(parts).backward()
+    return {"loss": sum(parts), "approx_loss": parts[0], "detail_loss": parts[1]} | gradients(case, network)
+
+
+def run_dwt(case: Case, call: dict[str, Any]) -> Outputs:
+    """The recognised codec transforms as the network was trained, and its scaling is the published mapping."""
+    image = case.inputs(call, {"img"})["img"]
+    sections = case.published().sections
+    codec = codecs.build(CodecConfig(**sections["codec"]), sections["data"]["image_size"])
+    assert codec.shape == tuple(case.tensors["dwt"].shape[1:]) == case.published().shape
+    coefficients = codec.transform(image)
+    fed = coefficients.clone()
+    fed[:, :3] = 2 * fed[:, :3] - 1
+    torch.testing.assert_close((codec.transform(2 * image - 1) - codec._mean) / codec._std, fed, atol=1e-5, rtol=0)
+    return {"dwt": coefficients, "idwt": codec.inverse(coefficients)}
+
+
+UVIT = {"forward": run_forward, "cfg": run_uvit_guidance, "loss": run_uvit_loss}
+ADM = {"forward": run_forward, "cfg": run_adm_guidance, "train_step": run_adm_step}
+RUNNERS: dict[str, dict[str, Callable[[Case, dict[str, Any]], Outputs]]] = {
+    **dict.fromkeys(("dit", "dit_amm", "mdtv1", "mdtv2", "mdtv2_amm", "edt"), ADM),
+    "uvit": UVIT,
+    "uvit_t2i": UVIT,
+    "maskdm": {"forward": run_forward, "loss": run_maskdm_loss},
+    "maskdwt": {"forward": run_forward, "loss": run_maskdwt_loss, "dwt": run_dwt},
+}
+
+
+def parameters(owned: Callable[[Case], list[Any]]) -> Any:
+    """A test over (case, item) for what `owned` lists of each case; skipped where there is no golden data."""
+    rows = [pytest.param(case, item, id=f"{case.name}-{item}") for case in cases() for item in owned(case)]
+    missing = pytest.mark.skip(reason=f"no golden data in {FOLDER}: set MSMDIFF_GOLDEN")
+    return pytest.mark.parametrize(("case", "item"), rows or [pytest.param(None, None, marks=missing)])
+
+
+@parameters(lambda case: ["family"])
+def test_family(case: Case, item: str) -> None:
+    """No case is left out in silence."""
+    if case.family in LATER:
+        pytest.skip(f"not built yet: {LATER[case.family]} ({case.family})")
+    assert case.family in RUNNERS or case.family == "maskdm_masks" or case.name == "manifests"
+
+
+@parameters(lambda case: list(case.calls))
+def test_call(case: Case, item: str) -> None:
+    call = case.calls[item]
+    if case.family in LATER:
+        pytest.skip(f"not built yet: {LATER[case.family]} ({case.family})")
+    assert case.family in RUNNERS, f"no runner for the family {case.family}"
+    runner = next((run for start, run in RUNNERS[case.family].items() if item.startswith(start)), None)
+    assert runner is not None, f"no runner for the call {item} of the family {case.family}"
+    assert not (odd := set(call["scalars"]) - SCALARS), f"unknown settings {odd}"
+    got = runner(case, call)
+    compare(call, case, got)
+    norms = case.data.get("gradient_norms")
+    if norms and item == norms.get("of_call", item) and any(at.startswith("grad/") for at in call["outputs"].values()):
+        compare_norms(case, {name: got[name] for name in gradient_names(got)})
+
+
+def gradient_names(got: Outputs) -> list[str]:
+    terms = {"loss", "mse", "vb", "total", "xn", "approx_loss", "detail_loss"}
+    return [name for name in got if name not in terms and not name.startswith(("plain_", "masked_"))]
+
+
+# ------------------------------------------------------------------ tables, checkpoints, masks, manifests
+
+TABLES = ("guidance_table", "len_keep_table", "amm_tables", "table", "dwt_table", "statistics")
+
+
+@parameters(lambda case: [t for t in TABLES if t in case.data] if case.family not in LATER else [])
+def test_table(case: Case, item: str) -> None:
+    table = case.data[item]
+    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]] if "rows" in table else []
+    if item == "guidance_table":
+        for name, expected in table["strength"].items():
+            scale, power = (float(part.split("=")[1]) for part in name.split(","))
+            torch.testing.assert_close(
+                power_cosine(scale, power)(torch.tensor(table["t"])), torch.tensor(expected), **table["tolerance"]
+            )
+    elif item == "len_keep_table":
+        assert [mdt_kept(r["tokens"], r["mask_ratio"], r["u"]) for r in rows] == [r["len_keep"] for r in rows]
+    elif item == "amm_tables":
+        for side, facts in table["grids"].items():
+            n = int(side)
+            matrix = amm_matrix((n, n))
+            place = torch.cartesian_prod(torch.arange(n), torch.arange(n))
+            squared = (place[:, None] - place).square().sum(-1)
+            for distance, value in facts["squared_distance_to_value"].items():
+                assert (matrix[squared == int(distance)] - value).abs().max() < 1e-6
+            assert int((matrix != 0).sum()) == facts["nonzero_entries"]
+    elif item == "table":
+        for r in rows:
+            kinds = {"block": r["block_size"] or 4, "crop": r["crop_size"], "rounding": "floor"}
+            mask = Mask((r["grid_side"],) * 2, r["ratio"] or 0.0, r["type"], **kinds)
+            assert mask.tokens - mask.kept == r["masked_tokens"], r
+    elif item == "dwt_table":
+        for r in rows:
+            for part, side in (("approx", r["grid_side"]), ("detail", r["grid_side"] // r["scale"])):
+                mask = Mask((side, side), r[f"{part}_ratio"], "block", r["block_size"])
+                assert mask.tokens - mask.kept == r[f"masked_{part}"], r
+    else:
+        keep = Mask((16, 16), 0.5, "block", 4).draw(4000, torch.Generator().manual_seed(0))
+        hidden = 1 - torch.zeros(4000, 256).scatter(1, keep, 1).mean(0)
+        assert (hidden - table["expected"]).abs().max() < 0.04
+
+
+@parameters(lambda case: [n for n in case.data.get("tensors", {}) if n.startswith("example/")])
+def test_example_masks(case: Case, item: str) -> None:
+    """A published mask of each kind has the structure that ours has: whole blocks, one window, as many tokens."""
+    for hidden in case.tensors[item].bool():
+        side = math.isqrt(len(hidden))
+        kind, number = item.removeprefix("example/").split("_")[0], item.rsplit("_", 1)[1]
+        if kind.startswith("crop"):
+            window = int(kind.removeprefix("crop"))
+            mask = Mask((side, side), 0.0, "crop", crop=window)
+        else:
+            block = int(kind.removeprefix("block") or 1) if kind != "patch" else 1
+            mask = Mask((side, side), float(number), "block" if block > 1 else "patch", block, rounding="floor")
+            blocks = hidden.view(side // block, block, side // block, block)
+            assert torch.equal(blocks, blocks[:, :1, :, :1].expand_as(blocks))
+        assert int((~hidden).sum()) == mask.kept
+
+
+@parameters(lambda case: ["model", "ema"] if case.family in RUNNERS else [])
+def test_checkpoint_round_trip(case: Case, item: str) -> None:
+    """What was read is written back under the same keys, bit for bit."""
+    read = case.published(average=item == "ema")
+    path = case.folder / case.data["checkpoint"]["file"]
+    if item == "ema" and "training_folder" in case.data:
+        path = case.folder / case.data["training_folder"]["folder"]
+    original, _, _ = published.unwrap(published.load(path, item == "ema")[0], item == "ema")
+    back = published.export(read.tensors, read.model, read.shape, read.notes["layout"])
+    assert back.keys() == original.keys()
+    for name, tensor in original.items():
+        assert back[name].dtype == tensor.dtype, name
+        assert torch.equal(back[name], tensor), name
+
+
+@parameters(lambda case: sorted(p.name for p in case.folder.glob("*.json.gz")))
+def test_manifest(case: Case, item: str) -> None:
+    """Every published size, built on the meta device from the registry, has the published keys and shapes."""
+    for entry in json.loads(gzip.decompress((case.folder / item).read_bytes()))["models"]:
+        keys = {name: tuple(shape) for name, shape in entry["state_dict"].items()}
+        theirs = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
+        layout = published.recognise(case.folder / item, set(theirs))
+        network = published.FORMATS[layout].describe(theirs, {})  # heads from the registry alone
+        size = backbones.ALIASES.get(entry["name"], entry["name"])
+        model = backbones.resolve(
+            published.ModelConfig(
+                name=size if size in backbones.SIZES else None,
+                family=network.family,
+                num_classes=network.num_classes,
+                **network.fields,
+            )
+        )
+        fields = model.model_dump()
+        if size in backbones.SIZES:
+            known = dict(backbones.SIZES[size])
+            if "decode_layer" in entry["hyper_parameters"]:
+                known.pop("decode_layers", None)  # some are listed with two
+            depth = known.pop("depth", None)
+            assert {name: fields[name] for name in known} == known, entry["name"]
+            assert depth is None or depth in (fields["depth"], fields["depth"] - 1), entry["name"]
+        else:
+            assert published.size_of(model), f"{entry['name']} has no size in the registry"
+        with torch.device("meta"):
+            ours = backbones.build(model, network.shape)
+        back = published.export(dict(ours.state_dict()), model, network.shape, layout)
+        assert {name: tuple(tensor.shape) for name, tensor in back.items()} == keys, entry["name"]
+        assert sum(t.numel() for t in back.values() if t.is_floating_point()) == entry["parameters"]
+        frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
+        assert len(frozen) == len(entry["frozen_parameters"])
+        back = published.export(dict(ours.named_parameters()), model, network.shape, layout)
+        trainable = entry["parameters"] - sum(back[name].numel() for name in entry["frozen_parameters"])
+        assert trainable == entry["trainable_parameters"]
