@@ -28,6 +28,8 @@ def sentences() -> Iterator[None]:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
         sys.exit(1)
+    except OSError as error:
+        _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory: lower train.micro_batch_size or --batch-size", 1)
     except RuntimeError as error:

@@ -50,8 +50,8 @@ def quickstart(
     from msmdiff.core.errors import UsageError
 
     started = time.perf_counter()
-    if fresh and (out / "quickstart.json").is_file():
-        shutil.rmtree(out)
+    if fresh:
+        _remove_results(out)
     if (out / "quickstart.json").is_file():
         raise UsageError(f"{out} holds a finished quickstart: see its pictures, or give --fresh or another --out")
     console = Console()
@@ -77,6 +77,14 @@ def quickstart(
     console.note(
         f"next: msmdiff sample {out}/seed0/finetuned --cfg 2, or msmdiff pretrain --data YOUR_IMAGES --dry-run"
     )
+
+
+def _remove_results(out: Path) -> None:
+    """Only what a quickstart writes: the folder may hold other things."""
+    for run in out.glob("seed[0-9]*"):
+        shutil.rmtree(run)
+    for name in ("samples.png", "scratch.png", "masked.png", "curves.png", "quickstart.json"):
+        (out / name).unlink(missing_ok=True)
 
 
 def _both_arms(seed: int, seconds: float, out: Path, console: Any) -> list[Stage]:

@@ -54,7 +54,7 @@ def sample(
     if len(sources) > 1 and npz is not None:
         raise UsageError("--npz takes one SOURCE: several would overwrite each other's file")
     for each in sources:
-        folder = (out if len(sources) == 1 else out / Path(each).stem) if out else Path("samples") / Path(each).stem
+        folder = out if out and len(sources) == 1 else (out or Path("samples")) / _name_of(each)
         _sample_one(each, chosen, classes, flags, sets or [], batch_size, precision, folder, npz, grid, Console())
 
 
@@ -89,7 +89,7 @@ def _sample_one(
         raise UsageError(f"--set {' '.join(sets)}: only keys of the sample, codec and model sections apply here")
     given = {"sample": {k: v for k, v in flags.items() if v is not None}}
     layers = (given, {k: v for k, v in changes.items() if k != "model"})
-    path = weights.locate(source, ema=flags["ema"])
+    path = weights.locate(source, ema=changes.get("sample", {}).get("ema", flags["ema"]))
     loaded = weights.load(path, device, layers, **changes.get("model", {}))
     options = loaded.config.sample
     num_classes = loaded.backbone.num_classes
@@ -107,7 +107,7 @@ def _sample_one(
         "msmdiff": msmdiff.__version__,
         "torch": torch.__version__,
     }
-    _claim(out, settings)
+    earlier = _claim(out, settings)
     autocast = torch.bfloat16 if precision == "bf16" else None
     pictures: list[Any] = []
     done = 0
@@ -130,7 +130,7 @@ def _sample_one(
             pictures.append(pixels)
         done += len(pixels)
         console.progress(done, len(seeds), {})
-    write_json(out / "sample.json", {**settings, "seeds": _spans(seeds)})
+    write_json(out / "sample.json", {**settings, "seeds": _spans(sorted({*earlier, *seeds}))})
     if npz is not None:
         npz.parent.mkdir(parents=True, exist_ok=True)
         arrays = {"arr_0": np.concatenate(pictures)}
@@ -167,10 +167,22 @@ def parse_range(text: str, option: str) -> list[int]:
     return numbers
 
 
-def _claim(out: Path, settings: dict[str, Any]) -> None:
-    """Make the folder, or check that what it holds was sampled with the same settings: sets must not mix."""
+def _name_of(source: str) -> str:
+    """What a source's folder of samples is called: the run, or the weights file without its ending."""
+    path = Path(source)
+    if path.name == "weights.safetensors" and path.resolve().parent.name:
+        return path.resolve().parent.name
+    return path.name.removesuffix(".safetensors").removesuffix(".pt").removesuffix(".pth")
+
+
+def _claim(out: Path, settings: dict[str, Any]) -> list[int]:
+    """Make the folder, or check that what it holds was sampled with the same settings: sets must not mix.
+
+    The settings are written before the first image. Returns the seeds of an earlier, finished sampling.
+    """
     import json
 
+    from msmdiff.cli.console import write_json
     from msmdiff.core.errors import MsmdiffError, UsageError
 
     try:
@@ -186,6 +198,9 @@ def _claim(out: Path, settings: dict[str, Any]) -> None:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise MsmdiffError(f"{out} cannot be written: {error.strerror or error}") from None
+    if stored is settings:
+        write_json(out / "sample.json", {**settings, "seeds": ""})
+    return parse_range(stored["seeds"], "seeds") if stored.get("seeds") else []
 
 
 def _write_png(path: Path, pixels: Any) -> None:

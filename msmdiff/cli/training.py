@@ -61,7 +61,7 @@ def register(app: typer.Typer) -> None:
     )(finetune)
     app.command(
         epilog="Examples: `msmdiff train --conditional` · "
-        "`msmdiff train --config digits-scratch` · `torchrun --nproc_per_node 2 -m msmdiff train --data photos/`"
+        "`msmdiff train --config digits-finetune` · `torchrun --nproc_per_node 2 -m -- msmdiff train --data photos/`"
     )(train)
 
 
@@ -89,14 +89,17 @@ def finetune(
 
     path = weights.locate(ckpt)
     from msmdiff.cli.weights import model_fields
+    from msmdiff.core.build import derived_rate
 
     told = [item for item in options["sets"] or [] if item.startswith("model.")]
     stored = weights.read(path, model_fields(told)).config
     changes: dict[str, Any] = {
         "mask": {"ratio": 0.0, "kind": "patch", "crop": None},
         "objective": {"name": "dsm"},
-        "train": {"init_from": str(path)},
+        "train": {"init_from": str(path), "precision": "auto"},  # what is fastest here, not where it came from
     }
+    if stored.optim.lr == derived_rate(stored.model):
+        changes["optim"] = {"lr": None}  # derived again, should the width change
     config = _configure(options, stored.as_dict(), changes)
     statistics = {"mean": None, "std": None}
     bands_changed = config.codec.model_copy(update=statistics) != stored.codec.model_copy(update=statistics)
@@ -137,6 +140,8 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         summary = fit(config, path, console, allow_partial=allow_partial, command=shlex.join(sys.argv))
     finally:
         console.finish()
+    if not summary.writes:
+        return
     if summary.interrupted:
         console.note(f"interrupted at image {summary.images_seen:,} and saved: the same command resumes {path}")
         raise typer.Exit(128 + signal.Signals(summary.interrupted))
@@ -168,6 +173,8 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
         "data.image_size": options["image_size"],
         "codec.name": options["codec"],
         "mask.ratio": options["mask"],
+        # A mask is a mask for masked score matching, unless --set says otherwise.
+        "objective.name": None if options["mask"] is None else "msm" if options["mask"] > 0 else "dsm",
         "mask.kind": options["mask_kind"],
         "mask.block": options["mask_block"],
         "model.name": options["model"],

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from msmdiff.core import backbones
-from msmdiff.core.config import Config
+from msmdiff.core.config import Config, ModelConfig
 from msmdiff.core.diffusion import codecs, masking, objectives, process
 from msmdiff.core.errors import UsageError
 
@@ -43,9 +43,16 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
         config.model = model
         problems += _check_classes(config, data_classes)
         if config.optim.lr is None:
-            config.optim.lr = min(1e-3, 2e-4 * 512 / config.model.model_dump()["hidden_size"])
+            config.optim.lr = derived_rate(config.model)
     if config.optim.betas is None:
         config.optim.betas = [0.99, 0.99] if config.optim.name == "adamw" else [0.98, 0.92, 0.99]
+    if config.optim.schedule != "constant" and config.optim.decay_steps is None:
+        config.optim.decay_steps = config.train.steps  # kept with the run: more steps later do not change the past
+    if (config.codec.mean is None) != (config.codec.std is None):
+        problems.append("codec.mean and codec.std belong together: give both, or neither to measure them")
+    if config.sample.steps > config.process.timesteps:
+        problems.append(f"sample.steps {config.sample.steps} exceeds process.timesteps {config.process.timesteps}")
+    attempt(process.build, config.process)
     wanted = 2 if config.optim.name == "adamw" else 3
     if len(config.optim.betas) != wanted or not all(0 <= b < 1 for b in config.optim.betas):
         problems.append(f"optim.betas {config.optim.betas}: {config.optim.name} takes {wanted} numbers in [0, 1)")
@@ -73,6 +80,11 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     return config
 
 
+def derived_rate(model: ModelConfig) -> float:
+    """The learning rate where none is given: MaskDM's 2e-4 at width 512, inversely with the width, at most 1e-3."""
+    return min(1e-3, 2e-4 * 512 / model.model_dump()["hidden_size"])
+
+
 def build(config: Config) -> Parts:
     """The parts a resolved configuration describes."""
     codec = codecs.build(config.codec, config.data.image_size)
@@ -95,19 +107,19 @@ def _on_meta(config: Config, shape: tuple[int, int, int]) -> Any:
 
 def _check_classes(config: Config, data_classes: int | None) -> list[str]:
     wanted = config.model.num_classes
-    if wanted == "auto" and data_classes is not None:
-        config.model.num_classes = wanted = data_classes
-    if wanted == "auto" or not isinstance(wanted, int):
-        return []
-    if wanted < 0:
+    if isinstance(wanted, int) and wanted < 0:
         return [f"model.num_classes {wanted} must be 0 (unconditional), a positive number, or auto"]
-    if wanted and data_classes is not None and data_classes < wanted and data_classes < 2:
+    if wanted and data_classes is not None and data_classes < 2 and wanted != data_classes:
         found = "no labels" if not data_classes else "one class only"
         return [
             f"model.num_classes is {wanted}, but {config.data.source} has {found}: put images into one sub-folder per "
-            "class, name them ClassID_anything.jpg, or set model.num_classes=0"
+            "class, name them ClassID_anything.jpg, or train --unconditional"
         ]
-    if wanted and data_classes is not None and data_classes > wanted:
+    if wanted == "auto" and data_classes is None:
+        return ["model.num_classes is auto, which needs the data at hand: give a number"]
+    if wanted == "auto" and data_classes is not None:
+        config.model.num_classes = wanted = data_classes
+    if isinstance(wanted, int) and wanted and data_classes is not None and data_classes > wanted:
         return [f"{config.data.source} has {data_classes} classes, more than model.num_classes {wanted}"]
     return []
 

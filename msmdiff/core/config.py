@@ -160,8 +160,8 @@ class Config(Section):
 
 # Keys that may differ when a run is resumed: they change when things are shown or saved, never what is computed.
 MUTABLE = re.compile(
-    r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers|threads|compile)"
-    r"|data\.(workers|verify)|sample\..*"
+    r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers)"
+    r"|data\.workers|sample\..*"
 )
 
 
@@ -173,6 +173,7 @@ def build(*layers: dict[str, Any]) -> Config:
     merged: dict[str, Any] = {}
     for layer in layers:
         _check_shape(layer)
+        layer = {name: content for name, content in layer.items() if content is not None}
         model = layer.get("model") or {}
         if model.get("name") not in (None, merged.get("model", {}).get("name")):
             # Another size: what an earlier layer said of the old one's dimensions no longer applies.
@@ -211,6 +212,8 @@ def parse_sets(items: list[str]) -> dict[str, Any]:
         *parents, leaf = dotted.strip().split(".")
         for name in parents:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise UsageError(f"--set {item}: {name} was given a value before, it cannot hold {leaf}")
         node[leaf] = parse_yaml(text, f"--set {item}")
     return out
 

@@ -1,11 +1,18 @@
 """The command line as a user runs it: real processes, real files."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 import zipfile
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from msmdiff.cli.quickstart import _remove_results
 
 COMMANDS = [
     [],
@@ -186,7 +193,58 @@ def test_a_conditional_model_needs_labels(cli, tmp_path):
         Image.new("RGB", (16, 16), (i, 0, 0)).save(tmp_path / "flat" / f"{i}.png")
     done = cli("train", "--data", "flat", "--set", "model.num_classes=3", code=2)
     assert "flat has no labels: put images into one sub-folder per class" in done.stderr
+    done = cli("train", "--data", "flat", "--conditional", code=2)
+    assert "model.num_classes is auto, but flat has no labels" in done.stderr
     cli("train", "--data", "flat", "--steps", "2", *TINY)
+
+
+def test_ctrl_c_with_loader_workers_saves(tmp_path, photos):
+    """A terminal's Ctrl-C reaches the workers too."""
+    command = [sys.executable, "-m", "msmdiff", "train", "--data", "photos", "--steps", "100000", "--run", "r", *TINY]
+    command += ["--set", "data.workers=2", "--set", "train.log_every=1"]
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "runs" / "r" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    os.killpg(process.pid, signal.SIGINT)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 128 + signal.SIGINT, errors
+    assert "Traceback" not in errors
+    assert (tmp_path / "runs" / "r" / "weights.safetensors").is_file()
+
+
+def test_two_processes_share_the_work(tmp_path):
+    """torchrun on gloo: one writer, both stop at the same step, and a second start resumes."""
+
+    def launch(steps):
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            "-m",
+            "--",
+            "msmdiff",
+            "train",
+        ]
+        return subprocess.run(
+            [*command, "--steps", str(steps), "--run", "two", "--json", *TINY],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+
+    first = launch(3)
+    assert first.returncode == 0, first.stderr
+    assert json.loads(first.stdout)["images_seen"] == 24
+    assert "cpu x 2" in first.stderr
+    second = launch(5)
+    assert json.loads(second.stdout)["images_seen"] == 40
+    assert "resuming" in second.stderr
 
 
 def test_training_on_photos_in_wavelet_space(cli, tmp_path, photos):
@@ -211,5 +269,9 @@ def test_quickstart_tells_the_whole_story(cli, tmp_path):
     arms = {name: stage for name, stage in story["seeds"][0].items() if stage["distance"] is not None}
     assert set(arms) == {"fine-tuned", "from scratch"}
     assert all(stage["distance"] > story["real_train_to_held_out"] for stage in arms.values())
+    (tmp_path / "demo" / "thesis.txt").write_text("mine")
+    _remove_results(tmp_path / "demo")
+    assert [p.name for p in (tmp_path / "demo").iterdir()] == ["thesis.txt"]
+    (tmp_path / "demo" / "quickstart.json").write_text("{}")
     done = cli("quickstart", "--out", "demo", code=2)
     assert "holds a finished quickstart" in done.stderr

@@ -50,6 +50,20 @@ def test_zip_reads_the_same_as_the_folder(photos, tmp_path):
     assert all(np.array_equal(np.asarray(a.read(i)), np.asarray(b.read(i))) for i in range(12))
 
 
+def test_a_zip_of_one_folder_keeps_its_classes(photos, tmp_path):
+    with zipfile.ZipFile(tmp_path / "p.zip", "w") as file:
+        for path in photos.rglob("*.png"):
+            file.write(path, path.relative_to(tmp_path))
+    source = sources.open_source(str(tmp_path / "p.zip"))
+    assert source.names[0].startswith("photos/cat/")
+    assert source.class_names == ["cat", "dog"]
+
+
+def test_a_link_that_leads_back_is_not_followed_for_ever(photos):
+    (photos / "cat" / "again").symlink_to(photos)
+    assert len(sources.open_source(str(photos))) == 12
+
+
 def test_adm_file_names(tmp_path):
     for name in ("n02_1.png", "n01_7.JPG", "n02_x_y.png", "n01_2.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name, "PNG")

@@ -342,3 +342,51 @@ def test_training_on_a_gpu(tmp_path, quiet, precision):
     assert summary.images_seen == 160
     losses = [line["loss"] for line in quiet.lines]
     assert losses[-1] < losses[0]
+
+
+def test_torn_checkpoints_never_cost_a_whole_one(tmp_path, quiet):
+    """Two torn newer ones, keep 1: the run goes on from the whole one and ends with what it saved."""
+    train(small({"train": {"checkpoint_every": 2, "keep_checkpoints": 3}}), tmp_path, quiet)
+    for name in ("img-000000048", "img-000000064"):
+        (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(b"torn")
+    (tmp_path / "checkpoints" / ".img-000000072.part").mkdir()
+    train(small({"train": {"steps": 5, "keep_checkpoints": 1}}), tmp_path, quiet)
+    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["img-000000040"]
+    assert sum("it was not whole" in note for note in quiet.notes) == 2
+    (tmp_path / "checkpoints" / "img-000000040" / "DONE").unlink()
+    with pytest.raises(MsmdiffError, match=r"no checkpoint under .* is whole"):
+        train(small(), tmp_path, quiet)
+
+
+def test_checkpoints_are_ordered_by_number(tmp_path):
+    for images in (999_999_872, 1_000_000_000):
+        folder = tmp_path / "checkpoints" / f"img-{images:09d}"
+        folder.mkdir(parents=True)
+        (folder / "DONE").write_text("{}")
+    assert checkpoint.newest(tmp_path).name == "img-1000000000"
+
+
+def test_a_kill_before_the_weights_are_published_is_mended(tmp_path, quiet):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    (tmp_path / "weights.safetensors").unlink()
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    assert (tmp_path / "weights.safetensors").is_file()
+
+
+def test_other_data_under_the_same_run_are_refused(tmp_path, photos, quiet):
+    layers = {"data": {"source": str(photos)}}
+    train(small(layers, {"train": {"steps": 2}}), tmp_path / "run", quiet)
+    (photos / "cat" / "1.png").rename(photos / "cat" / "1.txt")
+    with pytest.raises(UsageError, match=r"was trained on 12 images, .* now has 11"):
+        train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
+
+
+def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
+    decaying = {"optim": {"schedule": "cosine"}}
+    train(small(decaying), tmp_path, quiet)
+    rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics()]
+    assert rates[0] == 1e-3
+    assert rates[4] == pytest.approx(5e-4)
+    assert rates[-1] < 1e-4
+    with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 9 now"):
+        train(small(decaying, {"train": {"steps": 9}}), tmp_path, quiet)

@@ -38,7 +38,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Any Pillow mode -> RGB, by the rules of `read_rgb`."""
     if image.mode.startswith("I") or image.mode == "F":
         values = np.asarray(image, dtype=np.float64)
-        if values.max(initial=0) > 255:
+        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values = values / 257  # 65535 -> 255
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:

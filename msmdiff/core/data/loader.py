@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -53,7 +55,14 @@ class TrainingImages(Dataset):
         self._cache = np.empty((len(source), size, size, 3), np.uint8) if self.cached else None
         self._filled = np.zeros(len(source), bool)
 
-    def __getitems__(self, positions: list[int]) -> Batch:
+    def __getitems__(self, positions: list[int]) -> "Batch | MsmdiffError":
+        """The batch at these positions; an error as a value, since one raised in a worker arrives as a traceback."""
+        try:
+            return self._batch(positions)
+        except MsmdiffError as error:
+            return error
+
+    def _batch(self, positions: list[int]) -> Batch:
         indices = [image_at(self.seed, len(self.source), p) for p in positions]
         pixels = np.stack([self._image(i, p) for i, p in zip(indices, positions, strict=True)])
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
@@ -63,10 +72,7 @@ class TrainingImages(Dataset):
         if self._filled[index]:
             assert self._cache is not None
             return self._cache[index]
-        try:
-            image = self.source.read(index)
-        except images.UNREADABLE as error:
-            raise MsmdiffError(f"{self.source.spec}: {self.source.describe(index)} cannot be read: {error}") from None
+        image = self._read(index)
         if self.config.crop == "random":
             return images.random_crop(image, self.config.image_size, numpy_stream(self.seed, "crop", position))
         pixels = images.center_crop(image, self.config.image_size)
@@ -75,13 +81,18 @@ class TrainingImages(Dataset):
             self._filled[index] = True
         return pixels
 
+    def _read(self, index: int) -> Image.Image:
+        try:
+            return self.source.read(index)
+        except images.UNREADABLE as error:
+            name = self.source.describe(index).split(" (")[0]
+            raise MsmdiffError(f"{name} in {self.source.spec} cannot be read: {error}") from None
+
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
         """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W]."""
         order = numpy_stream(self.seed, purpose).permutation(len(self.source))[:count]
         for start in range(0, len(order), 64):
-            crops = [
-                images.center_crop(self.source.read(int(i)), self.config.image_size) for i in order[start : start + 64]
-            ]
+            crops = [images.center_crop(self._read(int(i)), self.config.image_size) for i in order[start : start + 64]]
             yield torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
 
 
@@ -89,21 +100,32 @@ def _as_is(batch: Any) -> Any:
     return batch
 
 
+def _leave_signals_to_the_trainer(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end the step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterator[Batch]:
     """The endless stream of a process's batches."""
     workers = dataset.config.workers
     if workers is None:
         workers = 0 if dataset.cached else max(1, min(8, (os.cpu_count() or 2) - 1))
-    return iter(
+    loader = iter(
         DataLoader(
             dataset,
             batch_sampler=chunks,
             collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_trainer,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
             pin_memory=pin_memory,
         )
     )
+    for batch in loader:
+        if isinstance(batch, MsmdiffError):
+            raise batch
+        yield batch
 
 
 def open_training(config: DataConfig, report: Callable[[str], None]) -> sources.Source:

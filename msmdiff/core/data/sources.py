@@ -7,6 +7,7 @@ import io
 import os
 import re
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
@@ -102,8 +103,8 @@ class Files(Source):
             return read_rgb(self.path / self.names[index])
         try:
             return read_rgb(io.BytesIO(self._archive().read(self.names[index])))
-        except zipfile.BadZipFile as error:
-            raise OSError(str(error)) from None
+        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+            raise OSError(str(error)) from None  # damaged, encrypted, or compressed in a way Python cannot read
 
     def describe(self, index: int) -> str:
         if self.path.is_dir():
@@ -137,13 +138,17 @@ class Npz(Source):
                     raise UsageError(f"{spec} holds {sorted(content)}, not images (ADM's `arr_0`, uint8 [N, H, W, 3])")
                 self._pixels = content["arr_0"]
                 labels = content.get("arr_1")
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
             raise MsmdiffError(f"{spec} cannot be read as a NumPy archive: {error}") from None
         if self._pixels.ndim != 4 or self._pixels.shape[-1] != 3 or self._pixels.dtype != np.uint8:
             raise UsageError(
                 f"{spec}: arr_0 is {self._pixels.dtype} {list(self._pixels.shape)}, not uint8 [N, H, W, 3]"
             )
-        if labels is not None and labels.shape == (len(self._pixels),):
+        if labels is not None and (labels.shape != (len(self._pixels),) or labels.min(initial=0) < 0):
+            raise UsageError(
+                f"{spec}: arr_1 must hold one class index, 0 or more, for each of {len(self._pixels)} images"
+            )
+        if labels is not None:
             self.labels = labels.astype(np.int64)
             self.class_names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
 
@@ -183,21 +188,33 @@ def open_source(spec: str, labels: str = "auto") -> Source:
     the labels asked for are not.
     """
     if spec.partition(":")[0] == "digits" and not Path(spec).exists():
-        return Digits(spec)
+        return _with_labels(Digits(spec), labels)
     path = Path(spec)
     if not path.exists():
         raise UsageError(f"data source '{spec}' does not exist: give a folder, a .zip, an .npz, or 'digits'")
     if path.suffix.lower() == ".npz":
-        return Npz(spec)
+        return _with_labels(Npz(spec), labels)
     if path.is_dir() or path.suffix.lower() == ".zip":
         return Files(spec, labels)
     raise UsageError(f"data source '{spec}' is a file of no known kind: give a folder, a .zip, an .npz, or 'digits'")
 
 
+def _with_labels(source: Source, rule: str) -> Source:
+    """A source that brings its own labels has no other rule for them than `none`."""
+    if rule == "none":
+        source.labels, source.class_names = None, ()
+    elif rule != "auto":
+        raise UsageError(f"data.labels '{rule}' is for folders and zips: {source.spec} brings its own labels")
+    return source
+
+
 def _walk(root: Path) -> list[str]:
     names: list[str] = []
+    seen = {root.resolve()}
     for folder, subfolders, files in os.walk(root, followlinks=True):
-        subfolders[:] = [s for s in subfolders if not s.startswith(".")]
+        real = {s: (Path(folder) / s).resolve() for s in subfolders if not s.startswith(".")}
+        subfolders[:] = [s for s, target in real.items() if target not in seen]  # a link may lead back up
+        seen.update(real.values())
         relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
         names += [str(relative / f) for f in files if _is_image(relative / f)]
     return names
@@ -208,7 +225,12 @@ def _is_image(path: PurePosixPath) -> bool:
 
 
 def _labels(names: list[str], rule: str, spec: str) -> tuple[np.ndarray | None, list[str]]:
-    folders = [PurePosixPath(n).parts[0] if "/" in n else None for n in names]
+    # An archive of one folder (`zip -r photos.zip photos`) has its classes one level further down.
+    parents = [PurePosixPath(n).parts[:-1] for n in names]
+    common = next((i for i, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), 0)
+    inside = all(len(p) > common for p in parents)
+    deeper = [PurePosixPath(n).parts[common if inside else 0 :] for n in names]
+    folders = [parts[0] if len(parts) > 1 else None for parts in deeper]
     stems = [re.match(r"[^_]+(?=_)", PurePosixPath(n).name) for n in names]
     prefixes = [m.group() if m else None for m in stems]
     if rule == "auto":

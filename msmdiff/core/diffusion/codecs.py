@@ -121,15 +121,18 @@ class DwtCodec:
 
     def encode(self, packed: Tensor, generator: torch.Generator | None = None) -> Tensor:
         z = self.transform(to_unit(packed))
-        return (z - self._mean.to(z.device)) / self._std.to(z.device)
+        self._to(z.device)
+        return (z - self._mean) / self._std
 
     def decode(self, z: Tensor) -> Tensor:
         z = z.float()
-        return to_uint8(self.inverse(z * self._std.to(z.device) + self._mean.to(z.device)))
+        self._to(z.device)
+        return to_uint8(self.inverse(z * self._std + self._mean))
 
     def clip(self, x0: Tensor) -> Tensor:
-        mean, std, bound = (v.to(x0.device) for v in (self._mean, self._std, self._bound))
-        return torch.maximum(torch.minimum(x0, (bound - mean) / std), (-bound - mean) / std)
+        self._to(x0.device)
+        high, low = (self._bound - self._mean) / self._std, (-self._bound - self._mean) / self._std
+        return torch.maximum(torch.minimum(x0, high), low)
 
     def transform(self, x: Tensor) -> Tensor:
         """Images [B, 3, H, W] -> unscaled coefficients [B, *shape]."""
@@ -164,6 +167,10 @@ class DwtCodec:
         # A band that never varies (a constant image set) would otherwise be divided by zero.
         std = (squares / count - mean.square()).clamp(min=1e-6).sqrt()
         return mean.tolist(), std.tolist()
+
+    def _to(self, device: torch.device) -> None:
+        if self._mean.device != device:  # once: a copy in every step would wait for the device
+            self._mean, self._std, self._bound = (v.to(device) for v in (self._mean, self._std, self._bound))
 
     # One filter bank along one dimension, as PyWavelets' periodization mode defines it:
     # low[i] = sum_k dec_lo[k] x[(2i + F/2 - k) mod N]. Written as F shifted gathers: exact in float32 on any device,

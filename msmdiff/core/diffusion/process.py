@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msmdiff.core.config import ProcessConfig
+from msmdiff.core.errors import UsageError
 
 
 @dataclass
@@ -229,6 +230,8 @@ def build(config: ProcessConfig) -> Process:
     """The process a configuration asks for."""
     options = (config.prediction, config.weighting, config.min_snr_gamma, config.time_sampling)
     if config.schedule == "linear":
+        if config.timesteps <= 20:
+            raise UsageError(f"process.timesteps {config.timesteps}: a linear schedule needs more than 20")
         return Process(linear_betas(config.timesteps), *options)
     if config.schedule == "scaled_linear":
         return Process(scaled_linear_betas(config.timesteps), *options, first_step=1)

@@ -71,8 +71,10 @@ def load(path: Path) -> Statistics | None:
             mean, cov = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
             count = int(content["count"]) if "count" in content else 0
             features = str(content["features"]) if "features" in content else ""
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
         raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
     if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
         raise UsageError(f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together")
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UsageError(f"{path} holds numbers that are not finite")
     return Statistics(mean, cov, count, features)

@@ -21,7 +21,7 @@ def sample(
 
     times is float64 [S + 1], falling, on the CPU. `noise()` gives the next [B, C, H, W]; with eta 0 it is never called.
     """
-    alpha, sigma = process.alpha_sigma(times)
+    alpha, sigma = (v.cpu() for v in process.alpha_sigma(times))  # read step by step, never from the device
     variance = options.eta**2 * (sigma[1:] / sigma[:-1]) ** 2 * (1 - (alpha[:-1] / alpha[1:]) ** 2)
     direction = (sigma[1:] ** 2 - variance).clamp(min=0).sqrt()
     for i, t in enumerate(times[:-1].tolist()):

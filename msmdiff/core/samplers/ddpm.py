@@ -23,7 +23,7 @@ def sample(
     1 - (alpha_t / alpha_s)^2 (large), or, where the network learns it, between the two (Nichol & Dhariwal 2021,
     eq. 15). The last step, to t = 0, adds no noise.
     """
-    alpha, sigma = process.alpha_sigma(times)
+    alpha, sigma = (v.cpu() for v in process.alpha_sigma(times))  # read step by step, never from the device
     ratio = alpha[:-1] / alpha[1:]
     beta = 1 - ratio**2
     from_x0 = alpha[1:] * beta / sigma[:-1] ** 2

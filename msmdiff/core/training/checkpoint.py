@@ -54,28 +54,50 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         _fsync(folder)
-        _publish(final / f"{(averages or ['model'])[0]}.safetensors", run / "weights.safetensors")
+        publish(final, run, (averages or ["model"])[0])
     except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(part, ignore_errors=True)
         raise MsmdiffError(
             f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
             "earlier checkpoints are intact, run the same command again to go on from the newest"
         ) from None
-    for old in _all(run)[:-keep]:
+    for old in [p for p in _all(run) if _images(p) <= images_seen and _is_whole(p)][:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None: one whose files all have the sizes that DONE recorded."""
-    for path in reversed(_all(run)):
-        try:
-            sizes = json.loads((path / "DONE").read_text())
-            if all((path / name).stat().st_size == size for name, size in sizes.items()):
-                return path
-        except (OSError, ValueError):
-            continue
-    return None
+    return next((path for path in reversed(_all(run)) if _is_whole(path)), None)
+
+
+def clear_torn(run: Path) -> list[Path]:
+    """Remove what a kill or a full disk left half written; returns the checkpoints that were.
+
+    Raises MsmdiffError, and removes nothing, when no checkpoint is whole: starting over is the user's to say.
+    """
+    torn = [path for path in _all(run) if not _is_whole(path)]
+    if torn and newest(run) is None:
+        raise MsmdiffError(
+            f"no checkpoint under {run / 'checkpoints'} is whole (the newest is {torn[-1].name}): restore one, or "
+            "remove that folder to start over"
+        )
+    for path in [*torn, *(run / "checkpoints").glob(".img-*.part")]:
+        shutil.rmtree(path, ignore_errors=True)
+    return torn
+
+
+def publish(path: Path, run: Path, stem: str) -> None:
+    """Make the run's `weights.safetensors` that of a checkpoint, atomically; a link where the file system has links."""
+    target = run / "weights.safetensors"
+    part = target.with_name(f".{target.name}.part")
+    part.unlink(missing_ok=True)
+    try:
+        os.link(path / f"{stem}.safetensors", part)
+    except OSError:
+        shutil.copyfile(path / f"{stem}.safetensors", part)
+        _fsync(part)
+    part.replace(target)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
@@ -90,19 +112,20 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("img-*"))
+    return sorted((run / "checkpoints").glob("img-*"), key=_images)
 
 
-def _publish(source: Path, target: Path) -> None:
-    """Make `target` the same file as `source`, atomically: a link costs no space where the file system has links."""
-    part = target.with_name(f".{target.name}.part")
-    part.unlink(missing_ok=True)
+def _images(path: Path) -> int:
+    digits = path.name.removeprefix("img-")
+    return int(digits) if digits.isdigit() else -1
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        os.link(source, part)
-    except OSError:
-        shutil.copyfile(source, part)
-        _fsync(part)
-    part.replace(target)
+        sizes = json.loads((path / "DONE").read_text())
+        return all((path / name).stat().st_size == size for name, size in sizes.items())
+    except (OSError, ValueError):
+        return False
 
 
 def _fsync(path: Path) -> None:

@@ -53,7 +53,7 @@ def accelerator(config: Config, run_path: Path) -> Accelerator:
     if launched > 1 and made.num_processes == 1:
         raise UsageError(
             f"{launched} processes were started but would each train alone: start them with "
-            f"`torchrun --nproc_per_node {launched} -m msmdiff ...`"
+            f"`torchrun --nproc_per_node {launched} -m -- msmdiff ...`"
         )
     return made
 

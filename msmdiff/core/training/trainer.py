@@ -16,6 +16,7 @@ from msmdiff.core import weights
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
+from msmdiff.core.diffusion import codecs
 from msmdiff.core.diffusion.codecs import DwtCodec
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.seeding import key, stream
@@ -41,6 +42,8 @@ class Summary:
     images_seen: int
     steps: int
     seconds: float
+    writes: bool = True
+    """Whether this process is the one of several that reports."""
     interrupted: int | None = None
     """The signal that ended it early, if one did."""
 
@@ -77,7 +80,7 @@ class Trainer:
 
     def __init__(self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str) -> None:
         self.reporter = reporter
-        self.main = os.environ.get("RANK", "0") == "0"
+        self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
         source = open_training(config.data, self._note)
         config = road.resolve(config, source.num_classes)
         config.train.precision = launch.choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
@@ -96,7 +99,7 @@ class Trainer:
         self.run.admit(config)
         self.config = config
         train, world = config.train, self.accelerator.num_processes
-        self.micro = train.micro_batch_size or train.batch_size // world
+        self.micro = train.micro_batch_size or max(1, train.batch_size // world)
         if train.batch_size % (self.micro * world):
             raise UsageError(
                 f"train.batch_size {train.batch_size} does not divide by {world} processes x micro-batches of "
@@ -107,6 +110,10 @@ class Trainer:
         self.parts = road.build(config)
         self.parts.process.to(self.device)
         backbone = self.parts.backbone
+        if self.main:
+            for torn in checkpoint.clear_torn(self.run.path):
+                self._note(f"passed over and removed {torn}: it was not whole")
+        self.accelerator.wait_for_everyone()
         found = checkpoint.newest(self.run.path)
         if train.init_from and not found:
             # Only a published file asks for this: shapes do not tell how many heads a network has.
@@ -143,7 +150,8 @@ class Trainer:
             while True:
                 step = self.images_seen // train.batch_size
                 out_of_time = train.max_seconds is not None and self.seconds >= train.max_seconds
-                done = self.images_seen >= total or out_of_time or self._agree(signals.received is not None)
+                stop = self._agree(out_of_time or signals.received is not None)
+                done = self.images_seen >= total or stop
                 if self.images_seen and (done or step % train.log_every == 0):
                     self._log(total)
                 if (
@@ -159,7 +167,7 @@ class Trainer:
                 if done:
                     break
                 self._step(stream_of_batches)
-        return Summary(self.run.path, self.images_seen, step, self.seconds, signals.received)
+        return Summary(self.run.path, self.images_seen, step, self.seconds, self.main, signals.received)
 
     def _step(self, stream_of_batches: Any) -> None:
         """One optimiser step over the next batch_size images."""
@@ -189,7 +197,8 @@ class Trainer:
         self.images_seen += train.batch_size
         spent = time.perf_counter() - started
         self.seconds += spent
-        self.meter.add(terms, grad_norm or 0.0, train.batch_size, spent, waited)
+        finite = grad_norm is not None and math.isfinite(grad_norm)
+        self.meter.add(terms, grad_norm if grad_norm is not None and finite else 0.0, train.batch_size, spent, waited)
 
     def _accumulate(self, batch: Batch, accumulate: int) -> dict[str, Tensor]:
         """Backward through one micro-batch; returns its share of the step's loss terms, detached."""
@@ -214,10 +223,13 @@ class Trainer:
         if math.isfinite(norm):
             return norm
         loss_is_finite = all(bool(torch.isfinite(value)) for value in terms.values())
-        if self.accelerator.scaler is not None and loss_is_finite and self.accelerator.scaler.get_scale() > 1:
-            return norm  # fp16: the loss scale was too large; the scaler leaves this step out and halves it
         self.skipped += 1
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() > 1 and not self._agree(not loss_is_finite):
+            return norm  # fp16: the loss scale was too large; the scaler leaves this step out and halves it
         if self.config.train.on_nonfinite == "skip":
+            if scaler is not None:
+                self.optimizer.step()  # leaves the step out too, and has to be told of every gradient it unscaled
             self._note(f"image {self.images_seen:,}: gradient norm {norm}, step skipped ({self.skipped} so far)")
             return None
         shown = ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
@@ -274,6 +286,8 @@ class Trainer:
                 "skipped": self.skipped,
                 "optimizer": self.optimizer.state_dict(),
                 "averages": self.averages.counters(),
+                "data": len(self.dataset.source),
+                "processes": self.accelerator.num_processes,
                 "scaler": scaler.state_dict() if scaler is not None else None,
             }
             networks = {"model": module.state_dict()}
@@ -291,15 +305,32 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.images_seen, self.seconds, self.skipped = state["images_seen"], state["seconds"], state["skipped"]
+        if state["data"] != len(self.dataset.source):
+            raise UsageError(
+                f"{self.run.path} was trained on {state['data']:,} images, {self.config.data.source} now has "
+                f"{len(self.dataset.source):,}: restore the data, or finetune --ckpt from it in another --run"
+            )
+        if self.main:
+            stem = next((f"ema-{decay}" for decay in self.averages.networks), "model")
+            checkpoint.publish(path, self.run.path, stem)
         self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
+        if state["processes"] != self.accelerator.num_processes and not self.config.train.micro_batch_size:
+            self._note(
+                f"{state['processes']} processes before, {self.accelerator.num_processes} now: other random draws"
+            )
 
     def _with_statistics(self, config: Config) -> Config:
         """Measure what the codec needs to know of the data, once; a resumed run keeps what it measured."""
-        codec = road.build(config).codec
+        codec = codecs.build(config.codec, config.data.image_size)
         if not isinstance(codec, DwtCodec) or (config.codec.mean and config.codec.std):
             return config
         stored = self.run.stored_config()
-        if stored is not None and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec:
+        resumes = checkpoint.newest(self.run.path) is not None
+        if (
+            stored is not None
+            and resumes
+            and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec
+        ):
             config.codec = stored.codec
         else:
             config.codec.mean, config.codec.std = codec.measure(self.dataset.sample(2048))

@@ -149,7 +149,9 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
             return path  # the training state that U-ViT writes
         if path.is_dir():
             if ema is not None:
-                averages = sorted(path.glob(f"checkpoints/img-*/ema-{ema:g}.safetensors"))
+                averages = sorted(
+                    path.glob(f"checkpoints/img-*/ema-{ema:g}.safetensors"), key=lambda p: (len(p.parent.name), p)
+                )
                 if not averages:
                     raise UsageError(f"{path} has no average with decay {ema:g} in its checkpoints")
                 return averages[-1]
@@ -157,6 +159,8 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
                 raise UsageError(f"{path} holds no weights.safetensors: is it a run that has saved a checkpoint?")
             return path / "weights.safetensors"
         if path.is_file():
+            if ema is not None:
+                raise UsageError(f"{path} is one file: which average (--ema {ema:g}) can be chosen of a run only")
             return path
     raise UsageError(f"'{source}' is neither a weights file nor a run directory, here or under {runs}/")
 
