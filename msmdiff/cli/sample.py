@@ -183,6 +183,7 @@ def _claim(out: Path, settings: dict[str, Any]) -> list[int]:
     import json
 
     from msmdiff.cli.console import write_json
+    from msmdiff.core import config as configuration
     from msmdiff.core.errors import MsmdiffError, UsageError
 
     try:
@@ -192,8 +193,13 @@ def _claim(out: Path, settings: dict[str, Any]) -> list[int]:
     except (OSError, ValueError) as error:
         raise MsmdiffError(f"{out / 'sample.json'} cannot be read: {error}") from None
     if any(stored.get(name) != value for name, value in settings.items()):
-        changed = [name for name, value in settings.items() if stored.get(name) != value]
-        raise UsageError(f"{out} holds images sampled with other settings ({', '.join(changed)}): give another --out")
+        old, new = (configuration.flatten(s) for s in (stored, settings))
+        changed = [
+            f"{name}: {old.get(name)!r} there, {value!r} now" for name, value in new.items() if old.get(name) != value
+        ]
+        raise UsageError(f"{out} holds images sampled with other settings ({'; '.join(changed)}): give another --out")
+    if stored is settings and out.is_dir() and any(p.suffix == ".png" for p in out.iterdir()):
+        raise UsageError(f"{out} holds images that were not sampled here: give another --out")
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:

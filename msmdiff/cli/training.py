@@ -1,5 +1,6 @@
 """`pretrain`, `finetune`, `train`: three verbs over one trainer."""
 
+import dataclasses
 import hashlib
 import inspect
 import json
@@ -125,7 +126,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
     from msmdiff.core import config as configuration
 
     if options["dry_run"]:
-        _show_plan(config)
+        _show_plan(config, options["as_json"])
         return
     if options["run"]:
         name = Path(options["run"])
@@ -207,10 +208,11 @@ def _default_name(verb: str, config: Any) -> str:
     return f"{verb}-{data}-{model}-{digest}"
 
 
-def _show_plan(config: Any) -> None:
+def _show_plan(config: Any, as_json: bool) -> None:
     """What `--dry-run` prints: the resolved configuration and what a step costs."""
     import os
 
+    from msmdiff.cli.console import print_json
     from msmdiff.core import build as road
     from msmdiff.core.data import sources
     from msmdiff.core.training import cost
@@ -218,6 +220,9 @@ def _show_plan(config: Any) -> None:
     source = sources.open_source(config.data.source, config.data.labels)
     config = road.resolve(config, source.num_classes)
     counted = cost.measure(config)
+    if as_json:
+        print_json({"config": config.as_dict(), "images": len(source), **dataclasses.asdict(counted)})
+        return
     typer.echo(config.to_yaml().rstrip())
     classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
     full, masked = (

@@ -178,6 +178,9 @@ def build(*layers: dict[str, Any]) -> Config:
         if model.get("name") not in (None, merged.get("model", {}).get("name")):
             # Another size: what an earlier layer said of the old one's dimensions no longer applies.
             merged["model"] = {k: v for k, v in merged.get("model", {}).items() if k == "num_classes"}
+        optimiser = (layer.get("optim") or {}).get("name")
+        if optimiser not in (None, merged.get("optim", {}).get("name", optimiser)):
+            merged["optim"].pop("betas", None)  # they were the other optimiser's
         _merge(merged, layer)
     try:
         return Config.model_validate(merged)

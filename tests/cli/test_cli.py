@@ -131,7 +131,13 @@ def test_npz_is_adms_and_a_seed_is_an_image(cli, tmp_path):
     assert np.abs(alone - content["arr_0"][7]).max() <= 1
     assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "r" / "000007.png")), content["arr_0"][7])
     done = cli("sample", "r", "--steps", "5", code=2)
-    assert "samples/r holds images sampled with other settings (sample, classes)" in done.stderr
+    assert "samples/r holds images sampled with other settings" in done.stderr
+    assert "sample.steps: 4 there, 5 now; classes: '3,5' there, None now" in done.stderr
+    assert json.loads((tmp_path / "samples" / "r" / "sample.json").read_text())["seeds"] == "0-9"
+    (tmp_path / "mine").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "mine" / "000000.png")
+    done = cli("sample", "r", "--n", "1", "--steps", "2", "--out", "mine", code=2)
+    assert "mine holds images that were not sampled here" in done.stderr
 
 
 def test_dry_run_shows_the_plan_and_trains_nothing(cli, tmp_path):

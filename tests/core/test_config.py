@@ -121,3 +121,12 @@ def test_unknown_preset_lists_those_there_are():
 def test_configs_lie_beside_the_package():
     assert (configuration.preset_folder() / "digits-pretrain.yaml").is_file()
     assert Path(configuration.preset_folder()).name == "configs"
+
+
+def test_another_optimiser_drops_the_old_ones_betas():
+    config = road.resolve(
+        configuration.build({"optim": {"name": "adamw", "betas": [0.9, 0.99]}}, {"optim": {"name": "adan"}})
+    )
+    assert config.optim.betas == [0.98, 0.92, 0.99]
+    kept = configuration.build({"optim": {"betas": [0.9, 0.99]}}, {"optim": {"name": "adamw"}})
+    assert kept.optim.betas == [0.9, 0.99]

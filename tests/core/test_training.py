@@ -204,6 +204,8 @@ def test_weights_are_the_average_and_describe_themselves(tmp_path, quiet):
     loaded = weights.load(weights.locate(tmp_path))
     assert loaded.config == Run(tmp_path, writes=False).stored_config()
     assert loaded.report == {"images_seen": "64", "weights": "ema-0.5"}
+    weights.save(tmp_path / "again.safetensors", loaded.backbone.state_dict(), loaded.config, **loaded.report)
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "weights.safetensors").read_bytes()
     assert weights.locate(tmp_path, ema=0.9) == folder / "ema-0.9.safetensors"
     with pytest.raises(UsageError, match=r"no average with decay 0.99"):
         weights.locate(tmp_path, ema=0.99)

@@ -105,10 +105,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(MsmdiffError, match="is no checkpoint of"):
         weights.read(path)
-    save_file({"a": torch.zeros(1)}, path, {"format": "msmdiff", "version": "99", "config": "{}"})
+    save_file({"a": torch.zeros(1)}, path, {"msmdiff": '{"version": 99, "config": {}}'})
     with pytest.raises(MsmdiffError, match="written by a newer msmdiff"):
         weights.read(path)
-    save_file({"a": torch.zeros(1)}, path, {"format": "msmdiff", "version": "1", "config": resolved().to_json()})
+    save_file({"a": torch.zeros(1)}, path, {"msmdiff": f'{{"version": 1, "config": {resolved().to_json()}}}'})
     with pytest.raises(MsmdiffError, match="does not hold the network that it describes"):
         weights.load(path)
     with pytest.raises(UsageError, match="neither a weights file nor a run"):

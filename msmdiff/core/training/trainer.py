@@ -345,7 +345,7 @@ class Trainer:
             f"batch {self.config.train.batch_size}, {self.config.train.precision} on {self.device.type} x "
             f"{self.accelerator.num_processes}, {total:,} images to see"
         )
-        if mask.kept < mask.tokens:
+        if self.config.mask.ratio or mask.kept < mask.tokens:
             self._note(
                 f"the network sees {mask.kept} of {mask.tokens} tokens ({mask.effective_ratio:.1%} hidden), "
                 f"{cost_.masked_flops / cost_.forward_flops:.1%} of the full pass"

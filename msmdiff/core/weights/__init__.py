@@ -50,8 +50,8 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -
 
     The configuration, the format's version and the notes (images seen, which average, ...) go into the metadata.
     """
-    metadata = {"format": "msmdiff", "version": str(FORMAT_VERSION), "config": config.to_json()}
-    metadata |= {name: str(value) for name, value in notes.items()}
+    about = {"version": FORMAT_VERSION, "config": config.as_dict(), **{k: str(v) for k, v in notes.items()}}
+    metadata = {"msmdiff": json.dumps(about)}  # one entry: safetensors writes several in no particular order
     part = path.with_name(f".{path.name}.part")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
     with part.open("rb") as file:
@@ -71,10 +71,10 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
     version. Nothing in it is executed.
     """
     if is_ours(path):
-        metadata = read_notes(path)
-        config = configuration.build(json.loads(metadata.pop("config")))
+        about = _about(path)
+        config = configuration.build(about.pop("config"))
         try:
-            return Stored(path, load_file(path), config, metadata)
+            return Stored(path, load_file(path), config, about)
         except (SafetensorError, OSError) as error:
             raise MsmdiffError(f"{path} is truncated or damaged: {error}") from None
     found = published.read(path, given, average, family)
@@ -88,28 +88,22 @@ def is_ours(path: Path) -> bool:
         return False
     try:
         with safe_open(path, "pt") as file:
-            return (file.metadata() or {}).get("format") == "msmdiff"
+            return "msmdiff" in (file.metadata() or {})
     except (SafetensorError, OSError):
         return False
 
 
-def read_notes(path: Path) -> dict[str, str]:
-    """The metadata of a weights file, its configuration as JSON under `config`; raises as `read` does."""
-    if not path.is_file():
-        raise MsmdiffError(f"{path} does not exist: give a run directory or a weights file (.safetensors)")
+def _about(path: Path) -> dict[str, Any]:
+    """What `save` wrote beside the tensors: `config` as a dictionary, and the notes."""
     try:
         with safe_open(path, "pt") as file:
-            metadata = dict(file.metadata() or {})
-    except (SafetensorError, OSError) as error:
-        raise MsmdiffError(f"{path} is not a whole safetensors file: {error}") from None
-    if metadata.get("format") != "msmdiff" or "config" not in metadata:
-        raise MsmdiffError(
-            f"{path} is a safetensors file, but carries no msmdiff configuration: not written by msmdiff"
-        )
-    if int(metadata.pop("version", "0")) > FORMAT_VERSION:
+            about = dict(json.loads(file.metadata()["msmdiff"]))
+            version = int(about.pop("version"))
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        raise MsmdiffError(f"{path} has damaged metadata: {error}") from None
+    if version > FORMAT_VERSION:
         raise MsmdiffError(f"{path} was written by a newer msmdiff; this one reads format {FORMAT_VERSION}: upgrade it")
-    del metadata["format"]
-    return metadata
+    return about
 
 
 def load(
