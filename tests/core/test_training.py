@@ -392,3 +392,17 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     assert rates[-1] < 1e-4
     with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 9 now"):
         train(small(decaying, {"train": {"steps": 9}}), tmp_path, quiet)
+
+
+@pytest.mark.parametrize(
+    ("environment", "message"),
+    [
+        ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "starts one process whatever --num_processes says"),
+        ({"WORLD_SIZE": "2"}, "2 processes were started but would each train alone"),
+    ],
+)
+def test_launches_that_would_not_work_together_are_refused(tmp_path, quiet, monkeypatch, environment, message):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(UsageError, match=message):
+        train(small(), tmp_path, quiet)

@@ -37,6 +37,12 @@ def accelerator(config: Config, run_path: Path) -> Accelerator:
     """One process of however many the launcher started. Raises UsageError for a launch that would not work together."""
     # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
     AcceleratorState._reset_state()
+    # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves only this trace.
+    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "`accelerate launch --cpu` starts one process whatever --num_processes says: "
+            "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
+        )
     cuda = torch.cuda.is_available()
     machine.prepare(config.train.threads)
     for tracker in config.train.trackers:
