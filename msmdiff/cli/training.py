@@ -86,12 +86,11 @@ def finetune(
 
     Image size, classes and codec may change: positions are interpolated, new parts start fresh, all of it is named.
     """
-    from msmdiff.core import weights
-
-    path = weights.locate(ckpt)
     from msmdiff.cli.weights import model_fields
+    from msmdiff.core import weights
     from msmdiff.core.build import derived_rate
 
+    path = weights.locate(ckpt)
     told = [item for item in options["sets"] or [] if item.startswith("model.")]
     stored = weights.read(path, model_fields(told)).config
     changes: dict[str, Any] = {

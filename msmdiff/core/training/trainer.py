@@ -136,7 +136,7 @@ class Trainer:
         self.meter = Meter(self.cost, self.device)
         self.run.start(config, command, self.images_seen)
         if train.trackers:
-            self.accelerator.init_trackers("msmdiff", configuration.flatten(_plain(config)))
+            self.accelerator.init_trackers("msmdiff", _plain(config))
 
     # ------------------------------------------------------------------ the loop
 
