@@ -19,9 +19,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
 
 
+# torchrun's default port, which tests that run side by side would share.
+os.environ["PET_MASTER_PORT"] = str(29500 + int(os.environ.get("PYTEST_XDIST_WORKER", "gw0")[2:]))
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSMDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    torch.set_flush_denormal(False)  # a training before this test set it, and hypothesis wants IEEE 754
 
 
 @pytest.fixture
@@ -62,6 +67,49 @@ def cli(tmp_path: Path):
         return done
 
     return run
+
+
+@pytest.fixture(scope="session")
+def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """pytorch-fid's network with seeded He-initialised weights, saved in its own layout."""
+    from unittest import mock
+
+    from pytorch_fid import inception
+
+    torch.manual_seed(0)
+    build, made = inception._inception_v3, []
+
+    def remember(*args, **kwargs):
+        made.append(build(*args, **kwargs))
+        return made[0]
+
+    with (
+        mock.patch.object(inception, "_inception_v3", remember),
+        mock.patch.object(inception, "load_state_dict_from_url", side_effect=lambda url, **_: made[0].state_dict()),
+    ):
+        network = inception.fid_inception_v3()
+    for module in network.modules():
+        if isinstance(module, torch.nn.Conv2d):
+            torch.nn.init.kaiming_normal_(module.weight)
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    torch.save(network.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny AutoencoderKL of random numbers, as diffusers saves it: 4 channels at a factor of 8."""
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+    )
+    folder = tmp_path_factory.mktemp("vae") / "vae"
+    network.save_pretrained(folder)
+    return folder
 
 
 class Quiet:

@@ -9,6 +9,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import golden_metrics
+import golden_sampling
 import pytest
 import torch
 from golden import FOLDER, Case, cases, compare, compare_norms, gradients
@@ -17,31 +19,24 @@ from torch import Tensor
 from msmdiff.core import backbones
 from msmdiff.core.backbones.edt import TokenMasks
 from msmdiff.core.backbones.layers import amm_matrix, gather_tokens, patchify
-from msmdiff.core.config import CodecConfig
-from msmdiff.core.diffusion import codecs, hybrid
+from msmdiff.core.config import CodecConfig, ObjectiveConfig, OptimConfig, ProcessConfig
+from msmdiff.core.diffusion import codecs, hybrid, process, time_sampling
 from msmdiff.core.diffusion.masking import Mask, mdt_kept
-from msmdiff.core.diffusion.objectives import ScoreMatching
-from msmdiff.core.samplers.guidance import classifier_free, power_cosine
+from msmdiff.core.diffusion.objectives import Objective
+from msmdiff.core.samplers.guidance import combine, power_cosine
+from msmdiff.core.training import optim
 from msmdiff.core.weights import published
 
 Outputs = dict[str, Tensor]
-
-# Families of other parts of the toolkit, each with the part that will run them.
-LATER = {
-    "diffusion_math": "schedules and samplers",
-    "optimizer": "optimisers",
-    "dpm_solver": "samplers",
-    "uvit_math": "samplers",
-    "maskdm_math": "samplers",
-    "metrics": "metrics",
-}
 
 # What a call may set beside its tensors; another word would mean something that no runner here does. The local and
 # enable_ switches are implied by amm_blocks and by the tensors given; EDT's enable_input_mask never did anything.
 SCALARS = {"first_samples", "t", "dtype", "cfg_scale", "scale_pow", "diffusion_steps", "scale", "p", "u", "ratio"}
 SCALARS |= {"len_keep", "mask", "block_size", "masked_tokens", "approx_ratio", "detail_ratio", "beta_schedule"}
 SCALARS |= {"loss_type", "schedule_sampler_weights", "amm_blocks", "amm_formula", "local"}
-SCALARS |= {"enable_mask", "enable_down_mask", "enable_input_mask"}
+SCALARS |= {"rescale_learned_sigmas", "predict_xstart", "use_kl", "learn_sigma", "timesteps"}
+SCALARS |= {"lr", "max_grad_norm", "weight_decay", "no_prox"}
+SCALARS |= {"enable_mask", "enable_down_mask", "enable_input_mask"} | golden_sampling.SCALARS
 
 # ------------------------------------------------------------------ forward passes
 
@@ -128,8 +123,8 @@ def run_adm_guidance(case: Case, call: dict[str, Any]) -> Outputs:
         assert torch.equal(t[:half], t[half:])
         scale = scalars["cfg_scale"]
         if "scale_pow" in scalars:
-            scale = power_cosine(scale, scalars["scale_pow"], scalars["diffusion_steps"])
-        guided = classifier_free(network, network.num_classes, scale, channels=3)(x[:half], t[:half], y[:half])
+            scale = power_cosine(scale, scalars["scale_pow"], scalars["diffusion_steps"])(t[:half])
+        guided = combine(network, x[:half], t[:half], y[:half], network.num_classes, scale, channels=3)
         rest = network(x[:half], t[half:], y[half:])[:, 3:]
     return {"output": torch.cat([guided, torch.cat([guided[:, :3], rest], dim=1)])}
 
@@ -140,8 +135,8 @@ def run_uvit_guidance(case: Case, call: dict[str, Any]) -> Outputs:
     null = inputs.get("empty_context", network.num_classes)
     y = inputs["context"] if "context" in inputs else inputs["y"]
     with torch.no_grad():
-        guided = classifier_free(network, null, 1 + call["scalars"]["scale"])
-        return {"output": guided(inputs["x"], inputs["timesteps"], y)}
+        scale = 1 + call["scalars"]["scale"]
+        return {"output": combine(network, inputs["x"], inputs["timesteps"], y, null, scale)}
 
 
 # ------------------------------------------------------------------ losses
@@ -171,6 +166,64 @@ def run_adm_step(case: Case, call: dict[str, Any]) -> Outputs:
     return got | {"total": total} | gradients(case, network)
 
 
+def run_losses(case: Case, call: dict[str, Any]) -> Outputs:
+    """ADM's loss terms for a given network output, under each of its options."""
+    inputs, scalars = case.inputs(call, {"x_start", "t", "noise", "model_output"}), call["scalars"]
+    weighting = "min_snr" if case.data.get("loss_weighting_in_words") else "uniform"
+    prediction = "x0" if scalars.get("predict_xstart") else "eps"
+    steps = case.hyper["diffusion_steps"]
+    noise = process.build(
+        ProcessConfig(
+            schedule=case.hyper["noise_schedule"], timesteps=steps, prediction=prediction, weighting=weighting
+        )
+    )
+    x0, output = inputs["x_start"], inputs["model_output"]
+    if not scalars.get("learn_sigma", True):
+        output = output[:, : x0.shape[1]]
+    variational = "kl" if scalars.get("use_kl") else "rescaled" if scalars.get("rescale_learned_sigmas") else "hybrid"
+    return hybrid.terms(noise, output, x0, inputs["noise"], (inputs["t"] + 1) / steps, variational=variational)
+
+
+def run_loss_second_moment(case: Case, call: dict[str, Any]) -> Outputs:
+    inputs, steps = case.inputs(call, {"t1", "loss1", "t2", "loss2"}), call["scalars"]["timesteps"]
+    assert case.hyper == {"history_per_term": time_sampling.RECORDED, "uniform_prob": time_sampling.UNIFORM}
+    history, got = time_sampling.LossSecondMoment(steps), {}
+    for phase in ("1", "2"):
+        history.update((inputs[f"t{phase}"] + 1) / steps, inputs[f"loss{phase}"])
+        got[f"weights{phase}"] = torch.from_numpy(history.weights())
+    t, importance = history.draw(4000, torch.Generator().manual_seed(0))
+    k = (t * steps).round().long() - 1
+    assert (importance - case.tensors["phase2/importance"][k]).abs().max() < 1e-6
+    drawn = torch.bincount(k, minlength=steps) / len(k)
+    assert (drawn - case.tensors["phase2/probabilities"]).abs().max() < 0.04
+    return got
+
+
+def run_adan(case: Case, call: dict[str, Any]) -> Outputs:
+    """The trainer's optimiser and its clipping, over the given gradients."""
+    names = ("param0", "param1")
+    inputs, scalars = case.inputs(call, {*names, "grads0", "grads1"}), call["scalars"]
+    parameters = [torch.nn.Parameter(inputs[name].clone()) for name in names]
+    config = OptimConfig(
+        name="adan",
+        lr=scalars["lr"],
+        betas=case.hyper["betas"],
+        eps=case.hyper["eps"],
+        weight_decay=scalars.get("weight_decay", 0.0),
+        no_prox=scalars.get("no_prox", False),
+    )
+    optimizer = optim.build(config, parameters)
+    after: list[list[Tensor]] = [[], []]
+    for gradients_ in zip(inputs["grads0"], inputs["grads1"], strict=True):
+        for parameter, gradient in zip(parameters, gradients_, strict=True):
+            parameter.grad = gradient.clone()
+        torch.nn.utils.clip_grad_norm_(parameters, scalars.get("max_grad_norm") or math.inf)
+        optimizer.step()
+        for trace, parameter in zip(after, parameters, strict=True):
+            trace.append(parameter.detach().clone())
+    return {name: torch.stack(trace) for name, trace in zip(names, after, strict=True)}
+
+
 def run_uvit_loss(case: Case, call: dict[str, Any]) -> Outputs:
     discrete = {"loss_discrete": True, "loss_continuous": False}[call["name"]]
     inputs = case.inputs(call, {"x0", "eps", "y", "context"} | ({"n"} if discrete else {"t"}))
@@ -192,8 +245,9 @@ def run_maskdm_loss(case: Case, call: dict[str, Any]) -> Outputs:
     network, noise = case.published().build().train(), case.process(schedule=scalars["beta_schedule"])
     x0, t = 2 * inputs["img"] - 1, (inputs["t"] + 1) / noise.timesteps
     keep = hidden_tokens(case, network, inputs, {})
-    objective = ScoreMatching(noise, None, {"l1": "l1", "l2": "mse"}[scalars["loss_type"]], network.patch_size, None, 0)
-    loss = objective.loss(network, x0, inputs["noise"], t, inputs.get("y"), keep)
+    distance = ObjectiveConfig(loss={"l1": "l1", "l2": "mse"}[scalars["loss_type"]])
+    objective = Objective(noise, {}, distance, network.patch_size, None)
+    loss = objective.terms(network, x0, inputs["noise"], t, inputs.get("y"), keep)["loss"].mean()
     loss.backward()
     return {"loss": loss} | gradients(case, network)
 
@@ -232,6 +286,13 @@ RUNNERS: dict[str, dict[str, Callable[[Case, dict[str, Any]], Outputs]]] = {
     "uvit_t2i": UVIT,
     "maskdm": {"forward": run_forward, "loss": run_maskdm_loss},
     "maskdwt": {"forward": run_forward, "loss": run_maskdwt_loss, "dwt": run_dwt},
+    **golden_sampling.RUNNERS,
+    "diffusion_math": {
+        **golden_sampling.RUNNERS["diffusion_math"],
+        "losses": run_losses,
+        "loss_second_moment": run_loss_second_moment,
+    },
+    "optimizer": {"": run_adan},
 }
 
 
@@ -245,18 +306,14 @@ def parameters(owned: Callable[[Case], list[Any]]) -> Any:
 @parameters(lambda case: ["family"])
 def test_family(case: Case, item: str) -> None:
     """No case is left out in silence."""
-    if case.family in LATER:
-        pytest.skip(f"not built yet: {LATER[case.family]} ({case.family})")
-    assert case.family in RUNNERS or case.family == "maskdm_masks" or case.name == "manifests"
+    assert case.family in RUNNERS or case.family in ("maskdm_masks", "metrics") or case.name == "manifests"
 
 
 @parameters(lambda case: list(case.calls))
 def test_call(case: Case, item: str) -> None:
     call = case.calls[item]
-    if case.family in LATER:
-        pytest.skip(f"not built yet: {LATER[case.family]} ({case.family})")
+    runner = next((run for start, run in RUNNERS.get(case.family or "", {}).items() if item.startswith(start)), None)
     assert case.family in RUNNERS, f"no runner for the family {case.family}"
-    runner = next((run for start, run in RUNNERS[case.family].items() if item.startswith(start)), None)
     assert runner is not None, f"no runner for the call {item} of the family {case.family}"
     assert not (odd := set(call["scalars"]) - SCALARS), f"unknown settings {odd}"
     got = runner(case, call)
@@ -273,12 +330,15 @@ def gradient_names(got: Outputs) -> list[str]:
 
 # ------------------------------------------------------------------ tables, checkpoints, masks, manifests
 
-TABLES = ("guidance_table", "len_keep_table", "amm_tables", "table", "dwt_table", "statistics")
+TABLES = ("guidance_table", "len_keep_table", "amm_tables", "table", "dwt_table", "statistics", *golden_sampling.TABLES)
 
 
-@parameters(lambda case: [t for t in TABLES if t in case.data] if case.family not in LATER else [])
+@parameters(lambda case: [t for t in TABLES if t in case.data])
 def test_table(case: Case, item: str) -> None:
     table = case.data[item]
+    if item in golden_sampling.TABLES:
+        golden_sampling.TABLES[item](case, table)
+        return
     rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]] if "rows" in table else []
     if item == "guidance_table":
         for name, expected in table["strength"].items():
@@ -330,7 +390,7 @@ def test_example_masks(case: Case, item: str) -> None:
         assert int((~hidden).sum()) == mask.kept
 
 
-@parameters(lambda case: ["model", "ema"] if case.family in RUNNERS else [])
+@parameters(lambda case: ["model", "ema"] if case.data.get("checkpoint") else [])
 def test_checkpoint_round_trip(case: Case, item: str) -> None:
     """What was read is written back under the same keys, bit for bit."""
     read = case.published(average=item == "ema")
@@ -343,6 +403,11 @@ def test_checkpoint_round_trip(case: Case, item: str) -> None:
     for name, tensor in original.items():
         assert back[name].dtype == tensor.dtype, name
         assert torch.equal(back[name], tensor), name
+
+
+@parameters(lambda case: list(golden_metrics.TABLES) if case.family == "metrics" else [])
+def test_metrics(case: Case, item: str) -> None:
+    golden_metrics.run(case, item)
 
 
 @parameters(lambda case: sorted(p.name for p in case.folder.glob("*.json.gz")))

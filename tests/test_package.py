@@ -8,12 +8,13 @@ import msmdiff
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "seeding", "machine"},
+    {"files"},
     {"config"},
     {"diffusion", "backbones"},
     {"build"},
     {"weights", "samplers", "data"},
     {"training", "metrics"},
-    {"bench"},
+    {"bench", "gallery"},
     {"cli"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -5,7 +5,7 @@ import sys
 import typer
 
 from msmdiff import __version__
-from msmdiff.cli import bench, console, fid, quickstart, sample, training, weights
+from msmdiff.cli import bench, console, data, fid, quickstart, sample, training, weights
 
 app = typer.Typer(
     name="msmdiff",
@@ -32,7 +32,7 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, weights, bench, quickstart):
+for _module in (training, sample, fid, data, weights, bench, quickstart):
     _module.register(app)
 
 

@@ -17,7 +17,7 @@ def bench(
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
     model: Annotated[str | None, typer.Option(help="Size by name.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    codec: Annotated[Literal["pixel", "dwt"] | None, typer.Option(help="Space to train in.")] = None,
+    codec: Annotated[Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")] = None,
     mask: Annotated[list[float] | None, typer.Option(help="A ratio to compare with no mask; may be repeated.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps, after two of warm-up.")] = 10,
@@ -27,7 +27,10 @@ def bench(
     sets: Annotated[list[str] | None, typer.Option("--set", help="Any other key: `--set train.compile=true`.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """Time whole training steps on random images: without a mask, and with each of the given ones (0.9 by default)."""
+    """Time whole training steps on random images: without a mask, and with each of the given ones.
+
+    Without --mask: 0.9, or MDT's and EDT's own two passes.
+    """
     import torch
 
     from msmdiff.cli.console import Console, print_json
@@ -47,10 +50,14 @@ def bench(
     }
     rows: list[timing.Timing] = []
     peak = 0.0
-    for ratio in [0.0, *(mask or [0.9])]:
-        masked = {"mask": {"ratio": ratio}, "objective": {"name": "msm"}}
+    asked: list[tuple[float, str]] = [(0.0, "dsm")]
+    for ratio, objective in asked:
+        masked = {"mask": {"ratio": ratio}, "objective": {"name": objective}}
         chosen = configuration.build(preset, configuration.nest(flags), masked, configuration.parse_sets(sets or []))
         chosen = road.resolve(chosen, data_classes=10)
+        if not rows:  # MDT and EDT have masks of their own
+            own = [0.0] if chosen.model.family in road.TWO_PASSES else [0.9]
+            asked += [(r, "auto") for r in mask or own]
         chosen.train.precision = choose_precision(chosen, device.type)
         dtype = torch.bfloat16 if chosen.train.precision == "bf16" else torch.float32
         peak = peak or timing.matmul_peak(device, dtype)

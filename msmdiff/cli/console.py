@@ -7,7 +7,6 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 from msmdiff.core.errors import MsmdiffError
@@ -128,23 +127,16 @@ def print_json(content: Any) -> None:
     print(json.dumps(content, indent=2))
 
 
-def write_json(path: Path, content: Any) -> None:
-    """One JSON document in a file, whole or not at all."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part = path.with_name(f".{path.name}.part")
-        part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-        part.replace(path)
-    except OSError as error:
-        raise MsmdiffError(f"{path} cannot be written: {error.strerror or error}") from None
-
-
 def _summary(metrics: dict[str, Any]) -> str:
     parts = []
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
     if "images_per_s" in metrics:
-        parts.append(f"{metrics['images_per_s']:,.0f} images/s")
+        rate = metrics["images_per_s"]
+        parts.append(f"{rate:,.{0 if rate >= 10 else 2}f} images/s")
+    if metrics.get("seconds_left", 0) >= 1:
+        left = round(metrics["seconds_left"])
+        parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
     if "data_wait" in metrics and metrics["data_wait"] > 0.1:
         parts.append(f"{metrics['data_wait']:.0%} waiting for data")
     return "".join(f", {part}" for part in parts)

@@ -46,8 +46,9 @@ def quickstart(
 
     Everything runs on scikit-learn's 1,797 real digits: four fifths to train on, one fifth to measure against.
     """
-    from msmdiff.cli.console import Console, write_json
+    from msmdiff.cli.console import Console
     from msmdiff.core.errors import UsageError
+    from msmdiff.core.files import write_json
 
     started = time.perf_counter()
     if fresh:
@@ -154,37 +155,21 @@ class _Budget:
 
 def _distance(run: Path, out: Path, seed: int) -> float:
     """Pixel Fréchet distance of SAMPLES images, classes in turn, to the held-out digits; keeps a grid of 100."""
-    import numpy as np
-    from PIL import Image
+    import torch
 
     from msmdiff.core import weights
     from msmdiff.core.data.images import grid
-    from msmdiff.core.metrics import evaluate
+    from msmdiff.core.metrics import evaluate, inputs
     from msmdiff.core.metrics.features import PixelFeatures
-    from msmdiff.core.samplers.generate import generate
+    from msmdiff.core.training.previews import to_hwc
 
-    loaded = weights.load(run / "weights.safetensors")
     first = seed * SAMPLES
-    labels = [i % loaded.backbone.num_classes for i in range(SAMPLES)]
-    drawn = [
-        batch.images
-        for batch in generate(
-            loaded.backbone,
-            loaded.process,
-            loaded.codec,
-            loaded.config.sample,
-            range(first, first + SAMPLES),
-            labels,
-            num_classes=loaded.backbone.num_classes,
-            batch_size=125,
-        )
-    ]
-    pixels = np.concatenate([batch.permute(0, 2, 3, 1).numpy() for batch in drawn])
-    picture: Image.Image = grid(pixels[:100], columns=10)
-    picture.save(out / f"{run.name}.png")
+    drawn = inputs.Drawn("samples", weights.load(run / "weights.safetensors"), SAMPLES)
+    batches = [*drawn.batches(range(first, first + SAMPLES), 125)]
+    grid(to_hwc(torch.cat(batches)[:100]), columns=10).save(out / f"{run.name}.png")
     features = PixelFeatures()
-    held_out = evaluate.of_images(_digits("digits:test", loaded.config), features)
-    return evaluate.compare(evaluate.of_images(drawn, features), held_out, features).value
+    held_out = evaluate.of_images(_digits("digits:test", drawn.loaded.config), features)
+    return evaluate.compare(evaluate.of_images(batches, features), held_out, features).value
 
 
 def _digits(part: str, config: Any) -> Any:

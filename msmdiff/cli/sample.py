@@ -1,16 +1,19 @@
-"""`sample`: weights or a run -> PNGs, a grid, ADM's `.npz`."""
+"""`sample`: weights or a run -> PNGs, a grid, ADM's `.npz`, statistics, and pictures to look at."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
+
+Samplers = Literal["ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
         epilog="Examples: `msmdiff sample` · `msmdiff sample runs/faces --n 100 --cfg 1.5 --classes 0-9` · "
-        "`msmdiff sample primer --seeds 0-49999 --sampler ddpm --steps 250 --npz samples.npz`"
+        "`msmdiff sample primer --seeds 0-49999 --sampler ddpm --steps 250 --npz samples.npz` · "
+        "`torchrun --nproc_per_node 8 -m -- msmdiff sample DiT-XL-2.pt --preset dit --n 50000 --no-png --stats s.npz`"
     )(sample)
 
 
@@ -23,148 +26,95 @@ def sample(
         str | None, typer.Option(help="Seeds as A-B, inclusive, or one seed. One seed is one image.")
     ] = None,
     classes: Annotated[
-        str | None, typer.Option(help="As 3, 0-9 or 0,4,7: dealt to the seeds in turn. Default: all.")
+        str | None,
+        typer.Option(help="As 3, 0-9 or 0,4,7, or balanced (all): dealt to the seeds in turn; or random, by the seed."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Sampling steps.")] = None,
-    sampler: Annotated[Literal["ddim", "ddpm"] | None, typer.Option(help="Default: the run's, normally ddim.")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="Text to image: a file, one prompt a line, dealt to the seeds in turn.")
+    ] = None,
+    steps: Annotated[str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")] = None,
+    sampler: Annotated[Samplers | None, typer.Option(help="Default: the run's, normally ddim.")] = None,
+    preset: Annotated[
+        str | None, typer.Option(help="A paper's evaluation settings: dit, mdtv2, edt, uvit, maskdm, ...")
+    ] = None,
     eta: Annotated[float | None, typer.Option(help="ddim: 0 deterministic, 1 as noisy as ddpm.")] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
+    guide: Annotated[str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")] = None,
     ema: Annotated[float | None, typer.Option(help="Which of a run's averages, by its decay.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 64,
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the network.")] = "fp32",
+    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")] = None,
+    png: Annotated[
+        bool, typer.Option("--png/--no-png", help="Write the images; whole ones are not made again.")
+    ] = True,
     npz: Annotated[Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")] = None,
+    stats: Annotated[Path | None, typer.Option(help="Also write the statistics that `fid` takes.")] = None,
+    features: Annotated[Literal["inception", "pixel"], typer.Option(help="Of --stats.")] = "inception",
+    weights: Annotated[Path | None, typer.Option(help="Inception weights of --stats.")] = None,
     grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")] = True,
+    interpolate: Annotated[str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")] = None,
+    inpaint: Annotated[
+        tuple[Path, Path] | None, typer.Option(help="IMAGE MASK: fill in IMAGE where MASK is white, n times.")
+    ] = None,
+    trajectory: Annotated[bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")] = False,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Other keys of sample, codec or model: `--set sample.clip=false`.")
     ] = None,
 ) -> None:
     """Sample images from trained weights."""
+    import torch.distributed
+
     from msmdiff.cli.console import Console
-    from msmdiff.core import weights
+    from msmdiff.core import config as configuration
+    from msmdiff.core import weights as stored
+    from msmdiff.core.data.text import read_prompts
     from msmdiff.core.errors import UsageError
+    from msmdiff.core.gallery import Gallery, Request, parse_range
+    from msmdiff.core.samplers.presets import PRESETS
+    from msmdiff.core.training import launch
 
     if n is not None and seeds is not None:
         raise UsageError(f"--n {n} and --seeds {seeds} both say which seeds: give one")
-    chosen = parse_range(seeds, "--seeds") if seeds is not None else list(range(40 if n is None else n))
+    picture = interpolate is not None or inpaint is not None or trajectory
+    texts = read_prompts(prompts) if prompts else []
+    count = n if n is not None else len(texts) or (8 if picture else 40)
+    chosen = list(dict.fromkeys(parse_range(seeds, "--seeds"))) if seeds is not None else list(range(count))
     if not chosen:
         raise UsageError(f"--n {n}: give at least one image")
-    flags = {"sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg, "ema": ema}
-    sources = source or [str(weights.newest())]
-    if len(sources) > 1 and npz is not None:
-        raise UsageError("--npz takes one SOURCE: several would overwrite each other's file")
-    for each in sources:
-        folder = out if out and len(sources) == 1 else (out or Path("samples")) / _name_of(each)
-        _sample_one(each, chosen, classes, flags, sets or [], batch_size, precision, folder, npz, grid, Console())
-
-
-def _sample_one(
-    source: str,
-    seeds: list[int],
-    classes: str | None,
-    flags: dict[str, Any],
-    sets: list[str],
-    batch_size: int,
-    precision: str,
-    out: Path,
-    npz: Path | None,
-    want_grid: bool,
-    console: Any,
-) -> None:
-    import numpy as np
-    import torch
-
-    import msmdiff
-    from msmdiff.cli.console import write_json
-    from msmdiff.core import config as configuration
-    from msmdiff.core import machine, weights
-    from msmdiff.core.data.images import grid
-    from msmdiff.core.errors import UsageError
-    from msmdiff.core.samplers.generate import generate
-
-    machine.prepare()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    changes = configuration.parse_sets(sets)
+    if not (png or npz or stats or picture):
+        raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
+    sources = source or [str(stored.newest())]
+    for option, path in (("--npz", npz), ("--stats", stats)):
+        if len(sources) > 1 and path is not None:
+            raise UsageError(f"{option} takes one SOURCE: several would overwrite each other's file")
+    changes = configuration.parse_sets(sets or [])
     if set(changes) - {"sample", "codec", "model"}:
-        raise UsageError(f"--set {' '.join(sets)}: only keys of the sample, codec and model sections apply here")
+        raise UsageError(f"--set {' '.join(sets or [])}: only keys of sample, codec and model apply here")
+    if preset is not None and preset not in PRESETS:
+        near = configuration.nearest(preset, list(PRESETS))
+        raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}{near}")
+    flags = dict(sampler=sampler, steps=steps, eta=eta, cfg_scale=cfg, ema=ema, guide=guide, precision=precision)
     given = {"sample": {k: v for k, v in flags.items() if v is not None}}
-    layers = (given, {k: v for k, v in changes.items() if k != "model"})
-    path = weights.locate(source, ema=changes.get("sample", {}).get("ema", flags["ema"]))
-    loaded = weights.load(path, device, layers, **changes.get("model", {}))
-    options = loaded.config.sample
-    num_classes = loaded.backbone.num_classes
-    if classes is not None and not num_classes:
-        raise UsageError(f"--classes {classes}: {path} is unconditional")
-    wanted = parse_range(classes, "--classes") if classes is not None else list(range(num_classes))
-    labels = [wanted[seed % len(wanted)] for seed in seeds] if wanted else None
-
-    settings = {
-        "weights": str(path),
-        "sha256": weights.checksum(weights.file_of(path)),
-        "sample": options.model_dump(mode="json"),
-        "classes": classes,
-        "precision": precision,
-        "msmdiff": msmdiff.__version__,
-        "torch": torch.__version__,
-    }
-    earlier = _claim(out, settings)
-    autocast = torch.bfloat16 if precision == "bf16" else None
-    pictures: list[Any] = []
-    done = 0
-    for batch in generate(
-        loaded.backbone,
-        loaded.process,
-        loaded.codec,
-        options,
-        seeds,
-        labels,
-        num_classes=num_classes,
-        batch_size=batch_size,
-        device=device,
-        autocast=autocast,
-    ):
-        pixels = batch.images.permute(0, 2, 3, 1).numpy()
-        for seed, image in zip(batch.seeds, pixels, strict=True):
-            _write_png(out / f"{seed:06d}.png", image)
-        if npz is not None or (want_grid and done < 100):
-            pictures.append(pixels)
-        done += len(pixels)
-        console.progress(done, len(seeds), {})
-    write_json(out / "sample.json", {**settings, "seeds": _spans(sorted({*earlier, *seeds}))})
-    if npz is not None:
-        npz.parent.mkdir(parents=True, exist_ok=True)
-        arrays = {"arr_0": np.concatenate(pictures)}
-        if labels is not None:
-            arrays["arr_1"] = np.array(labels, np.int64)
-        part = npz.with_name(f".{npz.name}.part.npz")
-        np.savez(part, **arrays)
-        part.replace(npz)
-    shown = f"{len(seeds)} images in {out}/"
-    if want_grid:
-        target = out.with_name(f"{out.name}.grid.png")
-        columns = len(wanted) if 1 < len(wanted) <= 20 and len(seeds) >= len(wanted) else None
-        grid(np.concatenate(pictures)[:100], columns).save(target)
-        shown += f", grid in {target}"
-    console.note(shown + (f", {npz}" if npz else ""))
-
-
-def parse_range(text: str, option: str) -> list[int]:
-    """`7`, `0-9`, `0,4,7` or a mixture -> integers. Raises UsageError naming the option."""
-    from msmdiff.core.errors import UsageError
-
-    numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            span = range(int(first), int(last if dash else first) + 1)
-            if not span:
-                raise ValueError
-            numbers.extend(span)
-    except ValueError:
-        raise UsageError(
-            f"{option} {text}: write a number, a rising range such as 0-9, or a list such as 0,4,7"
-        ) from None
-    return numbers
+    # A preset is complete: what the weights' own settings say beyond it does not apply.
+    base = configuration.SampleConfig(**PRESETS[preset]).model_dump() if preset else {}
+    layers = ({"sample": base}, given, {k: v for k, v in changes.items() if k != "model"})
+    device, main = launch.process()
+    console = Console()
+    for each in sources:
+        loaded = stored.load(each, device, layers, **changes.get("model", {}))
+        used = loaded.config.sample
+        if "eta" in given["sample"] | changes.get("sample", {}) and used.sampler != "ddim":
+            raise UsageError(f"sample.eta {used.eta:g} has no effect on the sampler {used.sampler}, only on ddim")
+        folder = out if out and len(sources) == 1 else (out or Path("samples")) / _name_of(each)
+        request = Request(
+            chosen, folder, classes, texts, batch_size, png, npz, stats, features, weights, grid,
+            interpolate, inpaint, trajectory,
+        )  # fmt: skip
+        made = Gallery(loaded, request, device).make(console.progress)
+        if main:
+            console.note(made)
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _name_of(source: str) -> str:
@@ -173,61 +123,3 @@ def _name_of(source: str) -> str:
     if path.name == "weights.safetensors" and path.resolve().parent.name:
         return path.resolve().parent.name
     return path.name.removesuffix(".safetensors").removesuffix(".pt").removesuffix(".pth")
-
-
-def _claim(out: Path, settings: dict[str, Any]) -> list[int]:
-    """Make the folder, or check that what it holds was sampled with the same settings: sets must not mix.
-
-    The settings are written before the first image. Returns the seeds of an earlier, finished sampling.
-    """
-    import json
-
-    from msmdiff.cli.console import write_json
-    from msmdiff.core import config as configuration
-    from msmdiff.core.errors import MsmdiffError, UsageError
-
-    try:
-        stored = json.loads((out / "sample.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        stored = settings
-    except (OSError, ValueError) as error:
-        raise MsmdiffError(f"{out / 'sample.json'} cannot be read: {error}") from None
-    if any(stored.get(name) != value for name, value in settings.items()):
-        old, new = (configuration.flatten(s) for s in (stored, settings))
-        changed = [
-            f"{name}: {old.get(name)!r} there, {value!r} now" for name, value in new.items() if old.get(name) != value
-        ]
-        raise UsageError(f"{out} holds images sampled with other settings ({'; '.join(changed)}): give another --out")
-    if stored is settings and out.is_dir() and any(p.suffix == ".png" for p in out.iterdir()):
-        raise UsageError(f"{out} holds images that were not sampled here: give another --out")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise MsmdiffError(f"{out} cannot be written: {error.strerror or error}") from None
-    if stored is settings:
-        write_json(out / "sample.json", {**settings, "seeds": ""})
-    return parse_range(stored["seeds"], "seeds") if stored.get("seeds") else []
-
-
-def _write_png(path: Path, pixels: Any) -> None:
-    from PIL import Image
-
-    from msmdiff.core.errors import MsmdiffError
-
-    part = path.with_name(f".{path.name}.part")
-    try:
-        Image.fromarray(pixels).save(part, format="PNG")
-        part.replace(path)
-    except OSError as error:
-        raise MsmdiffError(f"{path} cannot be written: {error.strerror or error}; images before it are whole") from None
-
-
-def _spans(seeds: list[int]) -> str:
-    """[0, 1, 2, 7] -> "0-2,7"."""
-    spans: list[list[int]] = []
-    for seed in sorted(seeds):
-        if spans and seed == spans[-1][1] + 1:
-            spans[-1][1] = seed
-        else:
-            spans.append([seed, seed])
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)

@@ -19,7 +19,7 @@ def _training_options(
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
     data: Annotated[str | None, typer.Option(help="Folder or zip of images, or `digits[:train|:test]`.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    codec: Annotated[Literal["pixel", "dwt"] | None, typer.Option(help="Space to train in.")] = None,
+    codec: Annotated[Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")] = None,
     mask: Annotated[float | None, typer.Option(help="Share of hidden tokens, 0 to below 1.")] = None,
     mask_kind: Annotated[Literal["patch", "block", "crop"] | None, typer.Option(help="What is hidden as one.")] = None,
     mask_block: Annotated[int | None, typer.Option(help="Side of a block, in tokens.")] = None,
@@ -102,7 +102,8 @@ def finetune(
         changes["optim"] = {"lr": None}  # derived again, should the width change
     config = _configure(options, stored.as_dict(), changes)
     statistics = {"mean": None, "std": None}
-    bands_changed = config.codec.model_copy(update=statistics) != stored.codec.model_copy(update=statistics)
+    dwt = "dwt" in (config.codec.name, stored.codec.name)
+    bands_changed = dwt and config.codec.model_copy(update=statistics) != stored.codec.model_copy(update=statistics)
     if bands_changed and config.codec.std == stored.codec.std:
         config.codec = config.codec.model_copy(update=statistics)  # other bands: measured again from the data
     _train("finetune", options, config, allow_partial)
@@ -173,8 +174,8 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
         "data.image_size": options["image_size"],
         "codec.name": options["codec"],
         "mask.ratio": options["mask"],
-        # A mask is a mask for masked score matching, unless --set says otherwise.
-        "objective.name": None if options["mask"] is None else "msm" if options["mask"] > 0 else "dsm",
+        # A mask asks for a masked objective, whichever suits the network, unless --set says otherwise.
+        "objective.name": None if options["mask"] is None else "auto",
         "mask.kind": options["mask_kind"],
         "mask.block": options["mask_block"],
         "model.name": options["model"],
@@ -218,12 +219,13 @@ def _show_plan(config: Any, as_json: bool) -> None:
 
     source = sources.open_source(config.data.source, config.data.labels)
     config = road.resolve(config, source.num_classes)
+    source.check(config)
     counted = cost.measure(config)
     if as_json:
         print_json({"config": config.as_dict(), "images": len(source), **dataclasses.asdict(counted)})
         return
     typer.echo(config.to_yaml().rstrip())
-    classes = f"{source.num_classes} classes" if source.num_classes else "no labels"
+    classes = {None: "labels in the files", 0: "no labels"}.get(source.num_classes, f"{source.num_classes} classes")
     full, masked = (
         3 * flops * config.train.batch_size / 1e9 for flops in (counted.forward_flops, counted.masked_flops)
     )

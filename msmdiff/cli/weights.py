@@ -33,6 +33,7 @@ def show(
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core import build as road
     from msmdiff.core import weights
+    from msmdiff.core.files import checksum
     from msmdiff.core.training import cost
 
     path = weights.locate(source)
@@ -49,7 +50,7 @@ def show(
         print_json(
             {
                 "path": str(path),
-                "sha256": weights.checksum(file),
+                "sha256": checksum(file),
                 "parameters": counted.parameters,
                 "multiply_adds": {"full": counted.forward_flops // 2, "masked": counted.masked_flops // 2},
                 "tensors": {name: list(v.shape) for name, v in stored.tensors.items()},
@@ -68,7 +69,7 @@ def show(
     size = config.model.name or stored.notes.get("size") or "no published size"
     rows = [
         ("file", f"{path} ({file.stat().st_size / 2**20:.1f} MiB)"),
-        ("sha256", weights.checksum(file)),
+        ("sha256", checksum(file)),
         ("network", f"{size} ({config.model.family}), {counted.parameters:,} parameters"),
         ("forward", f"{counted.forward_flops / 2e9:,.2f} G multiply-adds, {counted.tokens} tokens{masked}"),
         ("dimensions", ", ".join(f"{k} {v}" for k, v in model.items())),
@@ -125,27 +126,42 @@ def convert(
 def export(
     source: Annotated[str, typer.Argument(help="A weights file, a run, or a run's name.")],
     layout: Annotated[
-        Literal["dit", "mdt", "edt", "uvit", "maskdm"], typer.Option("--format", help="Whose layout to write.")
+        Literal["dit", "mdt", "edt", "uvit", "maskdm", "diffusers"],
+        typer.Option("--format", help="Whose layout to write."),
     ],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: SOURCE's name with .FORMAT.pt.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`.")
+    ] = None,
 ) -> None:
-    """Write weights in a published project's layout: a torch file with its keys, the network's only."""
+    """Write weights in a published project's layout: a torch file, or diffusers' folder of a DiT."""
+
     import torch
+    from safetensors.torch import save_file
 
     from msmdiff.cli.console import Console
     from msmdiff.core import build as road
-    from msmdiff.core import weights
-    from msmdiff.core.weights import published
+    from msmdiff.core import files, weights
+    from msmdiff.core.weights import diffusers, maskdm, published
 
     path = weights.locate(source)
-    stored = weights.read(path)
+    stored = weights.read(path, model_fields(sets))
     config = road.resolve(stored.config)
-    state = published.export(stored.tensors, config.model, road.build(config).codec.shape, layout)
-    target = out or Path(f"{path.parent.name if path.name == 'weights.safetensors' else path.stem}.{layout}.pt")
-    part = target.with_name(f".{target.name}.part")
-    torch.save(state, part)
-    part.replace(target)
+    parts = road.build(config)
+    stem = path.parent.name if path.name == "weights.safetensors" else path.stem
+    target = out or Path(f"{stem}.{layout}" + ("" if layout == "diffusers" else ".pt"))
+    if layout == "diffusers":
+        about, state = diffusers.export(stored.tensors, config.model, parts.codec.shape)
+        files.write_json(target / "config.json", about)
+        with files.whole(target / "diffusion_pytorch_model.safetensors") as part:
+            save_file(state, part, {"format": "pt"})
+    else:
+        state = published.export(stored.tensors, config.model, parts.codec.shape, layout)
+        with files.whole(target) as part:
+            torch.save(maskdm.checkpoint(state, parts.process.alpha_bar) if layout == "maskdm" else state, part)
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
+    if layout == "diffusers":
+        Console().note(f"note: {diffusers.CAVEAT}")
 
 
 def model_fields(sets: list[str] | None) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import torch
 from msmdiff.core import build as road
 from msmdiff.core import machine
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion.codecs import VaeCodec
 from msmdiff.core.seeding import stream
 from msmdiff.core.training import cost, optim
 from msmdiff.core.training.ema import Averages
@@ -52,13 +53,21 @@ def training_step(config: Config, device: torch.device, steps: int, peak: float,
         network.compile()
     batch, size = config.train.batch_size, config.data.image_size
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
+    if isinstance(parts.codec, VaeCodec):  # as training reads them: means and deviations, packed before
+        channels, height, width = parts.codec.shape
+        images = torch.rand(batch, 2 * channels, height, width, dtype=torch.float16, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device) if network.num_classes else None
+    if context := road.context_shape(config):
+        labels = torch.randn(batch, *context, device=device)
+        parts.objective.null = torch.zeros(context, device=device)
     half = config.train.precision == "bf16"
 
     def step(number: int) -> None:
         x0 = parts.codec.encode(images)
         with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            terms = parts.objective(network, x0, labels, lambda purpose: stream(device, 0, purpose, number))
+            terms = parts.objective(
+                network, x0, labels, lambda purpose, place=device: stream(place, 0, purpose, number)
+            )
         terms["loss"].backward()
         torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
         optimizer.step()

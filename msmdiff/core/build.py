@@ -19,7 +19,7 @@ class Parts:
     process: process.Process
     mask: masking.Mask
     backbone: Any
-    objective: objectives.ScoreMatching
+    objective: objectives.Objective
 
 
 def resolve(config: Config, data_classes: int | None = None) -> Config:
@@ -42,6 +42,7 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     if model is not None:
         config.model = model
         problems += _check_classes(config, data_classes)
+        problems += _choose_objective(config)
         if config.optim.lr is None:
             config.optim.lr = derived_rate(config.model)
     if config.optim.betas is None:
@@ -50,8 +51,9 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
         config.optim.decay_steps = config.train.steps  # kept with the run: more steps later do not change the past
     if (config.codec.mean is None) != (config.codec.std is None):
         problems.append("codec.mean and codec.std belong together: give both, or neither to measure them")
-    if config.sample.steps > config.process.timesteps:
-        problems.append(f"sample.steps {config.sample.steps} exceeds process.timesteps {config.process.timesteps}")
+    steps, sampler = config.sample.steps, config.sample.sampler
+    if sampler in ("ddim", "ddpm") and isinstance(steps, int) and steps > config.process.timesteps:
+        problems.append(f"sample.steps {steps} exceeds process.timesteps {config.process.timesteps}")
     attempt(process.build, config.process)
     wanted = 2 if config.optim.name == "adamw" else 3
     if len(config.optim.betas) != wanted or not all(0 <= b < 1 for b in config.optim.betas):
@@ -64,20 +66,24 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
         problems.append(
             f"train.batch_size {config.train.batch_size} does not divide by train.micro_batch_size {micro}{near}"
         )
-    if config.objective.name == "dsm" and (config.mask.ratio or (config.mask.kind == "crop" and config.mask.crop)):
-        problems.append(
-            f"objective.name 'dsm' sees every token, but mask.ratio is {config.mask.ratio}: use 'msm', or a ratio of 0"
-        )
-
     problems += _check_sizes(config) if model is not None else []
     codec = attempt(codecs.build, config.codec, config.data.image_size) if not problems else None
     if codec is not None and model is not None:
         network = attempt(_on_meta, config, codec.shape)
         if network is not None:
             attempt(masking.build, config.mask, network.grid)
+            groups = config.objective.channel_groups
+            if groups and sum(groups) != codec.shape[0]:
+                problems.append(f"objective.channel_groups {groups} must add up to the {codec.shape[0]} channels")
     if problems:
         raise UsageError("; ".join(problems))
     return config
+
+
+def context_shape(config: Config) -> tuple[int, int] | None:
+    """(tokens, width) of the text features that a resolved configuration's network draws from, or None."""
+    fields = config.model.model_dump()
+    return (fields["context_tokens"], fields["context_width"]) if fields.get("context_tokens") else None
 
 
 def derived_rate(model: ModelConfig) -> float:
@@ -96,7 +102,7 @@ def build(config: Config) -> Parts:
         process=noise,
         mask=mask,
         backbone=network,
-        objective=objectives.build(config.objective, noise, mask, network.patch_size, network.num_classes),
+        objective=objectives.build(config.objective, config.mask, noise, mask, network),
     )
 
 
@@ -124,9 +130,51 @@ def _check_classes(config: Config, data_classes: int | None) -> list[str]:
     return []
 
 
+TWO_PASSES = {"mdt": "mdt", "mdtv2": "mdt", "edt": "edt"}
+"""Families with an objective of their own, which drop no tokens otherwise."""
+
+
+def _choose_objective(config: Config) -> list[str]:
+    """Settle `auto` and MDT's mask as published, and say what does not go together."""
+    objective, mask, family = config.objective, config.mask, str(config.model.family)
+    masked = bool(mask.ratio or (mask.kind == "crop" and mask.crop))
+    if objective.name == "auto":
+        objective.name = TWO_PASSES.get(family, "msm" if masked else "dsm")  # type: ignore[assignment]
+    if objective.name == "mdt":
+        mask.ratio = mask.ratio or 0.3
+        mask.spread = (0.2 if family == "mdtv2" else 0.0) if mask.spread is None else mask.spread
+    problems = []
+    if objective.name == "dsm" and masked:
+        problems.append(
+            f"objective.name 'dsm' sees every token, but mask.ratio is {mask.ratio}: use 'msm', or a ratio of 0"
+        )
+    own = TWO_PASSES.get(family)
+    if objective.name in ("msm", "mdt", "edt") and objective.name != (own or "msm"):
+        fits = f"'{own}' or 'dsm'" if own else "'msm' or 'dsm'"
+        problems.append(f"objective.name '{objective.name}' does not suit model.family {family}: use {fits}")
+    if objective.name == "mdt" and (mask.kind != "patch" or mask.ratio + (mask.spread or 0.0) >= 1):
+        problems.append(
+            f"objective.name 'mdt' hides single tokens: mask.kind must be patch, not {mask.kind}, and mask.ratio "
+            f"{mask.ratio} plus mask.spread {mask.spread} below 1"
+        )
+    if objective.name == "edt" and masked:
+        problems.append(f"objective.name 'edt' draws masks of its own: mask.ratio must be 0, not {mask.ratio}")
+    labelled = config.model.num_classes and config.model.model_dump().get("null_class") is False
+    if labelled and objective.label_dropout:
+        problems.append(
+            f"objective.label_dropout {objective.label_dropout} needs a null class: set model.null_class=true, or 0"
+        )
+    if config.process.schedule in ("vp_sde", "vp_cosine"):
+        wrong = "process.time_sampling 'loss_second_moment'" if config.process.time_sampling.startswith("loss") else ""
+        wrong = "model.learn_sigma" if config.model.model_dump().get("learn_sigma") else wrong
+        if wrong:
+            problems.append(f"{wrong} needs a schedule of discrete steps, not {config.process.schedule}")
+    return problems
+
+
 def _check_sizes(config: Config) -> list[str]:
     """The side of an image must divide by the codec's factor times the patch."""
-    factor = {"pixel": 1, "dwt": 2**config.codec.level, "vae": 8}[config.codec.name]
+    factor = {"pixel": 1, "dwt": 2**config.codec.level, "vae": config.codec.factor}[config.codec.name]
     patch = config.model.model_dump()["patch_size"]
     if config.data.image_size % (factor * patch) == 0:
         return []

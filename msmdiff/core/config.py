@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
 from msmdiff.core.errors import UsageError
 
@@ -21,7 +21,7 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: str = Field("digits", description="`digits`, `digits:train`, `digits:test`, a folder, or a zip archive")
+    source: str = Field("digits", description="`digits[:train|:test]`, or any folder or file of docs/data.md")
     image_size: int = Field(16, ge=2, description="side of the square images, in pixels")
     labels: Literal["auto", "folders", "adm", "none"] = Field(
         "auto", description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none"
@@ -37,10 +37,26 @@ class CodecConfig(Section):
     name: Literal["pixel", "dwt", "vae"] = "pixel"
     wavelet: str = Field("haar", description="dwt: any orthogonal or biorthogonal PyWavelets filter")
     level: int = Field(1, ge=1, description="dwt: decomposition levels")
-    mean: list[float] | None = Field(None, description="dwt: mean of each sub-band; null: measured from the data")
-    std: list[float] | None = Field(None, description="dwt: standard deviation of each sub-band; null: measured")
-    vae: str | None = Field(None, description="vae: folder, file or hub id of an AutoencoderKL")
-    scale: float = Field(0.18215, gt=0, description="vae: factor that brings latents to about unit scale")
+    mean: list[float] | None = Field(
+        None, description="dwt: mean of each sub-band, null: measured; vae: of each channel, null: 0"
+    )
+    std: list[float] | None = Field(
+        None, description="dwt: standard deviation of each sub-band, null: measured; vae: of each channel, null: 1"
+    )
+    vae: str | None = Field(
+        None, description="vae: folder, file or hub id of an AutoencoderKL; null: what packed data was encoded with"
+    )
+    vae_config: str | None = Field(
+        None, description="vae: folder or hub id with the config.json of a single file; null: Stable Diffusion's"
+    )
+    scale: float = Field(0.18215, gt=0, description="vae: x0 = scale (latent - mean) / std")
+    channels: int = Field(4, ge=1, description="vae: channels of a latent")
+    factor: int = Field(8, ge=1, description="vae: pixels per latent, along a side")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="vae: of its network")
+    tile: StrictBool = Field(False, description="vae: large images in tiles: less memory, slightly other latents")
+    text: str | None = Field(
+        None, description="folder or hub id of the CLIP text encoder; null: what packed data was encoded with"
+    )
 
 
 class ModelConfig(Section):
@@ -54,13 +70,13 @@ class ModelConfig(Section):
 
 
 class ProcessConfig(Section):
-    schedule: Literal["linear", "cosine", "shifted_cosine", "scaled_linear", "vp_sde"] = "cosine"
+    schedule: Literal["linear", "cosine", "shifted_cosine", "scaled_linear", "vp_sde", "vp_cosine"] = "cosine"
     timesteps: int = Field(1000, ge=2)
     shift_size: int = Field(64, ge=1, description="shifted_cosine: image side the schedule is shifted to")
     prediction: Literal["eps", "x0", "v"] = "eps"
     weighting: Literal["uniform", "min_snr"] = "uniform"
     min_snr_gamma: float = Field(5.0, gt=0)
-    time_sampling: Literal["uniform", "stratified"] = "uniform"
+    time_sampling: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
 
 
 class MaskConfig(Section):
@@ -68,12 +84,23 @@ class MaskConfig(Section):
     kind: Literal["patch", "block", "crop"] = "patch"
     block: int = Field(4, ge=1, description="block: side of a block, in tokens")
     crop: int | None = Field(None, ge=1, description="crop: side of the visible window, in tokens; null: from ratio")
+    spread: float | None = Field(
+        None, ge=0, lt=1, description="mdt: each step hides up to so much more than ratio; null: as published"
+    )
     rounding: Literal["nearest", "floor"] = Field("nearest", description="patch: floor is the MaskDM code's rule")
 
 
 class ObjectiveConfig(Section):
-    name: Literal["dsm", "msm"] = "dsm"
+    name: Literal["auto", "dsm", "msm", "mdt", "edt"] = Field(
+        "auto", description="all tokens, visible ones, MDT's and EDT's two passes; auto: as the network was published"
+    )
     loss: Literal["mse", "l1"] = "mse"
+    variational: Literal["hybrid", "rescaled", "kl"] = Field(
+        "hybrid", description="with a learned variance: mse + vb, mse + vb T / 1000, or vb T alone"
+    )
+    channel_groups: list[int] | None = Field(
+        None, description="average the error within each group of channels and add: [3, 9] for MaskDM's wavelets"
+    )
     label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
 
 
@@ -84,6 +111,7 @@ class OptimConfig(Section):
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.03, ge=0)
     warmup_steps: int = Field(0, ge=0)
+    no_prox: StrictBool = Field(False, description="adan: weight decay before the step instead of proximal")
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: float = Field(0.0, ge=0, description="where a linear or cosine schedule ends")
     decay_steps: int | None = Field(None, ge=1, description="length of the decay; null: the whole training")
@@ -97,6 +125,7 @@ class EmaConfig(Section):
     )
     power: float = Field(2 / 3, gt=0)
     update_after_step: int = Field(100, ge=0, description="power: plain copies until then")
+    update_every: int = Field(1, ge=1, description="optimiser steps between updates; the decay is not rescaled")
 
 
 class TrainConfig(Section):
@@ -119,12 +148,24 @@ class TrainConfig(Section):
 
 
 class SampleConfig(Section):
-    sampler: Literal["ddim", "ddpm"] = "ddim"
-    steps: int = Field(50, ge=1)
+    sampler: Literal["ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"] = "ddim"
+    steps: int | str = Field(50, description="network evaluations, heun: two each; or ADM's spacing: ddim25, 10,20,30")
+    grid: Literal["even", "maskdm", "adm", "uniform", "quadratic", "logsnr"] | None = Field(
+        None,
+        description="training steps (even, maskdm, adm) or free times to visit; null: the sampler's own, see times",
+    )
+    end: float | None = Field(None, gt=0, lt=1, description="free times: the last one; null: the process's first step")
     eta: float = Field(0.0, ge=0, description="ddim: 0 deterministic, 1 as noisy as ddpm")
-    grid: Literal["even", "maskdm", "adm"] = Field("even", description="which of the training times are visited")
     variance: Literal["small", "large"] = Field("small", description="ddpm: posterior variance or beta")
+    order: Literal[1, 2, 3] = Field(2, description="dpm_solver, dpm_solver++, unipc")
+    method: Literal["multistep", "singlestep", "fast", "adaptive"] = Field(
+        "multistep", description="dpm_solver(++); singlestep: steps // order intervals; fast: mixed orders, all steps"
+    )
+    taylor: StrictBool = Field(False, description="dpm_solver(++): differences by Taylor expansion")
+    lower_order_final: StrictBool = Field(True, description="multistep: lower the order at the end of under 10 steps")
+    denoise_to_zero: StrictBool = Field(False, description="dpm_solver(++), unipc: one more evaluation gives x0")
     clip: StrictBool = Field(True, description="clip x0 to the codec's range at every step")
+    threshold: float | None = Field(None, gt=0, le=1, description="clip x0 to this quantile of its own size (Imagen)")
     eps_after_clip: Literal["derived", "raw"] = Field(
         "derived", description="the noise estimate after clipping x0: derived again (ADM) or as predicted (MaskDM)"
     )
@@ -132,8 +173,48 @@ class SampleConfig(Section):
     cfg_channels: Literal["all", "first3"] = Field(
         "all", description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth one unguided"
     )
-    cfg_power: float | None = Field(None, gt=0, description="MDT's power-cosine schedule of the scale; null: constant")
+    cfg_schedule: Literal["constant", "linear", "power_cosine"] = Field(
+        "constant", description="of the scale over time: from 1 at pure noise to cfg_scale at the image"
+    )
+    cfg_power: float | None = Field(None, gt=0, description="power_cosine's exponent (MDT: 4)")
+    cfg_interval: list[float] | None = Field(
+        None, min_length=2, max_length=2, description="guide at noise levels sigma / alpha from .. to, else not at all"
+    )
+    guide: str | None = Field(None, description="autoguidance: a weaker run or file in the unconditional one's place")
+    guide_ema: float | None = Field(None, description="which average of the guide's run")
+    amm: Literal["off", "default"] | list[int] | None = Field(None, description="null: as the model section says")
+    rounding: Literal["half_even", "half_up", "truncate"] = Field(
+        "half_even", description="to uint8; half_up: as DiT, U-ViT and MaskDM; truncate: as MDT"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="the network's, by autocast")
+    compile: StrictBool = False
     ema: float | None = Field(None, description="which average to sample from; null: the first")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_power_implies_its_schedule(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("cfg_power") is not None:
+            given = {"cfg_schedule": "power_cosine", **given}
+        return given
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps_or_spacing(cls, steps: Any) -> Any:
+        if isinstance(steps, str) and steps.strip().isdigit():
+            steps = int(steps)
+        if isinstance(steps, bool) or (isinstance(steps, int) and steps < 1):
+            raise ValueError("give at least one step")
+        if isinstance(steps, str) and not re.fullmatch(r"ddim\d+|\d+(,\d+)*", steps):
+            raise ValueError("give a number, or ADM's spacing such as ddim25 or 10,20,30")
+        return steps
+
+
+class EvalConfig(Section):
+    every: int = Field(0, ge=0, description="steps between measurements of the samples' distance; 0: none")
+    n: int = Field(5000, ge=2, description="samples drawn for each")
+    features: Literal["inception", "dinov2", "pixel"] = "inception"
+    weights: str | None = Field(None, description="the features' weights file; null: as `msmdiff fid` finds them")
+    reference: str | None = Field(None, description="images or statistics; null: the training data")
 
 
 class Config(Section):
@@ -147,6 +228,7 @@ class Config(Section):
     ema: EmaConfig = EmaConfig()
     train: TrainConfig = TrainConfig()
     sample: SampleConfig = SampleConfig()
+    eval: EvalConfig = EvalConfig()
 
     def as_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
@@ -161,7 +243,7 @@ class Config(Section):
 # Keys that may differ when a run is resumed: they change when things are shown or saved, never what is computed.
 MUTABLE = re.compile(
     r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers)"
-    r"|data\.workers|sample\..*"
+    r"|data\.workers|sample\..*|eval\..*"
 )
 
 

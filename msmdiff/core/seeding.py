@@ -44,7 +44,8 @@ class SeedNoise:
         self._device = device
 
     def __call__(self) -> Tensor:
-        noise = torch.empty(len(self._generators), *self._shape)
+        pinned = torch.device(self._device).type == "cuda"  # else the copy would wait for the device
+        noise = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)
         return noise.to(self._device, non_blocking=True)

@@ -6,7 +6,6 @@ import signal
 import subprocess
 import sys
 import time
-import zipfile
 
 import numpy as np
 import pytest
@@ -63,7 +62,7 @@ def test_the_whole_road(cli, tmp_path):
     assert (tmp_path / "samples" / "tuned.grid.png").is_file()
 
     done = cli("fid", "samples/tuned", "samples/primer", "--features", "pixel", "--json", "score.json")
-    assert "pixel Fréchet distance:" in done.stdout
+    assert "pixel Fréchet distance" in done.stdout
     assert "FID" not in done.stdout
     score = json.loads((tmp_path / "score.json").read_text())
     assert (score["count_a"], score["count_b"], score["features"]) == (12, 10, "pixel-8x8")
@@ -86,23 +85,6 @@ def test_the_same_command_resumes_and_more_steps_go_on(cli, tmp_path):
     cli("train", "--steps", "6", *TINY)
     assert len(list((tmp_path / "runs").iterdir())) == 1
     assert (run / "weights.safetensors").read_bytes() != first
-
-
-def test_fid_inputs_agree(cli, tmp_path, photos):
-    """A folder, its zip, its .npz and its statistics are the same set."""
-    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
-        for path in photos.rglob("*.png"):
-            archive.write(path, path.relative_to(photos))
-    pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(photos.rglob("*.png"))])
-    np.savez(tmp_path / "photos.npz", pixels)
-    pixel = ["--features", "pixel"]
-    cli("fid", "photos", *pixel, "--save-stats", "stats.npz")
-    for other in ("photos", "photos.zip", "photos.npz", "stats.npz"):
-        score = json.loads(cli("fid", "photos", other, *pixel, "--json", "-").stdout)
-        assert score["value"] < 1e-3, other
-        assert score["count_b"] == 12
-    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=1)
-    assert "x.pth does not exist" in done.stderr
 
 
 def test_npz_is_adms_and_a_seed_is_an_image(cli, tmp_path):

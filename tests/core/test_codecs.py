@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pytest
 import pywt
@@ -5,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 
+from msmdiff.core.config import CodecConfig
 from msmdiff.core.data.sources import Digits
-from msmdiff.core.diffusion.codecs import DwtCodec, PixelCodec, to_uint8, to_unit
+from msmdiff.core.diffusion.codecs import DwtCodec, PixelCodec, build, to_uint8, to_unit
+from msmdiff.core.errors import MsmdiffError, UsageError
 
 WAVELETS = ["haar", "db2", "db4", "sym5", "coif1", "bior1.3", "bior4.4", "rbio3.1", "bior3.9"]
 
@@ -75,3 +80,89 @@ def test_clip_leaves_real_images_alone_and_bounds_the_rest(wavelet):
 def test_uint8_rounds_and_clamps():
     x = torch.tensor([-2.0, -1.0, -0.999, -0.996, 0.0, 0.996, 1.0, 3.0])
     assert to_uint8(x).tolist() == [0, 0, 0, 1, 128, 254, 255, 255]
+
+
+LDM = {
+    r"down_blocks\.(\d)\.resnets\.(\d)": r"down.\1.block.\2",
+    r"down_blocks\.(\d)\.downsamplers\.0": r"down.\1.downsample",
+    r"up_blocks\.(\d)\.resnets\.(\d)": lambda m: f"up.{3 - int(m[1])}.block.{m[2]}",
+    r"up_blocks\.(\d)\.upsamplers\.0": lambda m: f"up.{3 - int(m[1])}.upsample",
+    r"mid_block\.resnets\.(\d)": lambda m: f"mid.block_{int(m[1]) + 1}",
+    r"mid_block\.attentions\.0\.group_norm": "mid.attn_1.norm",
+    r"mid_block\.attentions\.0\.to_([qkv])": r"mid.attn_1.\1",
+    r"mid_block\.attentions\.0\.to_out\.0": "mid.attn_1.proj_out",
+    r"conv_norm_out": "norm_out",
+    r"conv_shortcut": "nin_shortcut",
+}
+
+
+def in_stable_diffusions_own_layout(tensors):
+    renamed = {}
+    for name, tensor in tensors.items():
+        is_attention = "attentions.0.to_" in name and name.endswith("weight")
+        for pattern, replacement in LDM.items():
+            name = re.sub(pattern, replacement, name)
+        renamed[name] = tensor[:, :, None, None] if is_attention else tensor
+    return renamed
+
+
+def vae_codec(source, **options):
+    return build(CodecConfig(name="vae", vae=str(source), **options), 16)
+
+
+def test_a_vae_from_a_folder_or_one_file_is_the_same(vae, tmp_path):
+    tensors = load_file(vae / "diffusion_pytorch_model.safetensors")
+    ldm = in_stable_diffusions_own_layout(tensors)
+    save_file(tensors, tmp_path / "vae.safetensors")
+    torch.save(tensors, tmp_path / "vae.pt")
+    save_file({k: v.contiguous() for k, v in ldm.items()}, tmp_path / "ldm.safetensors")
+    torch.save({"state_dict": {f"first_stage_model.{k}": v for k, v in ldm.items()}}, tmp_path / "ldm.ckpt")
+    packed, whole = images(2, 16), vae_codec(vae)
+    for name in ("vae.safetensors", "vae.pt", "ldm.safetensors", "ldm.ckpt"):
+        one = vae_codec(tmp_path / name, vae_config=str(vae))
+        torch.testing.assert_close(one.pack(packed), whole.pack(packed))
+        assert one.identity()["sha256"] == whole.identity()["sha256"]
+
+
+def test_a_vae_file_that_lacks_tensors_or_is_another_one_is_refused(vae, tmp_path):
+    tensors = load_file(vae / "diffusion_pytorch_model.safetensors")
+    del tensors["encoder.conv_in.bias"]
+    save_file(tensors, tmp_path / "vae.safetensors")
+    with pytest.raises(MsmdiffError, match=r"lacks 1 of the network's tensors, such as encoder.conv_in.bias"):
+        vae_codec(tmp_path / "vae.safetensors", vae_config=str(vae)).pack(images(1, 16))
+    with pytest.raises(MsmdiffError, match=r"cannot be loaded as an AutoencoderKL: .*size mismatch"):
+        vae_codec(tmp_path / "vae.safetensors").pack(images(1, 16))  # not of Stable Diffusion's sizes
+    torch.save({"a": print}, tmp_path / "evil.pt")
+    with pytest.raises(MsmdiffError, match="cannot be loaded"):
+        vae_codec(tmp_path / "evil.pt").pack(images(1, 16))
+
+
+def test_a_vae_of_another_kind_or_none_is_refused(vae):
+    with pytest.raises(UsageError, match=r"makes 4 channels at a factor of 8: set codec.channels=4 and codec.factor=8"):
+        vae_codec(vae, channels=16).pack(images(1, 16))
+    with pytest.raises(UsageError, match=r"--set codec.vae=FOLDER"):
+        build(CodecConfig(name="vae"), 16).pack(images(1, 16))
+
+
+def test_latents_are_normalised_per_channel_and_come_back(vae):
+    mean, std = [0.1, -0.2, 0.3, 0.0], [0.5, 1.0, 2.0, 4.0]
+    codec, plain = vae_codec(vae, mean=mean, std=std, scale=0.5), vae_codec(vae, scale=1.0)
+    packed = plain.pack(images(2, 16))
+    z = codec.encode(packed, torch.Generator().manual_seed(1))
+    raw = plain.encode(packed, torch.Generator().manual_seed(1))
+    per_channel = (torch.tensor(v).view(-1, 1, 1) for v in (mean, std))
+    torch.testing.assert_close(z, 0.5 * (raw - next(per_channel)) / next(per_channel))
+    assert (codec.decode(z).int() - plain.decode(raw).int()).abs().max() <= 1
+    with pytest.raises(UsageError, match=r"codec.mean has 1 numbers; the latents have 4 channels"):
+        vae_codec(vae, mean=[1.0], std=[1.0])
+
+
+def test_a_vae_runs_in_bf16_and_in_tiles(vae):
+    packed = images(1, 64)
+    expected = build(CodecConfig(name="vae", vae=str(vae)), 64).pack(packed)
+    half = build(CodecConfig(name="vae", vae=str(vae), precision="bf16"), 64).pack(packed)
+    assert half.dtype == torch.float32
+    assert 0 < (half - expected).abs().max() < 0.1
+    tiled = build(CodecConfig(name="vae", vae=str(vae), tile=True), 64).pack(packed)
+    assert tiled.shape == expected.shape
+    assert 0 < (tiled - expected).abs().mean() < expected.abs().mean()

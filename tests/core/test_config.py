@@ -49,8 +49,9 @@ def test_malformed_set(item):
 def test_resolve_reports_every_problem():
     config = configuration.build(
         {
-            "model": {"name": "tinny"},
+            "model": {"num_classes": -1},
             "optim": {"betas": [0.9]},
+            "objective": {"name": "dsm"},
             "mask": {"ratio": 0.5},
             "train": {"batch_size": 10, "micro_batch_size": 4},
         }
@@ -58,7 +59,7 @@ def test_resolve_reports_every_problem():
     with pytest.raises(UsageError) as caught:
         road.resolve(config)
     for part in (
-        "did you mean 'tiny'",
+        "model.num_classes -1",
         "optim.betas",
         "micro_batch_size 4; the nearest valid values are 8 and 12",
         "'msm'",

@@ -38,3 +38,8 @@ def test_ninety_percent_masked_maskdm():
         )
     )
     assert cost.measure(config).masked_flops / 2e9 == pytest.approx(44.3, rel=0.02)
+
+
+def test_a_network_without_a_null_class_is_counted():
+    config = road.resolve(configuration.build(configuration.read("uvit-imagenet64-m")))
+    assert cost.measure(config).parameters == 130_940_292

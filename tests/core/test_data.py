@@ -1,4 +1,5 @@
 import io
+import os
 import zipfile
 
 import numpy as np
@@ -182,3 +183,34 @@ def test_grid_puts_images_in_rows():
     assert picture[2, 2, 0] == 0
     assert picture[2, 8, 0] == 10
     assert picture[8, 2, 0] == 30
+
+
+@pytest.mark.parametrize("write", [np.savez, np.savez_compressed])
+def test_npz_images_stay_on_the_disk_unless_compressed(tmp_path, write):
+    pixels = np.random.default_rng(0).integers(0, 256, (5, 8, 9, 3), np.uint8)
+    for order in (pixels, np.asfortranarray(pixels)):
+        write(tmp_path / "images.npz", order, np.arange(5))
+        source = sources.open_source(str(tmp_path / "images.npz"))
+        assert isinstance(source._pixels, np.memmap) == (write is np.savez)
+        assert np.array_equal([np.asarray(source.read(i)) for i in range(5)], pixels)
+        assert source.labels.tolist() == [0, 1, 2, 3, 4]
+
+
+def test_float_images_of_0_to_1_are_not_black(tmp_path):
+    values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
+    Image.fromarray(values).save(tmp_path / "f.tiff")
+    Image.fromarray(values * 255).save(tmp_path / "g.tiff")
+    expected = (values * 255).round()
+    for name in ("f.tiff", "g.tiff"):
+        assert np.array_equal(np.asarray(images.read_rgb(tmp_path / name))[..., 0], expected)
+
+
+def test_a_folder_that_may_not_be_read_is_not_called_empty(tmp_path, monkeypatch):
+    (tmp_path / "inner").mkdir()
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(MsmdiffError, match=f"{tmp_path} cannot be read: Permission denied"):
+        sources.open_source(str(tmp_path))

@@ -4,6 +4,7 @@ import torch
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.backbones.layers import patchify
+from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import stream
 
 
@@ -11,8 +12,8 @@ def parts_of(*layers):
     return road.build(road.resolve(configuration.build(*layers)))
 
 
-def draw(purpose):
-    return stream("cpu", 0, purpose, 0)
+def draw(purpose, device="cpu"):
+    return stream(device, 0, purpose, 0)
 
 
 MASKED = {"objective": {"name": "msm"}, "mask": {"ratio": 0.75}}
@@ -30,7 +31,7 @@ def test_masked_loss_is_the_mean_over_visible_tokens(loss):
         assert torch.equal(time, (t * 1000).round() - 1)
         return torch.full((5, parts.mask.kept, 12), 0.3)
 
-    got = parts.objective.loss(network, x0, eps, t, None, keep)
+    got = parts.objective.terms(network, x0, eps, t, None, keep)["loss"].mean()
     target = patchify(parts.process.target(x0, eps, t), 2)
     per_image = []
     for i in range(5):
@@ -88,3 +89,112 @@ def test_an_unconditional_network_gets_no_labels():
         return torch.zeros_like(x_t)
 
     parts.objective(network, torch.zeros(2, 3, 16, 16), torch.tensor([1, 2]), draw)
+
+
+MDT = {
+    "model": {"name": None, "family": "mdtv2", "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    | {"decode_layers": 2, "learn_sigma": True, "num_classes": 3},
+    "process": {"schedule": "linear", "weighting": "min_snr"},
+}
+EDT = {
+    "model": {"name": None, "family": "edt", "patch_size": 2, "hidden_size": 16, "stage_widths": [16] * 5}
+    | {"stage_depths": [1] * 5, "stage_heads": [2] * 5, "learn_sigma": True, "num_classes": 3},
+    "process": {"schedule": "linear", "weighting": "min_snr"},
+}
+
+
+def seen_by(objective, codec_shape, batch=6):
+    """What each call of the network received."""
+    calls = []
+
+    def network(x_t, time, y, keep):
+        calls.append((x_t, time, y, keep))
+        return torch.zeros(len(x_t), 2 * x_t.shape[1], *x_t.shape[2:])
+
+    x0 = torch.randn(batch, *codec_shape)
+    return calls, objective(network, x0, torch.arange(batch) % 3, draw)
+
+
+@pytest.mark.parametrize("layer", [MDT, EDT])
+def test_two_passes_share_images_and_times_and_nothing_else(layer):
+    parts = parts_of(layer, {"objective": {"label_dropout": 0.5}})
+    calls, terms = seen_by(parts.objective, parts.codec.shape)
+    (x, t, y, keep), (x2, t2, y2, keep2) = calls
+    assert keep is None
+    assert keep2 is not None
+    assert torch.equal(t, t2)
+    assert not torch.equal(x, x2)
+    assert not torch.equal(y, y2)
+    assert set(terms) == {"loss"} | {f"{p}_{k}" for p in ("plain", "masked") for k in ("loss", "mse", "vb")}
+    for name in ("plain", "masked"):
+        assert terms[f"{name}_loss"] == pytest.approx((terms[f"{name}_mse"] + terms[f"{name}_vb"]).item(), rel=1e-5)
+    assert terms["loss"] == pytest.approx((terms["plain_loss"] + terms["masked_loss"]).item(), rel=1e-5)
+
+
+def test_mdtv2_hides_another_share_in_every_step_and_version_one_the_same():
+    objective = parts_of(MDT).objective
+    keep = objective.passes["masked"]
+    kept = {keep(2, lambda purpose, device="cpu", i=i: stream(device, 0, purpose, i)).shape[1] for i in range(200)}
+    assert min(kept) in (32, 33)  # int(64 * (1 - 0.3 - 0.2 u)) for u close to 1
+    assert max(kept) == 44  # int(64 * 0.7)
+    assert len(kept) >= 10
+    first = {**MDT, "model": {**MDT["model"], "family": "mdt"}}
+    keep = parts_of(first).objective.passes["masked"]
+    assert {keep(2, lambda p, device="cpu", i=i: stream(device, 0, p, i)).shape[1] for i in range(20)} == {44}
+
+
+@pytest.mark.parametrize(
+    ("layers", "complaint"),
+    [
+        (
+            [MDT, {"objective": {"name": "msm"}, "mask": {"ratio": 0.5}}],
+            r"'msm' does not suit model.family mdtv2: use 'mdt'",
+        ),
+        ([EDT, {"mask": {"ratio": 0.5}}], "draws masks of its own"),
+        ([MDT, {"mask": {"ratio": 0.9}}], r"0\.9 plus mask.spread 0\.2 below 1"),
+        ([{"objective": {"name": "edt"}}], "does not suit model.family uvit"),
+        ([{"objective": {"channel_groups": [3, 9]}}], "must add up to the 3 channels"),
+        ([{"model": {"num_classes": 3, "null_class": False}}], "needs a null class"),
+        ([EDT, {"process": {"schedule": "vp_sde"}}], "model.learn_sigma needs a schedule of discrete steps"),
+        (
+            [{"process": {"schedule": "vp_cosine", "time_sampling": "loss_second_moment"}}],
+            "'loss_second_moment' needs a schedule of discrete steps",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(layers, complaint):
+    with pytest.raises(UsageError, match=complaint):
+        parts_of(*layers)
+
+
+def test_channel_groups_are_averaged_apart():
+    """MaskDM's wavelet loss: the mean error of the approximation plus that of the details."""
+    parts = parts_of(MASKED, {"codec": {"name": "dwt"}, "objective": {"channel_groups": [3, 9]}})
+    x0 = torch.randn(4, *parts.codec.shape)
+    keep, t = parts.mask.draw(4, draw("mask")), torch.full((4,), 0.5)
+    eps = torch.zeros_like(x0)
+    error = torch.cat([torch.full((4, 3), 2.0), torch.full((4, 9), 1.0)], dim=1)[:, :, None, None].expand_as(x0)
+    out = parts.objective.terms(lambda *_: patchify(error.contiguous(), 2)[:, : keep.shape[1]], x0, eps, t, None, keep)
+    assert out["loss"].tolist() == pytest.approx([5.0] * 4)
+
+
+def test_times_with_large_losses_are_drawn_more_often_and_count_less():
+    parts = parts_of(
+        {
+            "process": {"schedule": "linear", "timesteps": 25, "time_sampling": "loss_second_moment"},
+            "sample": {"steps": 5},
+        }
+    )
+    history = parts.objective.history
+    for _ in range(10):
+        history.update(torch.arange(1, 26) / 25, torch.where(torch.arange(25) < 5, 3.0, 1.0))
+    t, importance = history.draw(20_000, torch.Generator().manual_seed(0))
+    assert (t <= 0.2).float().mean() == pytest.approx(15 / 35, abs=0.02)
+    assert importance.mean() == pytest.approx(1.0, abs=0.02)
+    assert importance.unique().numel() == 2
+    x0 = torch.ones(8, 3, 16, 16)
+    before = history.losses.copy()
+    history.update(torch.tensor([0.04]), torch.tensor([float("nan")]))  # of a step that is left out
+    assert (history.losses == before).all()
+    parts.objective(lambda x, *_: torch.zeros_like(x), x0, None, draw)
+    assert (history.losses != before).any()

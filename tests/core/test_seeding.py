@@ -3,7 +3,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from msmdiff.core.data.order import Chunks, image_at
+from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.seeding import SeedNoise, key, stream
 
 
@@ -28,7 +28,7 @@ def test_a_seed_is_an_image_whatever_the_batch():
 @given(count=st.integers(1, 50), epoch=st.integers(0, 5), seed=st.integers(0, 9))
 def test_an_epoch_is_a_permutation(count, epoch, seed):
     positions = range(epoch * count, (epoch + 1) * count)
-    assert sorted(image_at(seed, count, p) for p in positions) == list(range(count))
+    assert sorted(images_at(seed, count, positions)) == list(range(count))
 
 
 @given(
@@ -52,6 +52,6 @@ def test_processes_share_out_each_batch_and_resume_where_they_were(world, micro,
 
 
 def test_order_differs_between_epochs_and_seeds():
-    orders = [tuple(image_at(s, 100, e * 100 + i) for i in range(100)) for s in (0, 1) for e in (0, 1)]
+    orders = [tuple(images_at(s, 100, range(e * 100, e * 100 + 100))) for s in (0, 1) for e in (0, 1)]
     assert len(set(orders)) == 4
     assert np.mean([a == b for a, b in zip(orders[0], orders[1], strict=True)]) < 0.1

@@ -7,12 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import weights
 from msmdiff.core.config import OptimConfig
-from msmdiff.core.diffusion import objectives
+from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint, cost, optim
+from msmdiff.core.training import checkpoint, cost, optim, previews
 from msmdiff.core.training.ema import Averages
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer, train
@@ -60,6 +61,38 @@ def test_three_plus_five_steps_equal_eight(tmp_path, quiet, codec, ema, optimise
     train(small(*layers), tmp_path / "resumed", quiet)
     assert any("resuming" in note for note in quiet.notes)
     assert_same_bits(tmp_path / "straight", tmp_path / "resumed")
+
+
+TINY_EDT = {
+    "family": "edt",
+    "depth": None,
+    "num_heads": None,
+    "stage_widths": [16] * 5,
+    "stage_depths": [1] * 5,
+    "stage_heads": [2] * 5,
+}
+TINY_MDT = {"family": "mdtv2", "depth": 4, "num_heads": 2, "decode_layers": 2}
+
+
+@pytest.mark.parametrize("family", [TINY_EDT, TINY_MDT], ids=["edt", "mdtv2"])
+def test_both_passes_and_the_history_of_losses_resume_exactly(tmp_path, quiet, monkeypatch, family):
+    monkeypatch.setattr(time_sampling, "RECORDED", 1)  # so that a short run leaves the uniform phase
+    model = {"name": None, "patch_size": 2, "hidden_size": 16, "learn_sigma": True, "num_classes": "auto", **family}
+    layers = (
+        {"model": model, "objective": {"name": "auto"}, "mask": {"ratio": 0.0}, "data": {"hflip": 0.0}},
+        {
+            "process": {"schedule": "linear", "timesteps": 25, "time_sampling": "loss_second_moment"},
+            "sample": {"steps": 5},
+        },
+    )
+    train(small(*layers, {"train": {"steps": 20}}), tmp_path / "straight", quiet)
+    train(small(*layers, {"train": {"steps": 16}}), tmp_path / "resumed", quiet)
+    train(small(*layers, {"train": {"steps": 20}}), tmp_path / "resumed", quiet)
+    assert_same_bits(tmp_path / "straight", tmp_path / "resumed")
+    states = [checkpoint.load(checkpoint.newest(tmp_path / run))[0]["times"] for run in ("straight", "resumed")]
+    assert torch.equal(states[0]["losses"], states[1]["losses"])
+    assert states[0]["counts"].min() == 1
+    assert "masked_vb" in Run(tmp_path / "straight", writes=False).metrics()[-1]
 
 
 def test_a_run_killed_between_checkpoints_ends_with_the_same_bits(tmp_path, quiet, monkeypatch):
@@ -124,7 +157,9 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path, quiet, monkeypatch)
     train(small({"train": {"steps": 2}}), tmp_path, quiet)
     before = final_state(tmp_path)
     monkeypatch.setattr(
-        objectives.ScoreMatching, "loss", lambda self, model, x0, *_: model(x0, torch.zeros(8)).sum() * float("nan")
+        objectives.Objective,
+        "terms",
+        lambda self, model, x0, *_: {"loss": model(x0, torch.zeros(8)).flatten(1).sum(1) * float("nan")},
     )
     with pytest.raises(MsmdiffError, match=r"before the update at image 16: loss nan.*img-000000016"):
         train(small(), tmp_path, quiet)
@@ -132,14 +167,15 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path, quiet, monkeypatch)
 
 
 def test_skipping_is_opt_in_and_counted(tmp_path, quiet, monkeypatch):
-    original = objectives.ScoreMatching.loss
+    original = objectives.Objective.terms
     calls = []
 
     def sometimes(self, *arguments):
         calls.append(1)
-        return original(self, *arguments) * (float("inf") if len(calls) == 2 else 1.0)
+        scale = float("inf") if len(calls) == 2 else 1.0
+        return {name: value * scale for name, value in original(self, *arguments).items()}
 
-    monkeypatch.setattr(objectives.ScoreMatching, "loss", sometimes)
+    monkeypatch.setattr(objectives.Objective, "terms", sometimes)
     train(small({"train": {"on_nonfinite": "skip", "steps": 4}}), tmp_path, quiet)
     assert [line["skipped_steps"] for line in Run(tmp_path, writes=False).metrics()] == [0, 1, 1, 1]
     assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "weights.safetensors").values())
@@ -292,6 +328,24 @@ def test_previews_show_samples_and_what_the_mask_leaves(tmp_path, quiet):
     assert names == [f"img-{i * 8:09d}-{kind}.png" for i in range(3) for kind in ("masked", "samples")]
     picture = Image.open(tmp_path / "previews" / names[-2])
     assert picture.width == 8 * (16 * 3 + 2) + 2
+
+
+@pytest.mark.parametrize("classes", [0, 10])
+def test_previews_do_without_guidance_that_training_cannot_give(classes):
+    model = {"num_classes": classes, "hidden_size": 16, "num_heads": 2, "depth": 3}
+    config = road.resolve(small({"model": model, "sample": {"steps": 2, "cfg_scale": 3.0, "guide": "runs/weaker"}}))
+    plain = config.model_copy(update={"sample": config.sample.model_copy(update={"cfg_scale": 1.0, "guide": None})})
+    guided = config.model_copy(update={"sample": config.sample.model_copy(update={"guide": None})})
+    torch.manual_seed(0)
+    parts = road.build(config)
+    for p in parts.backbone.parameters():
+        torch.nn.init.normal_(p, std=0.1)
+    pictures = [
+        previews.samples(parts.backbone, parts, each, torch.device("cpu"), 4).tobytes()
+        for each in (plain, config, guided)
+    ]
+    assert pictures[0] == pictures[1]
+    assert (pictures[1] == pictures[2]) == (classes == 0)
 
 
 def test_metrics_hold_what_a_run_is_judged_by(tmp_path, quiet):

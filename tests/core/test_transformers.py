@@ -6,9 +6,9 @@ import torch
 from msmdiff.core import backbones
 from msmdiff.core.backbones.edt import TokenMasks
 from msmdiff.core.backbones.layers import gather_tokens, patchify
-from msmdiff.core.config import Config, ModelConfig
+from msmdiff.core.config import Config, ModelConfig, ObjectiveConfig
 from msmdiff.core.diffusion import process
-from msmdiff.core.diffusion.objectives import ScoreMatching
+from msmdiff.core.diffusion.objectives import Objective
 from msmdiff.core.errors import UsageError
 
 SHAPE = (4, 16, 16)
@@ -61,8 +61,8 @@ def test_hidden_pixels_do_not_influence_the_masked_loss(family, fields):
     keep = torch.tensor([[0, 5, 9, 63], [1, 2, 40, 41]])
     noise = process.build(Config().process)
     x.requires_grad_()
-    objective = ScoreMatching(noise, None, "mse", 2, 3, 0.0)
-    objective.loss(network, x, torch.randn_like(x), torch.tensor([0.1, 0.8]), y, keep).backward()
+    objective = Objective(noise, {}, ObjectiveConfig(), 2, 3)
+    objective.terms(network, x, torch.randn_like(x), torch.tensor([0.1, 0.8]), y, keep)["loss"].mean().backward()
     touched = patchify(x.grad, 2).abs().sum(-1) > 0
     assert torch.equal(touched, torch.zeros(2, 64, dtype=torch.bool).scatter(1, keep, True))
 

@@ -47,6 +47,38 @@ def test_another_image_size_interpolates_positions_and_keeps_the_time_token(tmp_
     assert torch.allclose(coarse.flatten(), torch.linspace(-1, 1, 64), atol=0.05)
 
 
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("dit", dict(depth=2, num_heads=2)),
+        ("mdtv2", dict(depth=4, num_heads=2, decode_layers=2)),
+        ("edt", dict(stage_widths=[16] * 5, stage_depths=[1] * 5, stage_heads=[2] * 5)),
+    ],
+)
+def test_every_family_goes_to_another_grid(tmp_path, name, fields):
+    """Fixed positions are those of the new grid, learned ones and bias tables are interpolated, nothing starts anew."""
+    model = {"model": {"name": None, "family": name, "patch_size": 2, "hidden_size": 16, **fields}}
+    small = road.resolve(configuration.build(model))
+    large = road.resolve(configuration.build(model, {"data": {"image_size": 32}}))
+    weights.save(tmp_path / "w.safetensors", network(small).state_dict(), small)
+    origin, net = weights.read(tmp_path / "w.safetensors"), network(large, seed=1)
+    tables = {k: v for k, v in road.build(large).backbone.state_dict().items() if k.endswith("pos_embed")}
+    net.load_state_dict(tables, strict=False)
+    for key in [k for k in origin.tensors if k.endswith("bias_table")]:
+        side = int(len(origin.tensors[key]) ** 0.5)
+        origin.tensors[key][: side**2] = torch.linspace(-1, 1, side).repeat(side)[:, None]  # grows with the column
+    report = warmstart.start_from(net, origin)
+    assert (report.missing, report.unexpected, report.share) == ([], [], 1.0)
+    state = net.state_dict()
+    for key in [k for k in state if k.endswith("bias_table")]:
+        side = int(len(state[key]) ** 0.5)
+        assert side > int(len(origin.tensors[key]) ** 0.5)
+        assert torch.allclose(state[key][: side**2, 0], torch.linspace(-1, 1, side).repeat(side), atol=0.1)
+    if name != "mdtv2":
+        assert all(torch.equal(state[k], tables[k]) for k in tables)
+    assert ("decoder_pos_embed" in report.resized) == (name == "mdtv2")
+
+
 def test_classes_may_be_added(tmp_path):
     origin = stored(tmp_path)
     conditional = network(resolved({"model": {"num_classes": 10}}), seed=1)
@@ -113,3 +145,16 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         weights.load(path)
     with pytest.raises(UsageError, match="neither a weights file nor a run"):
         weights.locate(tmp_path / "nowhere")
+
+
+def test_the_null_row_is_nobody_elses(tmp_path):
+    """From a network that knows labels only: every class keeps its row, and the null class starts fresh."""
+    labels_only = {"model": {"num_classes": 4, "null_class": False}, "objective": {"label_dropout": 0.0}}
+    origin = stored(tmp_path, labels_only)
+    for classes in (4, 3):  # 3 classes and a null class have as many rows
+        net = network(resolved({"model": {"num_classes": classes}}), seed=1)
+        fresh = net.label_emb.weight[-1].clone()
+        report = warmstart.start_from(net, origin)
+        assert report.resized == ["label_emb.weight"]
+        assert torch.equal(net.label_emb.weight[:-1], origin.tensors["label_emb.weight"][:classes])
+        assert torch.equal(net.label_emb.weight[-1], fresh)

@@ -18,7 +18,7 @@ from msmdiff.core.backbones.layers import (
 from msmdiff.core.errors import UsageError
 
 SIZES: dict[str, dict] = {
-    f"MDT-{size}/{p}": dict(family="mdt", patch_size=p, **fields, learn_sigma=True)
+    f"MDT-{size}/{p}": dict(family="mdt", patch_size=p, **fields, decode_layers=2, learn_sigma=True)
     for size, fields in WIDTHS.items()
     for p in (2, 4, 8)
 }
@@ -33,21 +33,32 @@ SPARE_ROWS = 3
 
 
 class _MaskedDiffusionTransformer(AdaLNTransformer):
-    """Both versions: learned positions for encoder and decoder, relative-position biases, and the side block."""
+    """Both versions: learned positions for encoder and decoder, relative-position biases, and the side block.
+
+    Args: as `DiT`, and
+        decode_layers: blocks behind the side-interpolater, which see all tokens.
+    """
 
     index: Tensor
 
     def __init__(
         self,
         shape: tuple[int, int, int],
-        num_classes: int,
+        num_classes: int = 0,
+        *,
         patch_size: int,
         hidden_size: int,
+        depth: int,
         num_heads: int,
-        mlp_ratio: float,
-        learn_sigma: bool,
+        decode_layers: int,
+        mlp_ratio: float = 4.0,
+        learn_sigma: bool = False,
+        amm: Amm = "off",
+        amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
+        if not 0 <= decode_layers <= depth:
+            raise UsageError(f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}")
         super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma)
         rows, columns = self.grid
         self._block = dict(
@@ -62,6 +73,13 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         self.mask_token = nn.Parameter(torch.zeros(1, 1, hidden_size))
         self.register_buffer("index", relative_index(self.grid), persistent=False)
         self.side = self._make_blocks(1)
+        self._make_trunk(depth, decode_layers)
+        self.initialise()
+        self.set_amm(amm, amm_formula)
+
+    def _make_trunk(self, depth: int, decode_layers: int) -> None:
+        """Make the blocks of encoder and decoder."""
+        raise NotImplementedError
 
     def _make_blocks(self, count: int, skip: bool = False) -> nn.ModuleList:
         return nn.ModuleList(Block(**self._block, skip=skip) for _ in range(count))  # type: ignore[arg-type]
@@ -104,34 +122,11 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
 
 
 class MDT(_MaskedDiffusionTransformer):
-    """MDT, version 1: one row of blocks, of which the last `decode_layers` see all tokens.
+    """MDT, version 1: one row of blocks, of which the last `decode_layers` see all tokens."""
 
-    Args: as `DiT`, and
-        decode_layers: blocks after the side-interpolater.
-    """
-
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        num_classes: int = 0,
-        *,
-        patch_size: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        decode_layers: int = 2,
-        learn_sigma: bool = False,
-        amm: Amm = "off",
-        amm_formula: Literal["exp", "cos"] = "exp",
-    ) -> None:
-        super().__init__(shape, num_classes, patch_size, hidden_size, num_heads, mlp_ratio, learn_sigma)
-        if not 0 <= decode_layers <= depth:
-            raise UsageError(f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}")
+    def _make_trunk(self, depth: int, decode_layers: int) -> None:
         self.decode_layers = decode_layers
         self.blocks = self._make_blocks(depth)
-        self.initialise()
-        self.set_amm(amm, amm_formula)
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
         return [(block, self.grid) for block in self.blocks]
@@ -150,36 +145,16 @@ class MDT(_MaskedDiffusionTransformer):
 class MDTv2(_MaskedDiffusionTransformer):
     """MDTv2: long skips inside the encoder, and from its input to every block of the decoder.
 
-    Args: as `DiT`, and
-        decode_layers: blocks of the decoder. The other blocks form the encoder's two halves; an odd one is lost.
+    The blocks that do not decode form the encoder's two halves; an odd one is lost.
     """
 
     AMM: ClassVar = {12: [(0.0, [8])]}
 
-    def __init__(
-        self,
-        shape: tuple[int, int, int],
-        num_classes: int = 0,
-        *,
-        patch_size: int,
-        hidden_size: int,
-        depth: int,
-        num_heads: int,
-        mlp_ratio: float = 4.0,
-        decode_layers: int = 4,
-        learn_sigma: bool = False,
-        amm: Amm = "off",
-        amm_formula: Literal["exp", "cos"] = "exp",
-    ) -> None:
-        super().__init__(shape, num_classes, patch_size, hidden_size, num_heads, mlp_ratio, learn_sigma)
-        if not 0 <= decode_layers <= depth:
-            raise UsageError(f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}")
+    def _make_trunk(self, depth: int, decode_layers: int) -> None:
         half = (depth - decode_layers) // 2
         self.in_blocks = self._make_blocks(half)
         self.out_blocks = self._make_blocks(half, skip=True)
         self.decoder = self._make_blocks(decode_layers, skip=True)
-        self.initialise()
-        self.set_amm(amm, amm_formula)
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
         return [(block, self.grid) for block in (*self.in_blocks, *self.out_blocks, *self.decoder)]

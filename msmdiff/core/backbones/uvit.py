@@ -109,6 +109,7 @@ class UViT(nn.Module):
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
         self.num_classes = num_classes
+        self.null_class = null_class
         self.hidden_size = hidden_size
         self.context_tokens = context_tokens
         self.gradient_checkpointing = False

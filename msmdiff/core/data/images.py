@@ -26,8 +26,9 @@ UNREADABLE = (
 def read_rgb(file: Path | IO[bytes]) -> Image.Image:
     """Decode a whole image file to 8-bit RGB.
 
-    EXIF rotation is applied; transparency is laid on white; 16-bit greys are scaled to 8 bits; CMYK, palette and grey
-    images are converted; of an animation the first frame is taken. Raises one of UNREADABLE for a damaged file.
+    EXIF rotation is applied; transparency is laid on white; 16-bit greys, and floats of 0..1, are scaled to 8 bits;
+    CMYK, palette and grey images are converted; of an animation the first frame is taken.
+    Raises one of UNREADABLE for a damaged file.
     """
     with Image.open(file) as image:
         image.load()
@@ -40,6 +41,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         values = np.asarray(image, dtype=np.float64)
         if image.mode.startswith("I;16") or values.max(initial=0) > 255:
             values = values / 257  # 65535 -> 255
+        elif image.mode == "F" and 0 < values.max(initial=0) <= 1:
+            values = values * 255  # scientific images hold 0..1
         image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
     if image.has_transparency_data:
         rgba = image.convert("RGBA")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import os
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from msmdiff.core.config import DataConfig
 from msmdiff.core.data import images, sources
-from msmdiff.core.data.order import Chunks, image_at
+from msmdiff.core.data.latents import Latents, Packed
+from msmdiff.core.data.order import Chunks, images_at
+from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.seeding import numpy_stream
 
@@ -27,7 +29,9 @@ CACHE_BYTES = 512 * 2**20
 
 @dataclass
 class Batch:
-    """`position` is the first place in the training sequence; images uint8 [B, 3, H, W]; labels int64 [B] or None."""
+    """`position` is the first place in the training sequence; images are what a codec's `encode` takes, uint8
+    [B, 3, H, W] or packed, [B, 2, ...] where each comes with its mirror image; labels int64 [B], the features of
+    captions [B, tokens, width], or None."""
 
     position: int
     images: Tensor
@@ -38,8 +42,17 @@ class Batch:
         return Batch(self.position, self.images.pin_memory(), labels)
 
 
+def flip(images: Tensor, flipped: Tensor | None) -> Tensor:
+    """A batch's images, mirrored where `flipped` [B] says so: by their packed mirror images where there are any."""
+    plain = images[:, 0] if images.ndim == 5 else images
+    if flipped is None:
+        return plain
+    mirrored = images[:, 1] if images.ndim == 5 else images.flip(-1)
+    return torch.where(flipped[:, None, None, None], mirrored, plain)
+
+
 class TrainingImages(Dataset):
-    """Images by position in the training sequence, resized and cropped as ADM does.
+    """Images by position in the training sequence, resized and cropped as ADM does, or encoded ones as they are.
 
     Args:
         source: the images.
@@ -47,12 +60,13 @@ class TrainingImages(Dataset):
         seed: of the order and of the random crops.
     """
 
-    def __init__(self, source: sources.Source, config: DataConfig, seed: int) -> None:
+    def __init__(self, source: Source, config: DataConfig, seed: int) -> None:
         self.source, self.config, self.seed = source, config, seed
         size = config.image_size
         bytes_needed = len(source) * 3 * size**2
-        self.cached = config.crop == "center" and bytes_needed <= CACHE_BYTES and not config.workers
-        self._cache = np.empty((len(source), size, size, 3), np.uint8) if self.cached else None
+        encoded, fits = isinstance(source, Latents), config.crop == "center" and bytes_needed <= CACHE_BYTES
+        self.cached = isinstance(source, Packed) or (fits and not encoded and not config.workers)
+        self._cache = np.empty((len(source), size, size, 3), np.uint8) if self.cached and not encoded else None
         self._filled = np.zeros(len(source), bool)
 
     def __getitems__(self, positions: list[int]) -> "Batch | MsmdiffError":
@@ -63,7 +77,12 @@ class TrainingImages(Dataset):
             return error
 
     def _batch(self, positions: list[int]) -> Batch:
-        indices = [image_at(self.seed, len(self.source), p) for p in positions]
+        indices = images_at(self.seed, len(self.source), positions)
+        if isinstance(self.source, Latents):
+            entries, labels = self.source.gather(indices)
+            if self.source.captioned:
+                labels = self.source.context(indices, numpy_stream(self.seed, "caption", positions[0]))
+            return Batch(positions[0], entries, labels)
         pixels = np.stack([self._image(i, p) for i, p in zip(indices, positions, strict=True)])
         labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
         return Batch(positions[0], torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), labels)
@@ -85,19 +104,36 @@ class TrainingImages(Dataset):
         try:
             return self.source.read(index)
         except images.UNREADABLE as error:
-            name = self.source.describe(index).split(" (")[0]
+            name = self.source.name(index)
             raise MsmdiffError(f"{name} in {self.source.spec} cannot be read: {error}") from None
 
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
-        """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W]."""
+        """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W], or packed."""
         order = numpy_stream(self.seed, purpose).permutation(len(self.source))[:count]
         for start in range(0, len(order), 64):
-            crops = [images.center_crop(self._read(int(i)), self.config.image_size) for i in order[start : start + 64]]
-            yield torch.from_numpy(np.stack(crops).transpose(0, 3, 1, 2).copy())
+            chunk = order[start : start + 64]
+            yield flip(self.source.gather(chunk)[0], None) if isinstance(self.source, Latents) else self.crops(chunk)
+
+    def context(self, count: int) -> Tensor | None:
+        """Features of captions of the first `count` entries, [count, tokens, width], where training reads those."""
+        if not isinstance(self.source, Latents) or not self.source.captioned:
+            return None
+        return self.source.context(np.arange(count) % len(self.source), numpy_stream(self.seed, "preview"))
+
+    def crops(self, indices: Iterable[int]) -> Tensor:
+        """The centre crops of the images at `indices`: uint8 [B, 3, H, W]."""
+        pixels = np.stack([images.center_crop(self._read(int(i)), self.config.image_size) for i in indices])
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
-def _as_is(batch: Any) -> Any:
+def as_is(batch: Any) -> Any:
+    """For loaders whose data set makes whole batches."""
     return batch
+
+
+def default_workers() -> int:
+    """As many decoding processes as help."""
+    return max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
@@ -110,12 +146,12 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
     """The endless stream of a process's batches."""
     workers = dataset.config.workers
     if workers is None:
-        workers = 0 if dataset.cached else max(1, min(8, (os.cpu_count() or 2) - 1))
+        workers = 0 if dataset.cached else default_workers()
     loader = iter(
         DataLoader(
             dataset,
             batch_sampler=chunks,
-            collate_fn=_as_is,
+            collate_fn=as_is,
             worker_init_fn=_leave_signals_to_the_trainer,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
@@ -128,14 +164,14 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
         yield batch
 
 
-def open_training(config: DataConfig, report: Callable[[str], None]) -> sources.Source:
+def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     """Open a data set for training and decode every image of it once, unless that was done before.
 
     Unreadable images stop the training by name, or are left out when `data.skip_unreadable` is set; what was left out
     is reported. The verdict is remembered per listing (names, sizes, times) in the user's cache folder.
     """
     source = sources.open_source(config.source, config.labels)
-    if not config.verify or isinstance(source, sources.Digits | sources.Npz):
+    if not config.verify or isinstance(source, sources.Digits | sources.Npz | Latents):
         return source
     listing = "\n".join(source.describe(i) for i in range(len(source)))
     remembered = cache_folder() / "verified" / f"{hashlib.sha256(listing.encode()).hexdigest()[:32]}.json"
@@ -144,7 +180,7 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> sources.
     except (OSError, ValueError):
         if len(source) > 10_000:
             report(f"checking all {len(source):,} images of {config.source} once (data.verify=false skips this)")
-        bad = sources.unreadable(source)
+        bad = sources.survey(source)[0]
         try:
             remembered.parent.mkdir(parents=True, exist_ok=True)
             remembered.write_text(json.dumps(bad))
@@ -152,7 +188,7 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> sources.
             pass  # a cache that cannot be written costs the next start some time, nothing else
     if not bad:
         return source
-    shown = "; ".join(f"{source.describe(i).split(' (')[0]} ({reason})" for i, reason in list(bad.items())[:5])
+    shown = "; ".join(f"{source.name(i)} ({reason})" for i, reason in list(bad.items())[:5])
     summary = f"{len(bad)} of {len(source)} images in {config.source} cannot be read: {shown}"
     summary += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     if not config.skip_unreadable:

@@ -5,7 +5,7 @@ positions; micro-batches cut them into chunks, dealt round the processes. A chun
 also keys its noise, times and masks.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -18,10 +18,14 @@ def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
     return numpy_stream(seed, "order", epoch).permutation(count)
 
 
-def image_at(seed: int, count: int, position: int) -> int:
-    """The index of the image at a position of the training sequence over `count` images."""
-    epoch, place = divmod(position, count)
-    return int(_permutation(seed, count, epoch)[place])
+def images_at(seed: int, count: int, positions: Sequence[int]) -> np.ndarray:
+    """The indices, int64, of the images at positions of the training sequence over `count` images."""
+    epochs, places = np.divmod(np.asarray(positions), count)
+    indices = np.empty(len(places), np.int64)
+    for epoch in np.unique(epochs):
+        chosen = epochs == epoch
+        indices[chosen] = _permutation(seed, count, int(epoch))[places[chosen]]
+    return indices
 
 
 class Chunks:

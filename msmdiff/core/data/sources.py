@@ -6,45 +6,21 @@ A new kind of source is one class with `__len__`, `read` and `describe`, and one
 import io
 import os
 import re
+import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
+from msmdiff.core.data.archives import Cifar10, Lmdb
 from msmdiff.core.data.images import SUFFIXES, UNREADABLE, read_rgb
+from msmdiff.core.data.latents import open_latents
+from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
-
-
-class Source:
-    """Images by index, with labels where there are any.
-
-    Attributes:
-        spec: what the user wrote.
-        labels: [N] int64 class indices, or None.
-        class_names: a name per class, in the order of the indices.
-    """
-
-    spec: str
-    labels: np.ndarray | None = None
-    class_names: Sequence[str] = ()
-
-    def __len__(self) -> int:
-        raise NotImplementedError
-
-    def read(self, index: int) -> Image.Image:
-        """The image at `index` as 8-bit RGB; raises one of `images.UNREADABLE` for a damaged file."""
-        raise NotImplementedError
-
-    def describe(self, index: int) -> str:
-        """A name for the image at `index`, for messages and fingerprints; changes when the file does."""
-        raise NotImplementedError
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
 
 
 class Digits(Source):
@@ -99,11 +75,13 @@ class Files(Source):
         return len(self.names)
 
     def read(self, index: int) -> Image.Image:
-        if self.path.is_dir():
-            return read_rgb(self.path / self.names[index])
+        return read_rgb(self.path / self.names[index] if self.path.is_dir() else io.BytesIO(self.content(index)))
+
+    def content(self, index: int, suffix: str | None = None) -> bytes:
+        name = self.names[index] if suffix is None else str(PurePosixPath(self.names[index]).with_suffix(suffix))
         try:
-            return read_rgb(io.BytesIO(self._archive().read(self.names[index])))
-        except (zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
+            return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
+        except (KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
             raise OSError(str(error)) from None  # damaged, encrypted, or compressed in a way Python cannot read
 
     def describe(self, index: int) -> str:
@@ -112,6 +90,9 @@ class Files(Source):
             return f"{self.names[index]} ({stat.st_size} bytes, changed {stat.st_mtime_ns})"
         entry = self._archive().getinfo(self.names[index])
         return f"{self.names[index]} ({entry.file_size} bytes, crc {entry.CRC:08x})"
+
+    def name(self, index: int) -> str:
+        return self.names[index]
 
     def _archive(self) -> zipfile.ZipFile:
         # One handle per process: a handle shared through fork would share its file position.
@@ -136,9 +117,9 @@ class Npz(Source):
             with np.load(spec, allow_pickle=False) as content:
                 if "arr_0" not in content:
                     raise UsageError(f"{spec} holds {sorted(content)}, not images (ADM's `arr_0`, uint8 [N, H, W, 3])")
-                self._pixels = content["arr_0"]
+                self._pixels = _mapped(spec)
                 labels = content.get("arr_1")
-        except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+        except (OSError, ValueError, EOFError, TypeError, AttributeError, struct.error, zipfile.BadZipFile) as error:
             raise MsmdiffError(f"{spec} cannot be read as a NumPy archive: {error}") from None
         if self._pixels.ndim != 4 or self._pixels.shape[-1] != 3 or self._pixels.dtype != np.uint8:
             raise UsageError(
@@ -179,9 +160,18 @@ class Subset(Source):
     def describe(self, index: int) -> str:
         return self._source.describe(self._indices[index])
 
+    def content(self, index: int, suffix: str | None = None) -> bytes | None:
+        return self._source.content(self._indices[index], suffix)
+
+    def name(self, index: int) -> str:
+        return self._source.name(self._indices[index])
+
+
+KINDS = "a folder, a .zip, an .npz, an LMDB folder, cifar-10-binary.tar.gz, a packed set, or 'digits'"
+
 
 def open_source(spec: str, labels: str = "auto") -> Source:
-    """Open images by what the user wrote: `digits[:train|:test]`, a folder, a `.zip`, or ADM's `.npz`.
+    """Open images by what the user wrote, one of KINDS.
 
     `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all are of that form with
     at least two classes, else none), `folders`, `adm` or `none`. Raises UsageError when nothing is there, or when
@@ -189,14 +179,43 @@ def open_source(spec: str, labels: str = "auto") -> Source:
     """
     if spec.partition(":")[0] == "digits" and not Path(spec).exists():
         return _with_labels(Digits(spec), labels)
-    path = Path(spec)
+    path, whole = Path(spec), Path(spec.removesuffix(":train").removesuffix(":test"))
+    if (whole / "batches.meta.txt").is_file() or (whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()):
+        return _with_labels(Cifar10(spec), labels)
     if not path.exists():
-        raise UsageError(f"data source '{spec}' does not exist: give a folder, a .zip, an .npz, or 'digits'")
+        raise UsageError(f"data source '{spec}' does not exist: give {KINDS}")
+    if (path / "batches.meta").is_file():
+        raise UsageError(f"{spec} is CIFAR-10's Python version, which are pickles: give cifar-10-binary.tar.gz")
+    if (path / "data.mdb").is_file():
+        return _with_labels(Lmdb(spec), labels)
+    if path.is_dir() and (encoded := open_latents(path, labels)):
+        return encoded
     if path.suffix.lower() == ".npz":
         return _with_labels(Npz(spec), labels)
     if path.is_dir() or path.suffix.lower() == ".zip":
         return Files(spec, labels)
-    raise UsageError(f"data source '{spec}' is a file of no known kind: give a folder, a .zip, an .npz, or 'digits'")
+    raise UsageError(f"data source '{spec}' is a file of no known kind: give {KINDS}")
+
+
+def _mapped(path: str) -> np.ndarray:
+    """`arr_0` of an `.npz`, left on the disk unless it is compressed: 50,000 images of 256x256 are 10 GB."""
+    with zipfile.ZipFile(path) as archive, Path(path).open("rb") as file:
+        entry = archive.getinfo("arr_0.npy")
+        if entry.compress_type != zipfile.ZIP_STORED:
+            with archive.open(entry) as member:
+                return np.lib.format.read_array(member, allow_pickle=False)
+        file.seek(entry.header_offset + 26)  # the lengths of the local header's two variable fields
+        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
+        version = np.lib.format.read_magic(file)
+        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran, dtype = header(file)
+        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+
+
+def holds_images(path: Path) -> bool:
+    """Whether an `.npz` holds ADM's `arr_0`."""
+    with np.load(path, allow_pickle=False) as content:
+        return "arr_0" in content
 
 
 def _with_labels(source: Source, rule: str) -> Source:
@@ -211,7 +230,11 @@ def _with_labels(source: Source, rule: str) -> Source:
 def _walk(root: Path) -> list[str]:
     names: list[str] = []
     seen = {root.resolve()}
-    for folder, subfolders, files in os.walk(root, followlinks=True):
+
+    def refuse(error: OSError) -> None:
+        raise MsmdiffError(f"{error.filename} cannot be read: {error.strerror}") from None
+
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = {s: (Path(folder) / s).resolve() for s in subfolders if not s.startswith(".")}
         subfolders[:] = [s for s, target in real.items() if target not in seen]  # a link may lead back up
         seen.update(real.values())
@@ -251,17 +274,17 @@ def _labels(names: list[str], rule: str, spec: str) -> tuple[np.ndarray | None, 
     return np.array([index[k] for k in keys if k is not None], dtype=np.int64), classes
 
 
-def unreadable(source: Source, indices: Sequence[int] | None = None) -> dict[int, str]:
-    """Decode every image (or those at `indices`), in threads; returns {index: reason} of those that fail."""
+def survey(source: Source) -> tuple[dict[int, str], Counter[tuple[int, int]]]:
+    """Decode every image, in threads: {index: reason} of those that fail, and how many have which (width, height)."""
     from concurrent.futures import ThreadPoolExecutor
 
-    def attempt(index: int) -> tuple[int, str | None]:
+    def attempt(index: int) -> tuple[int, int] | str:
         try:
-            source.read(index)
+            return source.read(index).size
         except UNREADABLE as error:
-            return index, f"{type(error).__name__}: {error}".strip(": ")
-        return index, None
+            return f"{type(error).__name__}: {error}".strip(": ")
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = pool.map(attempt, range(len(source)) if indices is None else indices)
-        return {index: reason for index, reason in results if reason is not None}
+        results = list(pool.map(attempt, range(len(source))))
+    bad = {index: result for index, result in enumerate(results) if isinstance(result, str)}
+    return bad, Counter(result for result in results if not isinstance(result, str))

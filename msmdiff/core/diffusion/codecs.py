@@ -3,13 +3,17 @@
 The road of an image: `pack` once, offline; `encode` every step, on the device; `decode` after sampling.
 """
 
+import hashlib
 from collections.abc import Iterable
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Protocol
 
 import pywt
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor
 
 from msmdiff.core.config import CodecConfig, nearest
@@ -26,7 +30,7 @@ class Codec(Protocol):
     def encode(self, packed: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """What is stored -> x0 float32 [B, *shape], about unit scale."""
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
         """z [B, *shape] -> uint8 images [B, 3, H, W]."""
 
     def clip(self, x0: Tensor) -> Tensor:
@@ -38,9 +42,12 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def to_uint8(x: Tensor) -> Tensor:
-    """-1..1 -> uint8 0..255, clamped, rounding half to even."""
-    return x.float().add(1).mul(127.5).clamp(0, 255).round().to(torch.uint8)
+def to_uint8(x: Tensor, rounding: str = "half_even") -> Tensor:
+    """-1..1 -> uint8 0..255, clamped; `half_even`, `half_up` (DiT, U-ViT, MaskDM) or `truncate` (MDT)."""
+    x = x.float().add(1).mul(127.5)
+    if rounding != "truncate":
+        x = x.round() if rounding == "half_even" else x.add(0.5).floor()
+    return x.clamp(0, 255).to(torch.uint8)
 
 
 class PixelCodec:
@@ -55,8 +62,8 @@ class PixelCodec:
     def encode(self, packed: Tensor, generator: torch.Generator | None = None) -> Tensor:
         return to_unit(packed)
 
-    def decode(self, z: Tensor) -> Tensor:
-        return to_uint8(z)
+    def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
+        return to_uint8(z, rounding)
 
     def clip(self, x0: Tensor) -> Tensor:
         return x0.clamp(-1, 1)
@@ -124,10 +131,10 @@ class DwtCodec:
         self._to(z.device)
         return (z - self._mean) / self._std
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
         z = z.float()
         self._to(z.device)
-        return to_uint8(self.inverse(z * self._std + self._mean))
+        return to_uint8(self.inverse(z * self._std + self._mean), rounding)
 
     def clip(self, x0: Tensor) -> Tensor:
         self._to(x0.device)
@@ -213,30 +220,38 @@ class DwtCodec:
 
 
 class VaeCodec:
-    """Latents of a diffusers AutoencoderKL: 3xHxW to 4xH/8xW/8, times a factor that brings them to about unit scale.
+    """Latents of a diffusers AutoencoderKL, brought to about unit scale: x0 = scale (latent - mean) / std.
 
     The network is loaded when it is first used, so that a denoiser's shape is known without it.
 
     Args:
-        image_size: side of the images in pixels; must divide by 8.
-        source: a local folder, a single-file checkpoint, or a hub id; None until it is needed.
-        scale: 0.18215 for Stable Diffusion's.
+        image_size: side of the images in pixels; must divide by `config.factor`.
+        config: `vae` and `vae_config` say where the network is, `mean` and `std` are one number per channel.
 
-    Raises UsageError for an indivisible size, and, on use, MsmdiffError when the network cannot be had.
+    Raises UsageError for an indivisible size or a wrong number of statistics, and, on use, MsmdiffError when the
+    network cannot be had or is not of these channels and this factor.
     """
 
-    def __init__(self, image_size: int, source: str | None, scale: float) -> None:
-        if image_size % 8:
-            raise UsageError(f"data.image_size {image_size} does not divide by 8, the VAE's factor")
-        self.shape = (4, image_size // 8, image_size // 8)
-        self.scale, self.source = scale, source
+    def __init__(self, image_size: int, config: CodecConfig) -> None:
+        if image_size % config.factor:
+            raise UsageError(f"data.image_size {image_size} does not divide by {config.factor}, the VAE's factor")
+        for name, values in (("mean", config.mean), ("std", config.std)):
+            if values is not None and len(values) != config.channels:
+                raise UsageError(f"codec.{name} has {len(values)} numbers; the latents have {config.channels} channels")
+        if config.std is not None and min(config.std) <= 0:
+            raise UsageError(f"codec.std has {min(config.std)}; every channel's deviation must be positive")
+        self.shape = (config.channels, image_size // config.factor, image_size // config.factor)
+        self.config = config
+        self._mean = torch.tensor(config.mean or [0.0], device="cpu").view(-1, 1, 1)
+        self._factor = config.scale / torch.tensor(config.std or [1.0], device="cpu").view(-1, 1, 1)
         self._vae: Any = None
 
     def pack(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 8, H/8, W/8]."""
+        """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 2C, H/f, W/f]."""
+        vae = self._network(images.device)
         with torch.no_grad():
-            posterior = self._network(images.device).encode(to_unit(images)).latent_dist
-        return torch.cat([posterior.mean, posterior.std], dim=1)
+            posterior = vae.encode(to_unit(images).to(vae.dtype)).latent_dist
+        return torch.cat([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
 
     def encode(self, packed: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """A fresh draw from the posterior; images (uint8) are packed first."""
@@ -244,22 +259,64 @@ class VaeCodec:
             packed = self.pack(packed)
         mean, std = packed.float().chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
-        return self.scale * (mean + std * noise)
+        self._to(mean.device)
+        return self._factor * (mean + std * noise - self._mean)
 
-    def decode(self, z: Tensor) -> Tensor:
+    def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
+        vae = self._network(z.device)
         with torch.no_grad():
-            return to_uint8(self._network(z.device).decode(z.float() / self.scale).sample)
+            return to_uint8(vae.decode((z.float() / self._factor + self._mean).to(vae.dtype)).sample, rounding)
 
     def clip(self, x0: Tensor) -> Tensor:
         return x0
 
+    def identity(self) -> dict[str, Any]:
+        """What made a packed set: settings, and the checksum of the network's numbers."""
+        self._network(torch.device("cpu"))
+        settings = {key: getattr(self.config, key) for key in ("name", "vae", "precision", "tile")}
+        return {**settings, "sha256": self._checksum}
+
+    def _to(self, device: torch.device) -> None:
+        if self._mean.device != device:
+            self._mean, self._factor = self._mean.to(device), self._factor.to(device)
+
     def _network(self, device: torch.device) -> Any:
         if self._vae is None:
-            self._vae = _load_vae(self.source)
+            vae, config = _load_vae(self.config), self.config
+            self._checksum = checksum(vae.state_dict())
+            found = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+            if found != (config.channels, config.factor):
+                raise UsageError(
+                    f"codec.vae {config.vae} makes {found[0]} channels at a factor of {found[1]}: set codec.channels="
+                    f"{found[0]} and codec.factor={found[1]}, not {config.channels} and {config.factor}"
+                )
+            if config.tile:
+                vae.enable_tiling()
+            self._vae = vae.bfloat16() if config.precision == "bf16" else vae
+        self._to(device)
         return self._vae.to(device)
 
 
-def _load_vae(source: str | None) -> Any:
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """sha256 over a network's tensors by name, whatever kind of file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+STABLE_DIFFUSION_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    sample_size=512,
+)
+
+
+def _load_vae(config: CodecConfig) -> Any:
+    source = config.vae
     if source is None:
         raise UsageError(
             "these weights work on latents: name the VAE with --set codec.vae=FOLDER, a file, or a hub id such as "
@@ -267,17 +324,29 @@ def _load_vae(source: str | None) -> Any:
         )
     try:
         from diffusers import AutoencoderKL
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     except ImportError:
         raise MsmdiffError("latents need diffusers: pip install 'msmdiff[vae]'") from None
     try:
-        if Path(source).is_file():
-            return AutoencoderKL.from_single_file(source).eval().requires_grad_(False)
-        vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        if not Path(source).is_file():
+            vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+            missing = loading["missing_keys"]  # diffusers only warns, and goes on with random numbers
+        else:
+            settings = AutoencoderKL.load_config(config.vae_config) if config.vae_config else STABLE_DIFFUSION_VAE
+            vae = AutoencoderKL.from_config(settings)
+            if source.endswith(".safetensors"):
+                tensors = load_file(source)
+            else:
+                tensors = torch.load(source, map_location="cpu", weights_only=True)
+                tensors = tensors.get("state_dict", tensors)
+            if any("mid.block_1." in name for name in tensors):  # the layout of Stable Diffusion's own code
+                tensors = convert_ldm_vae_checkpoint(tensors, settings)
+            missing = vae.load_state_dict(tensors, strict=False).missing_keys
+    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError, UnpicklingError) as error:
         reason = " ".join(str(error).split())[:200]
         raise MsmdiffError(f"codec.vae {source} cannot be loaded as an AutoencoderKL: {reason}") from None
-    if loading["missing_keys"]:  # diffusers only warns, and goes on with random numbers
-        raise MsmdiffError(f"codec.vae {source} lacks {len(loading['missing_keys'])} of the network's tensors")
+    if missing:
+        raise MsmdiffError(f"codec.vae {source} lacks {len(missing)} of the network's tensors, such as {missing[0]}")
     return vae.eval().requires_grad_(False)
 
 
@@ -286,5 +355,5 @@ def build(config: CodecConfig, image_size: int) -> Codec:
     if config.name == "dwt":
         return DwtCodec(image_size, config.wavelet, config.level, config.mean, config.std)
     if config.name == "vae":
-        return VaeCodec(image_size, config.vae, config.scale)
+        return VaeCodec(image_size, config)
     return PixelCodec(image_size)

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,20 +17,30 @@ def terms(
     eps: Tensor,
     t: Tensor,
     distance: Callable[[Tensor], Tensor] = torch.square,
+    variational: Literal["hybrid", "rescaled", "kl"] = "hybrid",
+    channel_groups: list[int] | None = None,
 ) -> dict[str, Tensor]:
     """The loss of each image: `mse` (weighted by the process), `vb` where the output has 2C channels, their sum `loss`.
 
     output [B, C or 2C, ...] is the network's at x_t = alpha x0 + sigma eps [B, C, ...], t [B]; every term is [B].
-    The variational bound trains the variance only: the predicted mean enters it detached.
+    The variational bound trains the variance only: the predicted mean enters it detached. It counts once (`hybrid`),
+    T / 1000 times (`rescaled`), or alone and T times, then for the mean too (`kl`). The errors of `channel_groups`
+    (numbers of channels, in order) are averaged within each group and added.
     """
-    mean, *_ = output.float().split(x0.shape[1], dim=1)
-    error = distance(mean - process.target(x0, eps, t)).flatten(1).mean(1)
-    mse = process.weight(t) * error
-    if output.shape[1] == x0.shape[1]:
+    output, channels = output.float(), x0.shape[1]
+    error = distance(output[:, :channels] - process.target(x0, eps, t))
+    groups = error.split(channel_groups or channels, dim=1)
+    mse = process.weight(t) * sum(group.flatten(1).mean(1) for group in groups)
+    if output.shape[1] == channels:
         return {"mse": mse, "loss": mse}
     x_t = process.add_noise(x0, t, eps)
-    frozen = torch.cat([mean.detach(), output.float()[:, x0.shape[1] :]], dim=1)
+    if variational == "kl":
+        vb = variational_bound(process, process.split(output, x_t, t), x0, x_t, t) * process.timesteps
+        return {"vb": vb, "loss": vb}
+    frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
     vb = variational_bound(process, process.split(frozen, x_t, t), x0, x_t, t)
+    if variational == "rescaled":
+        vb = vb * (process.timesteps / 1000)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
 

@@ -92,9 +92,9 @@ def build(config: MaskConfig, grid: tuple[int, int]) -> Mask:
     return Mask(grid, config.ratio, config.kind, config.block, config.crop, config.rounding)
 
 
-def mdt_kept(tokens: int, ratio: float, extra: float | None = None) -> int:
-    """How many tokens MDT keeps. MDTv2 draws `extra` from [0, 1) for each pass and hides 0.2 of it more."""
+def mdt_kept(tokens: int, ratio: float, extra: float | None = None, spread: float = 0.2) -> int:
+    """How many tokens MDT keeps. MDTv2 draws `extra` from [0, 1) for each pass and hides `spread` of it more."""
     if extra is None:
         return int(tokens * (1 - ratio))
-    hidden = ratio + 0.2 * torch.tensor(extra, dtype=torch.float32)  # float32 like the published code: it truncates
+    hidden = ratio + spread * torch.tensor(extra, dtype=torch.float32)  # float32 like the published code: it truncates
     return int(tokens * (1 - hidden))

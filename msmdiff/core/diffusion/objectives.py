@@ -1,85 +1,134 @@
-"""Training losses. An objective turns one clean batch into named scalars, of which `loss` is minimised."""
+"""Training losses: a network and one clean batch into named scalars, of which `loss` is minimised.
+
+An objective is one or two passes over the same images and times: `dsm` sees all tokens, `msm` the visible ones (Lei et
+al. 2023), `mdt` all and then a masked set (Gao et al. 2023), `edt` all and then all behind EDT's token masks (Chen et
+al. 2024).
+"""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from msmdiff.core.backbones.layers import gather_tokens, patchify
-from msmdiff.core.config import ObjectiveConfig
+from msmdiff.core.config import MaskConfig, ObjectiveConfig
 from msmdiff.core.diffusion import hybrid
-from msmdiff.core.diffusion.masking import Mask
+from msmdiff.core.diffusion.masking import Mask, mdt_kept
 from msmdiff.core.diffusion.process import Process
+from msmdiff.core.diffusion.time_sampling import LossSecondMoment
 
-Draw = Callable[[str], torch.Generator]
-"""Purpose -> the generator for this batch, on its device."""
+Draw = Callable[..., torch.Generator]
+"""(purpose[, device]) -> the generator for this batch, on the given device or the batch's own."""
+
+Keep = Callable[[int, Draw], Any]
+"""(batch size, draw) -> what a pass hides, in the form its network takes; None for nothing."""
 
 
-class ScoreMatching:
-    """Denoising score matching, on all tokens (`dsm`) or on the visible ones only (`msm`, Lei et al. 2023).
+class Objective:
+    """The loss of one or two passes, each with noise, label dropout and mask of its own.
 
     Args:
         process: the noise.
-        mask: which tokens `msm` keeps; None for `dsm`.
-        loss: `mse` or `l1`, averaged over what is predicted, then weighted by the process.
+        passes: name -> what it hides; a single pass is named "".
+        config: distance, label dropout, how the variational bound counts.
         patch_size: side of the network's patches.
-        null_class: label that stands for no label; None for an unconditional network.
-        label_dropout: probability that a label is replaced by the null class.
+        null: what stands for no label: a class, or the features of an empty text [tokens, width]; None where the
+            network takes no labels.
+        history: draws times by their past losses; None where the process draws them.
     """
 
     def __init__(
         self,
         process: Process,
-        mask: Mask | None,
-        loss: str,
+        passes: dict[str, Keep],
+        config: ObjectiveConfig,
         patch_size: int,
-        null_class: int | None,
-        label_dropout: float,
+        null: int | Tensor | None,
+        history: LossSecondMoment | None = None,
     ) -> None:
-        self.process, self.mask, self.patch_size = process, mask, patch_size
-        self.null_class, self.label_dropout = null_class, label_dropout
-        self.distance = torch.abs if loss == "l1" else torch.square
+        self.process, self.passes, self.config, self.patch_size = process, passes, config, patch_size
+        self.null, self.history = null, history
+        self.distance = torch.abs if config.loss == "l1" else torch.square
 
     def __call__(self, model: Callable[..., Tensor], x0: Tensor, y: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """x0 [B, C, H, W] and labels y [B] or None -> {"loss": scalar}. Hidden pixels never reach the network."""
-        t = self.process.sample_t(len(x0), draw("time"))
-        eps = torch.randn(x0.shape, generator=draw("noise"), device=x0.device)
-        if self.null_class is None:
-            y = None
-        elif y is not None:
-            dropped = torch.rand(len(y), generator=draw("label"), device=y.device) < self.label_dropout
-            y = y.masked_fill(dropped, self.null_class)
-        keep = self.mask.draw(len(x0), draw("mask")) if self.mask is not None else None
-        return {"loss": self.loss(model, x0, eps, t, y, keep)}
+        """x0 [B, C, H, W] and labels y [B] or None -> scalars: `loss`, and each pass's terms.
 
-    def loss(
-        self, model: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, y: Tensor | None, keep: Tensor | None
-    ) -> Tensor:
-        """The loss for given noise eps [B, C, H, W], times t [B] and kept tokens keep [B, K]."""
+        Hidden pixels never reach a network that drops tokens.
+        """
+        if self.history is not None:
+            t, importance = (v.to(x0.device) for v in self.history.draw(len(x0), draw("time", "cpu")))
+        else:
+            t, importance = self.process.sample_t(len(x0), draw("time")), torch.ones((), device=x0.device)
+        total = torch.zeros(len(x0), device=x0.device)
+        named: dict[str, Tensor] = {}
+        for i, (name, keep) in enumerate(self.passes.items()):
+
+            def own(purpose: str, *device: str, i: int = i) -> torch.Generator:
+                return draw(f"{purpose}-{i}" if i else purpose, *device)
+
+            eps = torch.randn(x0.shape, generator=own("noise"), device=x0.device)
+            terms = self.terms(model, x0, eps, t, self._labels(y, own), keep(len(x0), own))
+            total = total + terms["loss"]
+            if len(self.passes) > 1 or len(terms) > 2:
+                named |= {f"{name}_{k}" if name else k: (v * importance).mean() for k, v in terms.items()}
+        if self.history is not None:
+            self.history.update(t, total.detach())
+        return {**named, "loss": (total * importance).mean()}
+
+    def terms(self, model: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, y: Any, keep: Any) -> Any:
+        """`hybrid.terms` of each image, [B], for given noise eps [B, C, H, W], times t [B] and hidden tokens.
+
+        Where the network answers with the patches of the kept tokens only, the loss is theirs alone.
+        """
         output = model(self.process.add_noise(x0, t, eps), self.process.model_time(t), y, keep)
-        target = self.process.target(x0, eps, t)
-        if keep is not None:
-            target = gather_tokens(patchify(target, self.patch_size), keep)
-        if output.numel() == 2 * target.numel():
-            return self._with_variance(output, x0, eps, t, keep)
-        per_image = self.distance(output.float() - target).flatten(1).mean(1)
-        return (self.process.weight(t) * per_image).mean()
-
-    def _with_variance(self, output: Tensor, x0: Tensor, eps: Tensor, t: Tensor, keep: Tensor | None) -> Tensor:
-        """The loss of a network that learns its variance too, on the visible pixels."""
-        if keep is not None:
+        if output.ndim == 3:
             x0, eps = (gather_tokens(patchify(z, self.patch_size), keep) for z in (x0, eps))
             x0, eps, output = (hybrid.channels_first(z, self.patch_size) for z in (x0, eps, output))
-        return hybrid.terms(self.process, output, x0, eps, t, self.distance)["loss"].mean()
+        options = (self.distance, self.config.variational, self.config.channel_groups)
+        return hybrid.terms(self.process, output, x0, eps, t, *options)
+
+    def _labels(self, y: Tensor | None, draw: Draw) -> Tensor | None:
+        """y with a share of its rows replaced by the null label; None for a network without labels."""
+        if y is None or self.null is None or not self.config.label_dropout:
+            return None if self.null is None else y
+        dropped = torch.rand(len(y), generator=draw("label"), device=y.device) < self.config.label_dropout
+        return drop_labels(y, dropped, self.null)
 
 
-def build(config: ObjectiveConfig, process: Process, mask: Mask, patch_size: int, num_classes: int) -> ScoreMatching:
-    """The objective a configuration asks for."""
-    return ScoreMatching(
-        process,
-        mask if config.name == "msm" else None,
-        config.loss,
-        patch_size,
-        num_classes or None,
-        config.label_dropout,
-    )
+def drop_labels(y: Tensor, dropped: Tensor, null: int | Tensor) -> Tensor:
+    """Labels [B] or text features [B, tokens, width], with `null` in the rows where dropped [B] is true."""
+    dropped = dropped.view(-1, *[1] * (y.ndim - 1))
+    if isinstance(null, int):
+        return y.masked_fill(dropped, null)
+    return torch.where(dropped, null.to(y), y)
+
+
+def build(config: ObjectiveConfig, masking: MaskConfig, process: Process, mask: Mask, network: Any) -> Objective:
+    """The objective that a resolved configuration asks for. `network` may lie on the meta device."""
+
+    def nothing(batch: int, draw: Draw) -> None:
+        return None
+
+    def visible(batch: int, draw: Draw) -> Tensor | None:
+        return mask.draw(batch, draw("mask"))
+
+    def mdt(batch: int, draw: Draw) -> Tensor:
+        extra = torch.rand((), generator=draw("ratio", "cpu")).item() if masking.spread else None
+        kept = mdt_kept(mask.tokens, masking.ratio, extra, masking.spread or 0.0)
+        generator = draw("mask")
+        noise = torch.rand(batch, mask.tokens, generator=generator, device=generator.device)
+        return noise.argsort(dim=1)[:, :kept]
+
+    def edt(batch: int, draw: Draw) -> Any:
+        return network.draw_masks(batch, draw("mask"))
+
+    passes: dict[str, dict[str, Keep]] = {
+        "dsm": {"": nothing},
+        "msm": {"": visible},
+        "mdt": {"plain": nothing, "masked": mdt},
+        "edt": {"plain": nothing, "masked": edt},
+    }
+    history = LossSecondMoment(process.timesteps) if process.time_sampling == "loss_second_moment" else None
+    null = network.num_classes or None
+    return Objective(process, passes[config.name], config, network.patch_size, null, history)

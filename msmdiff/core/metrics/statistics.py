@@ -1,80 +1,146 @@
 """Mean and covariance of features, gathered batch by batch in float64, and their `.npz` files."""
 
 import zipfile
-from dataclasses import dataclass
+import zlib
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
 
+import msmdiff
+from msmdiff.core import files
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.metrics.features import INCEPTION_SHA256
+from msmdiff.core.metrics.frechet import Gaussian
+
+SETTINGS = ("features", "resize", "precision", "image_size", "crop")
+"""What two sets must share to be compared: network and weights, resizing rule, arithmetic, images' size, crop."""
 
 
 @dataclass
 class Statistics:
-    """A Gaussian fitted to features.
+    """What one set of images is, to the metrics.
 
-    Attributes:
-        mean, cov: [D] and [D, D] float64; cov divides by n - 1.
-        count: how many images; 0 where a file does not say.
-        features: under which features (and weights) they were taken; empty where a file does not say.
+    `pooled` is the Gaussian of the features, `spatial` that of sFID's; `count` is 0 where a file does not say;
+    `settings` are those of SETTINGS that are known, `assumed` from the layout where a file does not state them; `rows`
+    are the features, float32 [N, D], where they were kept.
     """
 
-    mean: np.ndarray
-    cov: np.ndarray
+    pooled: Gaussian
     count: int = 0
-    features: str = ""
+    settings: dict[str, str] = field(default_factory=dict)
+    spatial: Gaussian | None = None
+    rows: Tensor | None = None
+    assumed: bool = False
+
+    @property
+    def width(self) -> int:
+        return len(self.pooled.mean)
 
 
 class Moments:
-    """Streaming first and second moments (Chan et al. 1983): no more memory than one batch and the sums."""
+    """Streaming first and second moments (Chan et al. 1983): no more memory than one batch and the sums.
 
-    def __init__(self, width: int) -> None:
-        self.count = 0
-        self._mean = np.zeros(width)
-        self._scatter = np.zeros((width, width))
+    With `keep`, or while they are no more than `width`, the features are kept too: 4 bytes times images times width.
+    """
 
-    def add(self, features: np.ndarray) -> None:
+    def __init__(self, width: int, device: torch.device | str = "cpu", keep: bool = False) -> None:
+        self.count, self._keep = 0, keep
+        self._mean = torch.zeros(width, dtype=torch.float64, device=device)
+        self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
+        self._rows: list[Tensor] = []
+
+    def add(self, features: Tensor) -> None:
         """Take in a batch [B, D]."""
-        features = np.asarray(features, np.float64)
-        mean = features.mean(0)
-        centred = features - mean
-        step = mean - self._mean
-        total = self.count + len(features)
-        self._scatter += centred.T @ centred + np.outer(step, step) * (self.count * len(features) / total)
-        self._mean += step * (len(features) / total)
+        x = features.to(self._mean.device, torch.float64)
+        step, total = x.mean(0) - self._mean, self.count + len(x)
+        centred = torch.cat([x - x.mean(0), step[None] * (self.count * len(x) / total) ** 0.5])
+        self._scatter.addmm_(centred.T, centred)
+        self._mean += step * (len(x) / total)
         self.count = total
+        self._rows = [*self._rows, features.float().cpu()] if self._keep or total <= len(self._mean) else []
 
-    def statistics(self, features: str = "") -> Statistics:
-        """The fitted Gaussian. Raises MsmdiffError for fewer than two images, which have no covariance."""
+    def finish(self) -> tuple[Gaussian, Tensor | None]:
+        """The Gaussian, and the features where they were kept; of all processes together where there are several.
+
+        Raises MsmdiffError for fewer than two images, which have no covariance.
+        """
+        width, device = len(self._mean), self._mean.device
+        rows = torch.cat([*self._rows, torch.empty(0, width)])
+        if dist.is_initialized():
+            counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+            counts[dist.get_rank()] = self.count
+            dist.all_reduce(counts)
+            total, before = int(counts.sum()), int(counts[: dist.get_rank()].sum())
+            mean = self._mean * (self.count / max(1, total))
+            dist.all_reduce(mean)
+            self._scatter.addr_(self._mean - mean, self._mean - mean, alpha=self.count)
+            dist.all_reduce(self._scatter)
+            if self._keep or total <= width:
+                every = torch.zeros(total, width, device=device)
+                every[before : before + self.count] = rows.to(device)
+                dist.all_reduce(every)
+                rows = every.cpu()
+            self.count, self._mean = total, mean
         if self.count < 2:
             raise MsmdiffError(f"a Fréchet distance needs at least two images on each side; one side has {self.count}")
-        return Statistics(self._mean.copy(), self._scatter / (self.count - 1), self.count, features)
+        few = self.count <= width
+        root = (rows.to(device) - self._mean) / (self.count - 1) ** 0.5 if few else None
+        return Gaussian(self._mean, self._scatter / (self.count - 1), root), rows if few or self._keep else None
+
+
+def differences(a: dict[str, str], b: dict[str, str]) -> list[str]:
+    """In which settings that both state two sets differ, in words. Averages over areas do not ask for one size."""
+    names = [name for name in SETTINGS if name != "image_size" or a.get("resize") != "area"]
+    return [f"{name} {a[name]} against {b[name]}" for name in names if name in a and a[name] != b.get(name, a[name])]
 
 
 def save(path: Path, statistics: Statistics) -> None:
-    """Write pytorch-fid's layout (`mu`, `sigma`), with the count and the features' name beside them."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.part.npz")
-    np.savez(part, mu=statistics.mean, sigma=statistics.cov, count=statistics.count, features=statistics.features)
-    part.replace(path)
+    """Write pytorch-fid's layout (`mu`, `sigma`) and ADM's (`mu_s`, `sigma_s`), with the count and settings beside.
+
+    The features go in as `rows` where they were kept.
+    """
+    content: dict = {"count": statistics.count, "msmdiff": msmdiff.__version__, **statistics.settings}
+    for gaussian, suffix in ((statistics.pooled, ""), (statistics.spatial, "_s")):
+        if gaussian is not None:
+            content |= {f"mu{suffix}": gaussian.mean.cpu().numpy(), f"sigma{suffix}": gaussian.cov.cpu().numpy()}
+    if statistics.rows is not None:
+        content["rows"] = statistics.rows.numpy()
+    with files.whole(path) as part, part.open("wb") as file:
+        np.savez(file, **content)
 
 
 def load(path: Path) -> Statistics | None:
     """Read `mu` and `sigma` from an `.npz`, or None when it holds none (but, say, images).
 
-    Raises MsmdiffError for a file that is not a NumPy archive, and UsageError for shapes that do not belong together.
+    A file that does not say how it was made is taken for ADM's where it holds `mu_s`, else for pytorch-fid's. Raises
+    MsmdiffError for a file that is not a NumPy archive, and UsageError for shapes that do not belong together.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
             if "mu" not in content or "sigma" not in content:
                 return None
-            mean, cov = content["mu"].astype(np.float64), content["sigma"].astype(np.float64)
+            suffixes = ("", "_s") if {"mu_s", "sigma_s"} <= set(content) else ("",)
+            pairs = [[content[f"{k}{s}"].astype(np.float64) for k in ("mu", "sigma")] for s in suffixes]
             count = int(content["count"]) if "count" in content else 0
-            features = str(content["features"]) if "features" in content else ""
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile) as error:
+            settings = {name: str(content[name]) for name in SETTINGS if name in content}
+            rows = torch.from_numpy(content["rows"]) if "rows" in content else None
+    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
         raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
-    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-        raise UsageError(f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together")
-    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-        raise UsageError(f"{path} holds numbers that are not finite")
-    return Statistics(mean, cov, count, features)
+    for mean, cov in pairs:
+        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+            raise UsageError(f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together")
+        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+            raise UsageError(f"{path} holds numbers that are not finite")
+    pooled, spatial = [*(Gaussian(*map(torch.from_numpy, pair)) for pair in pairs), None][:2]
+    assert pooled is not None
+    assumed = "features" not in settings and len(pooled.mean) == 2048
+    if assumed:
+        rule = "adm" if spatial is not None else "pytorch-fid"
+        settings |= {"features": f"inception-2048/{INCEPTION_SHA256}", "resize": rule}
+    if rows is not None and len(rows) <= rows.shape[1]:
+        pooled = Gaussian.fit(rows)
+    return Statistics(pooled, count, settings, spatial, rows, assumed)

@@ -61,14 +61,28 @@ def save(
             f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
             "earlier checkpoints are intact, run the same command again to go on from the newest"
         ) from None
-    for old in [p for p in _all(run) if _images(p) <= images_seen and _is_whole(p)][:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    for old in [path for path in whole(run) if _images(path) <= images_seen][:-keep]:
+        if old != _best(run):
+            shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _best(run: Path) -> Path | None:
+    """The checkpoint that a measurement noted as the best."""
+    try:
+        return run / str(json.loads((run / "best.json").read_text(encoding="utf-8"))["checkpoint"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None: one whose files all have the sizes that DONE recorded."""
     return next((path for path in reversed(_all(run)) if _is_whole(path)), None)
+
+
+def whole(run: Path) -> list[Path]:
+    """Every whole checkpoint of a run, in the order of training."""
+    return [path for path in _all(run) if _is_whole(path)]
 
 
 def clear_torn(run: Path) -> list[Path]:

@@ -20,6 +20,7 @@ class Cost:
         masked_flops: the same with the mask.
         activation_bytes: kept for the backward pass of one image in float32, with the mask.
         tokens, kept: tokens of an image, and those that the mask keeps.
+        two_passes: a training step runs the network twice, without and with the mask.
     """
 
     parameters: int
@@ -28,11 +29,12 @@ class Cost:
     activation_bytes: int
     tokens: int
     kept: int
+    two_passes: bool = False
 
     @property
     def step_flops(self) -> int:
         """Per image of a training step: the backward pass costs two forward passes."""
-        return 3 * self.masked_flops
+        return 3 * (self.masked_flops + self.two_passes * self.forward_flops)
 
     def memory_bytes(self, config: Config, processes: int = 1) -> int:
         """A training process's estimated memory: weights, gradients, optimiser state, averages, activations."""
@@ -51,6 +53,8 @@ def measure(config: Config) -> Cost:
         parts = road.build(config)
         network = parts.backbone
         x, t = torch.empty(1, *parts.codec.shape), torch.empty(1)
+        context = road.context_shape(config)
+        y = torch.empty(1, *context) if context else torch.zeros(1, dtype=torch.long) if network.num_classes else None
         keep = torch.empty(1, parts.mask.kept, dtype=torch.long) if parts.mask.kept < parts.mask.tokens else None
         saved: dict[int, int] = {}
 
@@ -60,11 +64,11 @@ def measure(config: Config) -> Cost:
             return tensor
 
         with FlopCounterMode(display=False) as full, torch.no_grad():
-            network(x, t)
+            network(x, t, y)
         with FlopCounterMode(display=False) as masked, torch.no_grad():
-            network(x, t, None, keep)
+            network(x, t, y, keep)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            network(x, t, None, keep)
+            network(x, t, y, keep)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         forward_flops=full.get_total_flops(),
@@ -72,4 +76,5 @@ def measure(config: Config) -> Cost:
         activation_bytes=sum(saved.values()),
         tokens=parts.mask.tokens,
         kept=parts.mask.kept,
+        two_passes=len(parts.objective.passes) > 1,
     )

@@ -7,6 +7,7 @@ from ema_pytorch import EMA
 from torch import Tensor, nn
 
 from msmdiff.core.config import EmaConfig
+from msmdiff.core.training import sharding
 
 # ema-pytorch's ramp 1 - (1 + k)^-power with this power is the full decay from the first step on.
 _NO_RAMP = 64.0
@@ -27,7 +28,7 @@ class Averages:
             ema = EMA(
                 module,
                 beta=decay,
-                update_every=1,
+                update_every=config.update_every,
                 update_after_step=0 if constant else config.update_after_step,
                 power=_NO_RAMP if constant else config.power,
                 use_foreach=True,
@@ -59,4 +60,4 @@ class Averages:
         for decay, ema in self._emas.items():
             ema.step.fill_(counters[decay]["step"])
             ema.initted.fill_(counters[decay]["initted"])
-            ema.ema_model.load_state_dict(tensors[decay])
+            sharding.load(ema.ema_model, tensors[decay])

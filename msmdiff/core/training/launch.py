@@ -3,17 +3,17 @@
 import importlib.util
 import os
 import signal
+from datetime import timedelta
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 
 from msmdiff.core import machine
 from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
+from msmdiff.core.training import sharding
 
 AUTOCAST_WIDTH = 64
 """From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions (docs/benchmarks.md)."""
@@ -33,16 +33,16 @@ def choose_precision(config: Config, device: str) -> Any:
     return "bf16" if wide and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
 
 
-def accelerator(config: Config, run_path: Path) -> Accelerator:
+def accelerator(config: Config, run_path: Path) -> Any:
     """One process of however many the launcher started. Raises UsageError for a launch that would not work together."""
+    from accelerate import Accelerator  # takes a second, and only training needs it
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
     # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
     AcceleratorState._reset_state()
-    # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves only this trace.
-    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise UsageError(
-            "`accelerate launch --cpu` starts one process whatever --num_processes says: "
-            "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
-        )
+    _refuse_lonely_launch()
+    shards = sharding.plugin(config.train.precision)
     cuda = torch.cuda.is_available()
     machine.prepare(config.train.threads)
     for tracker in config.train.trackers:
@@ -54,7 +54,16 @@ def accelerator(config: Config, run_path: Path) -> Accelerator:
         log_with=list(config.train.trackers) or None,
         project_dir=str(run_path),
         step_scheduler_with_optimizer=False,
+        fsdp_plugin=shards,
+        # A plain pass leaves MDT's side block and mask token without gradients, which DDP must know.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=str(config.model.family).startswith("mdt") and config.objective.name == "dsm"
+            )
+        ],
     )
+    if shards and not made.is_fsdp2:
+        raise UsageError("sharding (FSDP) takes processes with a GPU each: start those, or leave out --use_fsdp")
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and made.num_processes == 1:
         raise UsageError(
@@ -62,6 +71,29 @@ def accelerator(config: Config, run_path: Path) -> Accelerator:
             f"`torchrun --nproc_per_node {launched} -m -- msmdiff ...`"
         )
     return made
+
+
+def _refuse_lonely_launch() -> None:
+    # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves only this trace.
+    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise UsageError(
+            "`accelerate launch --cpu` starts one process whatever --num_processes says: "
+            "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
+        )
+
+
+def process() -> tuple[torch.device, bool]:
+    """Where there is no training: this process's device, and whether it reports; joined with others of a launch."""
+    _refuse_lonely_launch()
+    machine.prepare()
+    cuda = torch.cuda.is_available()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return torch.device("cuda" if cuda else "cpu"), True
+    from accelerate import PartialState
+
+    # Statistics of a CPU's features are summed too, and whoever is done early waits for the slowest share.
+    state = PartialState(cpu=not cuda, backend="gloo", timeout=timedelta(days=7))
+    return state.device, state.is_main_process
 
 
 class Signals:

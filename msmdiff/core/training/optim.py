@@ -25,7 +25,7 @@ def build(config: OptimConfig, parameters: Iterable[nn.Parameter]) -> torch.opti
     if config.name == "adan":
         from timm.optim.adan import Adan
 
-        return Adan(parameters, betas=(betas[0], betas[1], betas[2]), **common)
+        return Adan(parameters, betas=(betas[0], betas[1], betas[2]), no_prox=config.no_prox, **common)
     from adan_pytorch import Adan as AdanPytorch
 
     return AdanPytorch(parameters, betas=tuple(1 - b for b in betas), **common)

@@ -12,6 +12,7 @@ import torch
 
 import msmdiff
 from msmdiff.core import config as configuration
+from msmdiff.core import files
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint
@@ -64,13 +65,10 @@ class Run:
         """Record the configuration and the circumstances; drop log lines past `images_seen`."""
         if not self.writes:
             return
-        try:
-            _replace(self.path / "config.yaml", config.to_yaml())
-            _replace(self.path / "run.json", json.dumps(_circumstances(command), indent=2) + "\n")
-            kept = [line for line in self._lines() if line["images"] <= images_seen]
-            _replace(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
-        except OSError as error:
-            raise MsmdiffError(f"run directory {self.path} cannot be written: {error.strerror or error}") from None
+        files.write_text(self.path / "config.yaml", config.to_yaml())
+        files.write_json(self.path / "run.json", _circumstances(command))
+        kept = [line for line in self._lines() if line["images"] <= images_seen]
+        files.write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -96,12 +94,6 @@ class Run:
             except ValueError:
                 break  # a kill in the middle of a line: the rest is written again
         return lines
-
-
-def _replace(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text, encoding="utf-8")
-    part.replace(path)
 
 
 def _circumstances(command: str) -> dict[str, Any]:

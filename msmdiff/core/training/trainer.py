@@ -10,18 +10,20 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from msmdiff.core import backbones, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core import weights
 from msmdiff.core.config import Config
-from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
+from msmdiff.core.data.latents import Latents
+from msmdiff.core.data.loader import Batch, TrainingImages, batches, flip, open_training
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.diffusion.codecs import DwtCodec
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.seeding import key, stream
-from msmdiff.core.training import checkpoint, cost, launch, optim, previews, warmstart
+from msmdiff.core.training import checkpoint, cost, launch, optim, previews, sharding, warmstart
 from msmdiff.core.training.ema import Averages
+from msmdiff.core.training.evaluation import Evaluator
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Run
 
@@ -83,6 +85,7 @@ class Trainer:
         self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
         source = open_training(config.data, self._note)
         config = road.resolve(config, source.num_classes)
+        source.check(config)
         config.train.precision = launch.choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
         self.dataset = TrainingImages(source, config.data, config.train.seed)
         self.accelerator = launch.accelerator(config, run_path)
@@ -109,6 +112,11 @@ class Trainer:
         torch.manual_seed(key(train.seed, "init"))
         self.parts = road.build(config)
         self.parts.process.to(self.device)
+        if self.parts.objective.history is not None:
+            self.parts.objective.history.gather = self.accelerator.gather
+        source = self.dataset.source
+        if isinstance(source, Latents) and source.captioned and source.null_context is not None:
+            self.parts.objective.null = source.null_context.to(self.device)
         backbone = self.parts.backbone
         if self.main:
             for torn in checkpoint.clear_torn(self.run.path):
@@ -126,14 +134,15 @@ class Trainer:
         self.averages = Averages(backbone.to(self.device), config.ema)
         if train.compile:
             backbone.compile()  # in place: parameter names stay as they are
-        self.model, self.optimizer = self.accelerator.prepare(
-            backbone, optim.build(config.optim, backbone.parameters())
-        )
+        trained = (backbone, optim.build(config.optim, backbone.parameters()))
+        self.model, self.optimizer = sharding.prepare(self.accelerator, *trained, self.averages.networks.values())
         self.images_seen, self.seconds, self.skipped = 0, 0.0, 0
         if found:
             self._restore(found)
         self.cost = cost.measure(config)
         self.meter = Meter(self.cost, self.device)
+        judged = (config, self.parts, self.run, self.dataset.source, self.device, self._note)
+        self.evaluator = Evaluator(*judged) if config.eval.every else None
         self.run.start(config, command, self.images_seen)
         if train.trackers:
             self.accelerator.init_trackers("msmdiff", _plain(config))
@@ -145,15 +154,20 @@ class Trainer:
         total = train.steps * train.batch_size
         self._introduce(total)
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
-        saved_at = previewed_at = self.images_seen if self.images_seen else -1
+        saved_at = previewed_at = evaluated_at = self.images_seen if self.images_seen else -1
         with launch.Signals() as signals:
             while True:
                 step = self.images_seen // train.batch_size
-                out_of_time = train.max_seconds is not None and self.seconds >= train.max_seconds
-                stop = self._agree(out_of_time or signals.received is not None)
-                done = self.images_seen >= total or stop
+                told = self._agree(signals.received is not None)
+                late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
+                done = self.images_seen >= total or told or late
                 if self.images_seen and (done or step % train.log_every == 0):
                     self._log(total)
+                if self.images_seen and saved_at != self.images_seen and (done or step % train.checkpoint_every == 0):
+                    self._save()
+                    saved_at = self.images_seen
+                if told and self.images_seen < total:
+                    break  # whoever stops us may not wait for pictures and distances
                 if (
                     train.preview_every
                     and previewed_at != self.images_seen
@@ -161,9 +175,10 @@ class Trainer:
                 ):
                     self._preview()
                     previewed_at = self.images_seen
-                if self.images_seen and saved_at != self.images_seen and (done or step % train.checkpoint_every == 0):
-                    self._save()
-                    saved_at = self.images_seen
+                due = done or (self.config.eval.every and step % self.config.eval.every == 0)
+                if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
+                    self.evaluator(self._sampled(), self.images_seen, done or step % train.checkpoint_every == 0)
+                    evaluated_at = self.images_seen
                 if done:
                     break
                 self._step(stream_of_batches)
@@ -203,15 +218,15 @@ class Trainer:
     def _accumulate(self, batch: Batch, accumulate: int) -> dict[str, Tensor]:
         """Backward through one micro-batch; returns its share of the step's loss terms, detached."""
 
-        def draw(purpose: str) -> torch.Generator:
-            return stream(self.device, self.config.train.seed, purpose, batch.position)
+        def draw(purpose: str, device: torch.device | str = self.device) -> torch.Generator:
+            return stream(device, self.config.train.seed, purpose, batch.position)
 
         images = batch.images.to(self.device, non_blocking=True)
         labels = batch.labels.to(self.device, non_blocking=True) if batch.labels is not None else None
+        flipped = None
         if self.config.data.hflip:
             flipped = torch.rand(len(images), generator=draw("flip"), device=self.device) < self.config.data.hflip
-            images = torch.where(flipped[:, None, None, None], images.flip(-1), images)
-        x0 = self.parts.codec.encode(images, draw("codec"))
+        x0 = self.parts.codec.encode(flip(images, flipped), draw("codec"))
         terms = self.parts.objective(self.model, x0, labels, draw)
         self.accelerator.backward(terms["loss"] / accumulate)
         return {name: value.detach() / accumulate for name, value in terms.items()}
@@ -219,7 +234,7 @@ class Trainer:
     def _checked_norm(self, terms: dict[str, Tensor]) -> float | None:
         """Clip the gradients and return their norm; None where this step must not be taken."""
         limit = self.config.optim.clip_grad_norm
-        norm = float(self.accelerator.clip_grad_norm_(self.model.parameters(), limit or math.inf))
+        norm = float(sharding.whole(self.accelerator.clip_grad_norm_(self.model.parameters(), limit or math.inf)))
         if math.isfinite(norm):
             return norm
         loss_is_finite = all(bool(torch.isfinite(value)) for value in terms.values())
@@ -261,47 +276,67 @@ class Trainer:
         if self.main:
             self.reporter.progress(self.images_seen, total, line)
 
+    def _sampled(self) -> Any:
+        """The network that samples are drawn from, a copy where sharded.
+
+        It is the average of `sample.ema`, else the first one, else the trained network.
+        """
+        averages, wanted = self.averages.networks, self.config.sample.ema
+        first = next(iter(averages.values()), self.accelerator.unwrap_model(self.model))
+        network = averages.get(f"{wanted:g}", first) if wanted is not None else first
+        if not self.accelerator.is_fsdp2:
+            return network
+        with self.device:
+            alone = backbones.build(self.config.model, self.parts.codec.shape)
+        alone.load_state_dict(sharding.whole(network.state_dict()))
+        return alone
+
     def _preview(self) -> None:
+        network = self._sampled()
         if self.main:
-            network = next(iter(self.averages.networks.values()), self.accelerator.unwrap_model(self.model))
             training = network.training
             network.eval()
             stem = self.run.path / "previews" / f"img-{self.images_seen:09d}"
-            picture = previews.samples(network, self.parts, self.config, self.device)
+            context = self.dataset.context(40)
+            picture = previews.samples(network, self.parts, self.config, self.device, context=context)
             picture.save(stem.with_name(f"{stem.name}-samples.png"))
-            if self.parts.mask.kept < self.parts.mask.tokens:
+            if self.config.objective.name in ("msm", "mdt"):
                 images = next(self.dataset.sample(8, "preview"))
-                picture = previews.masked_view(network, self.parts, images, self.config.train.seed, self.device)
+                seed, seen = self.config.train.seed, None if context is None else context[: len(images)].to(self.device)
+                picture = previews.masked_view(network, self.parts, images, seed, self.device, seen)
                 picture.save(stem.with_name(f"{stem.name}-masked.png"))
             network.train(training)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
+        scaler, history = self.accelerator.scaler, self.parts.objective.history
+        state = {
+            "images_seen": self.images_seen,
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+            "optimizer": self.optimizer.state_dict(),
+            "averages": self.averages.counters(),
+            "times": history.state_dict() if history is not None else None,
+            "data": len(self.dataset.source),
+            "processes": self.accelerator.num_processes,
+            "scaler": scaler.state_dict() if scaler is not None else None,
+        }
+        networks = {"model": self.accelerator.unwrap_model(self.model).state_dict()}
+        networks |= {f"ema-{decay}": net.state_dict() for decay, net in self.averages.networks.items()}
+        state, networks = sharding.whole((state, networks), keep=self.main)
         if self.main:
-            module = self.accelerator.unwrap_model(self.model)
-            scaler = self.accelerator.scaler
-            state = {
-                "images_seen": self.images_seen,
-                "seconds": self.seconds,
-                "skipped": self.skipped,
-                "optimizer": self.optimizer.state_dict(),
-                "averages": self.averages.counters(),
-                "data": len(self.dataset.source),
-                "processes": self.accelerator.num_processes,
-                "scaler": scaler.state_dict() if scaler is not None else None,
-            }
-            networks = {"model": module.state_dict()}
-            networks |= {f"ema-{decay}": net.state_dict() for decay, net in self.averages.networks.items()}
             keep = self.config.train.keep_checkpoints
             checkpoint.save(self.run.path, self.images_seen, state, networks, self.config, keep)
         self.accelerator.wait_for_everyone()
 
     def _restore(self, path: Path) -> None:
         state, networks = checkpoint.load(path)
-        self.accelerator.unwrap_model(self.model).load_state_dict(networks["model"])
+        sharding.load(self.accelerator.unwrap_model(self.model), networks["model"])
         averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
         self.averages.load(state["averages"], averaged)
-        self.optimizer.load_state_dict(state["optimizer"])
+        sharding.load_optimizer(self.optimizer, state["optimizer"])
+        if self.parts.objective.history is not None:
+            self.parts.objective.history.load_state_dict(state["times"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.images_seen, self.seconds, self.skipped = state["images_seen"], state["seconds"], state["skipped"]
@@ -345,7 +380,12 @@ class Trainer:
             f"batch {self.config.train.batch_size}, {self.config.train.precision} on {self.device.type} x "
             f"{self.accelerator.num_processes}, {total:,} images to see"
         )
-        if self.config.mask.ratio or mask.kept < mask.tokens:
+        if self.config.objective.name == "mdt":
+            low, spread = self.config.mask.ratio, self.config.mask.spread or 0.0
+            self._note(
+                f"a second pass hides {low:.0%}" + (f" to {low + spread:.0%}" if spread else "") + " of the tokens"
+            )
+        elif self.config.mask.ratio or mask.kept < mask.tokens:
             self._note(
                 f"the network sees {mask.kept} of {mask.tokens} tokens ({mask.effective_ratio:.1%} hidden), "
                 f"{cost_.masked_flops / cost_.forward_flops:.1%} of the full pass"

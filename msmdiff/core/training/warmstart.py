@@ -1,5 +1,6 @@
 """Starting from other weights: what fits is loaded, positions are resized, and everything else is named."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,13 +35,15 @@ class Report:
 def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Report:
     """Load `stored` into a fresh `backbone`, in place.
 
-    Position embeddings go to another grid by bicubic interpolation, special tokens unchanged; a label table keeps
-    the rows of the classes both have, and its null class; tensors of another shape stay as initialised ("missing").
+    Learned positions and relative-position tables go to another grid by bicubic interpolation, special tokens
+    unchanged, fixed positions are computed anew; a label table keeps the rows of the classes both have, and its null
+    class; tensors of another shape stay as initialised ("missing").
     Raises UsageError when less than half of the network's numbers are loaded, unless `allow_partial`.
     """
     with torch.device("meta"):
         origin = road.build(stored.config).backbone
     own, report = backbone.state_dict(), Report()
+    fixed = {name for name, p in backbone.named_parameters() if not p.requires_grad}
     report.unexpected = [name for name in stored.tensors if name not in own]
     loaded = 0
     for name, target in own.items():
@@ -49,13 +52,20 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
         if source is not None and source.shape == target.shape and not _moved(name, origin, backbone):
             fitted = source
             report.loaded.append(name)
+        elif source is not None and name in fixed:
+            fitted = target
+            report.resized.append(name)
         elif source is not None and name.endswith("pos_embed") and source.shape[-1] == target.shape[-1]:
             fitted = _resize_positions(source, target, origin, backbone)
             report.resized.append(name)
+        elif source is not None and name.endswith("bias_table") and source.shape[-1] == target.shape[-1]:
+            fitted = _resize_bias_table(source, target)
+            report.resized.append(name)
         elif name == "label_emb.weight" and source is not None and source.shape[1] == target.shape[1]:
-            fitted = target.clone()
-            shared = min(len(source), len(target)) - 1
-            fitted[:shared], fitted[-1] = source[:shared], source[-1]
+            fitted, shared = target.clone(), min(origin.num_classes, backbone.num_classes)
+            fitted[:shared] = source[:shared]
+            if len(source) > origin.num_classes and len(target) > backbone.num_classes:
+                fitted[-1] = source[-1]
             report.resized.append(name)
         else:
             report.missing.append(name)
@@ -73,7 +83,9 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
 
 
 def _moved(name: str, origin: Any, backbone: Any) -> bool:
-    """Same shape, other meaning: the grid or the special tokens changed and the number of rows happens to agree."""
+    """Same shape, other meaning: the grid, the special tokens or the classes changed, and the rows happen to agree."""
+    if name == "label_emb.weight":
+        return origin.num_classes != backbone.num_classes
     same = origin.grid == backbone.grid and origin.special_tokens == backbone.special_tokens
     return name.endswith("pos_embed") and not same
 
@@ -86,8 +98,24 @@ def _resize_positions(source: Tensor, target: Tensor, origin: Any, backbone: Any
             fitted[:, row] = source[:, origin.special_tokens.index(token)]
     patches = source[:, len(origin.special_tokens) :]
     if origin.grid != backbone.grid:
-        image = patches.transpose(1, 2).unflatten(2, origin.grid)  # [1, D, rows, columns]
-        image = F.interpolate(image, size=backbone.grid, mode="bicubic", align_corners=False, antialias=True)
-        patches = image.flatten(2).transpose(1, 2)
+        patches = _interpolate(patches, origin.grid, backbone.grid)
     fitted[:, len(backbone.special_tokens) :] = patches
     return fitted
+
+
+def _resize_bias_table(source: Tensor, target: Tensor) -> Tensor:
+    """Biases by relative position on square grids, [(2n - 1)^2 + spare, heads] -> those of another n.
+
+    The outermost positions meet the outermost: a head that looks at the far corner still does. MDT's spare rows, which
+    nothing reads, stay as they are.
+    """
+    old, new = math.isqrt(len(source)), math.isqrt(len(target))
+    table = _interpolate(source[None, : old**2], (old, old), (new, new), align_corners=True)[0]
+    return torch.cat([table, target[new**2 :]])
+
+
+def _interpolate(rows: Tensor, grid: tuple[int, int], size: tuple[int, int], align_corners: bool = False) -> Tensor:
+    """[1, rows * columns, D] on one grid -> the same field on another, bicubic."""
+    image = rows.transpose(1, 2).unflatten(2, grid)  # [1, D, rows, columns]
+    image = F.interpolate(image, size=size, mode="bicubic", align_corners=align_corners, antialias=not align_corners)
+    return image.flatten(2).transpose(1, 2)

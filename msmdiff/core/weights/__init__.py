@@ -1,6 +1,5 @@
 """Weights files: one self-describing `.safetensors` per network, to sample from or to start from."""
 
-import hashlib
 import json
 import os
 from collections.abc import Mapping, Sequence
@@ -43,6 +42,9 @@ class Loaded:
     codec: Codec
     config: Config
     report: dict[str, str]
+    path: Path
+    guide: Any = None
+    """The weaker network of `sample.guide`."""
 
 
 def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -> None:
@@ -78,7 +80,7 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
         except (SafetensorError, OSError) as error:
             raise MsmdiffError(f"{path} is truncated or damaged: {error}") from None
     found = published.read(path, given, average, family)
-    config = configuration.build({**found.sections, "model": found.model.model_dump()})
+    config = road.resolve(configuration.build({**found.sections, "model": found.model.model_dump()}))
     return Stored(path, found.tensors, config, found.notes)
 
 
@@ -115,21 +117,51 @@ def load(
     """The network of a weights file, a run, or a published checkpoint, in evaluation mode on `device`.
 
     Args:
+        path: as `locate` takes it; of a run, `sample.ema` says which average.
         layers: nested configuration dictionaries laid over the stored one, for example {"codec": {"vae": FOLDER}}.
         model_fields: what the shapes of a published checkpoint do not tell, such as num_heads=16.
 
     Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a source that is not
     there or does not say enough.
     """
-    stored = read(locate(path), model_fields)
-    config = configuration.build(stored.config.as_dict(), *layers)
+    asked = [layer["sample"]["ema"] for layer in layers if (layer.get("sample") or {}).get("ema") is not None]
+    stored = read(locate(path, ema=asked[-1] if asked else None), model_fields)
+    config = road.resolve(configuration.build(stored.config.as_dict(), *layers))
+    if config.sample.ema is not None and not asked and not Path(path).is_file():  # as the run was set up
+        stored = read(locate(path, ema=config.sample.ema), model_fields)
     parts = road.build(config)
     try:
         parts.backbone.load_state_dict(stored.tensors)
     except RuntimeError as error:
         raise MsmdiffError(f"{path} does not hold the network that it describes: {error}") from None
     backbone = parts.backbone.to(device).eval().requires_grad_(False)
-    return Loaded(backbone, parts.process.to(device), parts.codec, config, stored.notes)
+    if config.sample.amm is not None:
+        if not hasattr(backbone, "set_amm"):
+            raise UsageError(f"sample.amm {config.sample.amm}: {config.model.family} has no attention modulation")
+        formula = config.model.model_dump().get("amm_formula", "exp")
+        backbone.set_amm(config.sample.amm, formula, cfg_scale=config.sample.cfg_scale)
+    guide = _guide(config, parts.codec.shape, device) if config.sample.guide else None
+    return Loaded(backbone, parts.process.to(device), parts.codec, config, stored.notes, stored.path, guide)
+
+
+def _guide(config: Config, shape: tuple[int, int, int], device: torch.device | str) -> Any:
+    """The network of `sample.guide`. Raises UsageError where it does not predict what the guided one does."""
+    source = str(config.sample.guide)
+    plain = {"sample": {"guide": None, "amm": None}}
+    guide = load(locate(source, ema=config.sample.guide_ema), device, (plain,))
+    ours, theirs = config.process, guide.config.process
+    for name in ("schedule", "timesteps", "prediction"):
+        if getattr(ours, name) != getattr(theirs, name):
+            raise UsageError(
+                f"the guide {source} has process.{name} {getattr(theirs, name)}, not {getattr(ours, name)}: "
+                "a guide is a weaker version of the same model"
+            )
+    if guide.codec.shape != shape or guide.config.model.num_classes != config.model.num_classes:
+        raise UsageError(
+            f"the guide {source} is for {guide.codec.shape} and {guide.config.model.num_classes} classes, "
+            f"not {shape} and {config.model.num_classes}"
+        )
+    return guide.backbone
 
 
 def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = None) -> Path:
@@ -172,9 +204,3 @@ def newest(runs: Path = Path("runs")) -> Path:
 def file_of(path: Path) -> Path:
     """The file that holds the numbers: of U-ViT's folder the average, where it has one."""
     return next((f for f in (path / "nnet_ema.pth", path / "nnet.pth") if f.is_file()), path)
-
-
-def checksum(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

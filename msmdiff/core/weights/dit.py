@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msmdiff.core.backbones import dit
+from msmdiff.core.samplers.presets import PRESETS
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -26,7 +27,6 @@ ENDS: Pairs = [
     ("final_layer.", "final."),
     (".adaLN_modulation.1.", ".modulation."),
 ]
-ADM_SAMPLING = {"sampler": "ddpm", "steps": 250, "grid": "adm", "clip": False}
 
 
 def matches(names: set[str]) -> bool:
@@ -55,7 +55,7 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance; guided with strength 1.5 for the published FID."""
-    return adm_sections(network) | {"sample": {**ADM_SAMPLING, "cfg_channels": "first3", "cfg_scale": 1.5}}
+    return adm_sections(network) | {"sample": PRESETS["dit"]}
 
 
 # ------------------------------------------------------------------ shared with MDT and EDT

@@ -6,7 +6,8 @@ from typing import Any
 
 from msmdiff.core.backbones import edt
 from msmdiff.core.errors import MsmdiffError
-from msmdiff.core.weights.dit import ADM_SAMPLING, ENDS, adm_sections, ends_to_ours, ends_to_published, read_ends
+from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.weights.dit import ENDS, adm_sections, ends_to_ours, ends_to_published, read_ends
 from msmdiff.core.weights.layout import Network, Pairs, Tensors, count, mlp_ratio
 
 PAIRS: Pairs = [
@@ -61,7 +62,8 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance, min-SNR weights; strength 4 as in the published image generator."""
     common = adm_sections(network)
     common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
-    return common | {"sample": {**ADM_SAMPLING, "cfg_channels": "first3", "cfg_scale": 4.0}}
+    known = network.fields["amm"] == "default"  # else the authors chose no blocks for this depth
+    return common | {"sample": PRESETS["edt"] | ({} if known else {"amm": None})}
 
 
 def _numbering(network: Network) -> Pairs:

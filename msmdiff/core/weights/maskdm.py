@@ -8,6 +8,7 @@ from torch import Tensor
 
 from msmdiff.core.diffusion.process import cosine_betas, linear_betas
 from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.samplers.presets import PRESETS
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -104,10 +105,39 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
         data = {"image_size": 2 * side}
     else:
         codec, data = {"name": "pixel"}, {"image_size": side}
-    sampling = {"sampler": "ddim", "steps": 250, "eta": 1.0, "grid": "maskdm", "clip": True, "eps_after_clip": "raw"}
     schedule, timesteps = _schedule(buffers.get("betas"))
     process = {"schedule": schedule, "timesteps": timesteps, "prediction": "eps"}
-    return {"data": data, "codec": codec, "process": process, "sample": sampling}
+    return {"data": data, "codec": codec, "process": process, "sample": PRESETS["maskdm"]}
+
+
+def checkpoint(state: Tensors, alpha_bar: Tensor) -> dict[str, Any]:
+    """The file around a network's keys: MaskDM's training code reads `model`, its evaluation `ema` and the buffers.
+
+    alpha_bar [T + 1] float64 is `Process.alpha_bar`, from 1 at the clean image on.
+    """
+    now, before = alpha_bar[1:], alpha_bar[:-1]
+    alphas = now / before
+    betas = 1 - alphas
+    variance = betas * (1 - before) / (1 - now)
+    buffers = {
+        "betas": betas,
+        "alphas": alphas,
+        "alphas_cumprod": now,
+        "alphas_cumprod_prev": before,
+        "sqrt_alphas_cumprod": now.sqrt(),
+        "sqrt_one_minus_alphas_cumprod": (1 - now).sqrt(),
+        "log_one_minus_alphas_cumprod": (1 - now).log(),
+        "sqrt_recip_alphas_cumprod": now.rsqrt(),
+        "sqrt_recipm1_alphas_cumprod": (1 / now - 1).sqrt(),
+        "posterior_variance": variance,
+        "posterior_log_variance_clipped": variance.clamp(min=1e-20).log(),
+        "posterior_mean_coef1": betas * before.sqrt() / (1 - now),
+        "posterior_mean_coef2": (1 - before) * alphas.sqrt() / (1 - now),
+    }
+    model = {f"model.{k}": v for k, v in state.items()} | {k: v.float() for k, v in buffers.items()}
+    copies = {f"{place}.{k}": v for place in ("online_model", "ema_model") for k, v in model.items()}
+    ema = {"initted": torch.tensor(True), "step": torch.tensor(0), **copies}
+    return {"step": 0, "model": model, "ema": ema, "scaler": None}
 
 
 def _schedule(betas: Tensor | None) -> tuple[str, int]:

@@ -6,7 +6,8 @@ from typing import Any
 
 from msmdiff.core.backbones.layers import relative_index
 from msmdiff.core.errors import MsmdiffError
-from msmdiff.core.weights.dit import ADM_SAMPLING, ENDS, adm_sections, ends_to_ours, ends_to_published, read_ends
+from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.weights.dit import ENDS, adm_sections, ends_to_ours, ends_to_published, read_ends
 from msmdiff.core.weights.layout import Network, Pairs, Tensors, count, mlp_ratio
 
 PAIRS: Pairs = [
@@ -57,4 +58,4 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     common = adm_sections(network)
     if network.family == "mdtv2":
         common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
-    return common | {"sample": {**ADM_SAMPLING, "cfg_channels": "first3", "cfg_power": 4.0, "cfg_scale": 3.8}}
+    return common | {"sample": PRESETS["mdtv2"]}

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msmdiff.core.backbones import maskdwt, uvit
+from msmdiff.core.samplers.presets import PRESETS
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -70,11 +71,12 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     if text:
         common["codec"]["scale"] = 0.2301
     common["process"] = {"schedule": "scaled_linear" if discrete else "vp_sde", "prediction": "eps"}
-    # Their scale counts from 0. The 512-pixel models (patch 4) use 0.7, text-to-image 1, the others 0.4.
-    strength = 2.0 if text else 1.7 if network.fields["patch_size"] == 4 else 1.4
-    return common | {
-        "sample": {"clip": False, "cfg_scale": strength if latent and (text or network.num_classes) else 1.0}
-    }
+    if network.fields.get("null_class") is False:
+        common["objective"] = {"label_dropout": 0.0}
+    # The 512-pixel models (patch 4) use another scale than the 256-pixel ones.
+    preset = PRESETS["uvit-t2i" if text else "uvit-512" if network.fields["patch_size"] == 4 else "uvit"]
+    scale = preset["cfg_scale"] if latent and (text or network.num_classes) else 1.0
+    return common | {"sample": (preset if discrete else PRESETS["uvit-continuous"]) | {"cfg_scale": scale}}
 
 
 def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int, prefix: str = "") -> dict[str, Any]:

@@ -1,14 +1,18 @@
 """`msmdiff.load` and the command line on published checkpoints: one way in, without a conversion step."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 
 import msmdiff
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
 from msmdiff.core import weights
 from msmdiff.core.errors import UsageError
+from msmdiff.core.weights import published
 
 CASES = ["dit_released", "dit_train", "mdtv1", "mdtv2", "edt_s", "uvit_uncond_conv", "maskdm_cond", "maskdwt"]
 
@@ -71,6 +75,70 @@ def test_conversion_and_export_round_trip_on_the_command_line(golden, cli, tmp_p
     assert "cannot hold a network" in cli("weights", "export", "mdt.safetensors", "--format", "dit", code=2).stderr
 
 
+def test_maskdm_is_written_as_its_own_code_saves_it(golden, cli, tmp_path):
+    source = golden / "maskdm_cond" / "checkpoint.pt"
+    sets = [f"--set=model.{k}={v}" for k, v in fields(golden, "maskdm_cond").items()]
+    cli("weights", "export", str(source), *sets, "--format", "maskdm", "-o", "back.pt")
+    back, original = (torch.load(path, weights_only=True) for path in (tmp_path / "back.pt", source))
+    assert back["model"].keys() == original["model"].keys()
+    assert back["ema"].keys() == original["ema"].keys()
+    for name, tensor in original["ema"].items():
+        if name.startswith("ema_model.model."):  # the average is what was read
+            assert torch.equal(back["ema"][name], tensor), name
+            assert torch.equal(back["model"][name.removeprefix("ema_model.")], tensor), name
+    for name, tensor in original["model"].items():
+        if not name.startswith("model."):
+            gap = dict(rtol=1e-4, atol=1e-6) if "log" in name else dict(rtol=2e-5, atol=1e-7)
+            torch.testing.assert_close(back["model"][name], tensor, **gap)
+    loaded = [msmdiff.load(path, **fields(golden, "maskdm_cond")) for path in (tmp_path / "back.pt", source)]
+    assert loaded[0].config == loaded[1].config
+
+
+def small_dit(**fields):
+    config = configuration.build(
+        {
+            "data": {"image_size": 16},
+            "process": {"schedule": "linear"},
+            "model": {"name": None, "family": "dit", "patch_size": 2, "hidden_size": 24, "depth": 3, "num_heads": 3}
+            | {"num_classes": 5, "learn_sigma": True, **fields},
+        }
+    )
+    network = road.build(road.resolve(config)).backbone
+    for p in network.parameters():
+        if p.requires_grad:
+            torch.nn.init.normal_(p, std=0.2)
+    return road.resolve(config), network.eval()
+
+
+def test_diffusers_opens_an_exported_dit_and_computes_the_same(cli, tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    config, network = small_dit()
+    weights.save(tmp_path / "dit.safetensors", network.state_dict(), config)
+    assert "downscale_freq_shift = 0" in cli("weights", "export", "dit.safetensors", "--format", "diffusers").stdout
+    theirs, loading = diffusers.DiTTransformer2DModel.from_pretrained(
+        tmp_path / "dit.diffusers", output_loading_info=True
+    )
+    assert not loading["missing_keys"]
+    assert not loading["unexpected_keys"]
+    x, y = torch.randn(4, 3, 16, 16), torch.tensor([0, 1, 4, 5])
+    with torch.no_grad():
+        t = torch.zeros(4, dtype=torch.long)
+        torch.testing.assert_close(theirs(x, t, y).sample, network(x, t, y), rtol=1e-4, atol=1e-5)
+        t = torch.tensor([1, 250, 600, 999])
+        assert not torch.allclose(theirs(x, t, y).sample, network(x, t, y), rtol=1e-2, atol=1e-2)
+        for block in theirs.transformer_blocks:  # as the command's note says
+            block.norm1.emb.time_proj.downscale_freq_shift = 0
+        torch.testing.assert_close(theirs(x, t, y).sample, network(x, t, y), rtol=1e-4, atol=1e-5)
+
+
+def test_what_diffusers_cannot_hold_is_refused(cli, tmp_path):
+    for fields, complaint in ((dict(num_classes=0), "num_classes 0"), (dict(mlp_ratio=2.0), "mlp_ratio 2.0")):
+        config, network = small_dit(**fields)
+        weights.save(tmp_path / "dit.safetensors", network.state_dict(), config)
+        assert complaint in cli("weights", "export", "dit.safetensors", "--format", "diffusers", code=2).stderr
+    assert not (tmp_path / "dit.diffusers").exists()
+
+
 def test_pixels_are_sampled_and_finetuned_from_a_published_checkpoint(golden, cli, tmp_path):
     source = str(golden / "maskdm_uncond" / "checkpoint.pt")
     sets = [f"--set=model.{k}={v}" for k, v in fields(golden, "maskdm_uncond").items()]
@@ -90,28 +158,22 @@ def test_latents_need_a_vae_and_say_so(golden, cli):
     assert "--set codec.vae=FOLDER" in done.stderr
 
 
-def test_a_local_vae_decodes_published_latents(golden, cli, tmp_path):
+def test_a_local_vae_decodes_published_latents(golden, cli, tmp_path, vae):
     diffusers = pytest.importorskip("diffusers")
-    torch.manual_seed(0)
-    vae = diffusers.AutoencoderKL(
-        block_out_channels=(8, 8, 8, 8),
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        latent_channels=4,
-        norm_num_groups=4,
-    )
-    vae.save_pretrained(tmp_path / "vae")
+    folder = shutil.copytree(vae, tmp_path / "vae")  # it is torn below
+    network = diffusers.AutoencoderKL.from_pretrained(folder)
     from PIL import Image
 
+    from msmdiff.core.config import CodecConfig
     from msmdiff.core.diffusion.codecs import VaeCodec
 
     source = str(golden / "dit_released" / "checkpoint.pt")
     loaded = msmdiff.load(source, **fields(golden, "dit_released"))
     side = 8 * loaded.codec.shape[1]
-    codec = VaeCodec(side, str(tmp_path / "vae"), 0.5)
+    codec = VaeCodec(side, CodecConfig(name="vae", vae=str(tmp_path / "vae"), scale=0.5))
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     moments = codec.pack(images)
-    posterior = vae.eval().encode(images / 127.5 - 1).latent_dist
+    posterior = network.eval().encode(images / 127.5 - 1).latent_dist
     torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.std], 1), rtol=1e-4, atol=1e-5)
     draws = torch.stack([codec.encode(moments, torch.Generator().manual_seed(i)) for i in range(400)])
     torch.testing.assert_close(draws.mean(0) / 0.5, posterior.mean, rtol=0.1, atol=0.3 * posterior.std.max().item())
@@ -130,3 +192,42 @@ def test_ours_and_theirs_come_through_one_door(golden, tmp_path):
     assert ours.config == theirs.config
     x, t = torch.randn(1, *ours.codec.shape), torch.tensor([5.0])
     assert torch.equal(ours.backbone(x, t), theirs.backbone(x, t))
+
+
+def test_a_distance_takes_a_published_checkpoint_directly(golden, cli):
+    source = str(golden / "maskdm_uncond" / "checkpoint.pt")
+    sets = [f"--set=model.{k}={v}" for k, v in fields(golden, "maskdm_uncond").items()]
+    done = cli("fid", source, "digits:test", *sets, "--set=sample.steps=3", "--n", "12", "--features", "pixel")
+    assert "(12 images) against digits:test (360 images)" in done.stdout
+
+
+def test_a_network_without_a_null_class_opens(tmp_path, cli):
+    """The published ImageNet-64 models know 1000 labels and no null class."""
+    config = road.resolve(
+        configuration.build(
+            {
+                "model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3, "null_class": False}
+                | {"num_classes": 1000, "final_conv": True},
+                "objective": {"label_dropout": 0.0},
+            }
+        )
+    )
+    state = published.export(road.build(config).backbone.state_dict(), config.model, (3, 16, 16), "uvit")
+    torch.save(state, tmp_path / "in64.pth")
+    loaded = msmdiff.load(tmp_path / "in64.pth", num_heads=2)
+    assert (loaded.config.model.num_classes, loaded.config.objective.label_dropout) == (1000, 0.0)
+    done = cli("sample", "in64.pth", "--set", "model.num_heads=2", "--n", "2", "--steps", "2", "--cfg", "2", code=2)
+    assert "no null class to guide away from" in done.stderr
+
+
+def test_a_run_is_sampled_from_the_average_it_names(tmp_path):
+    config = road.resolve(configuration.build({"sample": {"ema": 0.99}, "ema": {"decays": [0.9, 0.99]}}))
+    tensors = road.build(config).backbone.state_dict()
+    folder = tmp_path / "r" / "checkpoints" / "img-000000008"
+    folder.mkdir(parents=True)
+    weights.save(tmp_path / "r" / "weights.safetensors", tensors, config)
+    tensors = {k: v + 1 for k, v in tensors.items()}
+    weights.save(folder / "ema-0.99.safetensors", tensors, config)
+    loaded = msmdiff.load(tmp_path / "r")
+    assert loaded.path == folder / "ema-0.99.safetensors"
+    assert torch.equal(loaded.backbone.pos_embed, tensors["pos_embed"])

@@ -16,7 +16,7 @@ SHAPE = (4, 8, 8)
 STAGES = dict(stage_widths=[16, 24, 32, 24, 16], stage_depths=[1, 2, 1, 1, 1], stage_heads=[2, 2, 4, 2, 2])
 MODELS = {
     "dit": ("dit", dict(patch_size=2, hidden_size=16, depth=2, num_heads=2, learn_sigma=True)),
-    "mdt": ("mdt", dict(patch_size=2, hidden_size=16, depth=3, num_heads=2)),
+    "mdt": ("mdt", dict(patch_size=2, hidden_size=16, depth=3, num_heads=2, decode_layers=2)),
     "mdtv2": ("mdt", dict(patch_size=2, hidden_size=16, depth=4, num_heads=2, decode_layers=2, mlp_ratio=2.0)),
     "edt": ("edt", dict(patch_size=2, hidden_size=16, **STAGES)),
     "uvit": ("uvit", dict(patch_size=2, hidden_size=16, depth=3, num_heads=2, final_conv=True)),

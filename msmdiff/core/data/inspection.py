@@ -1,0 +1,112 @@
+"""Looking at data sets: what they hold, how fast they are read, contact sheets; and packing them into a zip."""
+
+import io
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from msmdiff.core.config import CodecConfig, DataConfig
+from msmdiff.core.data import sources
+from msmdiff.core.data.images import UNREADABLE, center_crop, grid
+from msmdiff.core.data.latents import Latents, Packed
+from msmdiff.core.data.loader import TrainingImages, batches, flip
+from msmdiff.core.data.order import Chunks
+from msmdiff.core.data.source import Source
+from msmdiff.core.diffusion import codecs
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.seeding import numpy_stream, stream
+
+
+def report(source: Source) -> dict[str, Any]:
+    """What a data set holds. Images are all decoded."""
+    found: dict[str, Any] = {"images": len(source)}
+    if source.labels is not None:
+        names = [source.class_names[label] for label in source.labels.tolist()]
+        found["classes"] = dict(sorted(Counter(names).items()))
+    if not isinstance(source, Latents):
+        bad, sizes = sources.survey(source)
+        found["sizes"] = {f"{width}x{height}": count for (width, height), count in sizes.most_common()}
+        found["unreadable"] = [f"{source.name(i)} ({reason})" for i, reason in bad.items()]
+        return found
+    found |= {"entry": list(source.shape), "mirrored": source.mirrored, "codec": source.codec, "captions": source.text}
+    if source.codec["name"] == "vae":  # what codec.mean and codec.std would be, at codec.scale 1
+        sample = source.gather(numpy_stream(0, "inspect").permutation(len(source))[:1024])[0]
+        mean, std = flip(sample, None).double().chunk(2, dim=1)
+        found["latent_mean"] = mean.mean((0, 2, 3)).tolist()
+        found["latent_std"] = (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt().tolist()
+    return found | ({"source": source.header["source"]} if isinstance(source, Packed) else {})
+
+
+def read_speed(source: Source, config: DataConfig, batch_size: int = 256) -> dict[str, float]:
+    """Read one shuffled epoch the way training does: `per_s` entries and bytes."""
+    dataset, steps, read = TrainingImages(source, config, seed=0), max(1, len(source) // batch_size), 0
+    stream_of_batches = batches(dataset, Chunks(0, batch_size, batch_size), pin_memory=False)
+    started = time.perf_counter()
+    for _ in range(steps):
+        batch = next(stream_of_batches)
+        read += batch.images.nbytes
+    seconds = time.perf_counter() - started
+    return {"entries_per_s": steps * batch_size / seconds, "gib_per_s": read / 2**30 / seconds}
+
+
+def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image:
+    """Images chosen at random, cropped to squares; latents are decoded by `codec.vae`, or what made them."""
+    chosen = np.sort(numpy_stream(0, "sheet").permutation(len(source))[:count])
+    if not isinstance(source, Latents) or source.codec["name"] != "vae":
+        pictures = []
+        for i in chosen:
+            with suppress(*UNREADABLE):  # which ones is in the report
+                pictures.append(center_crop(source.read(int(i)), 96))
+        if not pictures:
+            raise MsmdiffError(f"none of {len(chosen)} images of {source.spec} can be read")
+        return grid(np.stack(pictures))
+    entries = flip(source.gather(chosen)[0], None)
+    wanted = {"name": "vae", "channels": entries.shape[1] // 2, "vae": codec.vae or source.codec.get("vae")}
+    decoder = codecs.build(codec.model_copy(update=wanted), entries.shape[-1] * codec.factor)
+    parts = [decoder.decode(decoder.encode(part, stream("cpu", 0, "sheet"))) for part in entries.split(8)]
+    return grid(torch.cat(parts).permute(0, 2, 3, 1).numpy())
+
+
+def pack(source: Source, out: Path, size: int | None, progress: Callable[[int, int, dict[str, Any]], None]) -> None:
+    """Write images into a zip: a folder's files as they are, or all of them as PNGs cropped to `size`.
+
+    Captions (`NAME.txt`) go with their images.
+
+    Raises UsageError when `out` exists or is no `.zip`, and MsmdiffError when it cannot be written.
+    """
+    if out.suffix.lower() != ".zip" or out.exists():
+        raise UsageError(f"-o {out}: {'is there already' if out.exists() else 'give a name that ends in .zip'}")
+    part = out.with_name(f".{out.name}.part")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+            taken: set[str] = set()
+            for i in range(len(source)):
+                name, content = source.name(i), source.content(i)
+                if size is not None or content is None:
+                    label = f"{source.class_names[source.labels[i]]}/" if source.labels is not None else ""
+                    other = str(PurePosixPath(name).with_suffix(".png"))
+                    name = f"{label}{i:08d}.png" if content is None else f"{name}.png" if other in taken else other
+                    image, buffer = source.read(i), io.BytesIO()
+                    (image if size is None else Image.fromarray(center_crop(image, size))).save(buffer, "PNG")
+                    content = buffer.getvalue()
+                taken.add(name)
+                archive.writestr(zipfile.ZipInfo(name), content)  # of a fixed date: the same images, the same bytes
+                with suppress(OSError):  # most images have none
+                    caption, text = str(PurePosixPath(name).with_suffix(".txt")), source.content(i, ".txt")
+                    if text and caption not in taken:
+                        taken.add(caption)
+                        archive.writestr(zipfile.ZipInfo(caption), text)
+                progress(i + 1, len(source), {})
+        part.replace(out)
+    except (OSError, *UNREADABLE) as error:
+        part.unlink(missing_ok=True)
+        raise MsmdiffError(f"{out} cannot be written: {error}") from None

@@ -1,0 +1,56 @@
+"""What a data set is: images, or encoded ones, by index."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+from msmdiff.core.build import context_shape
+from msmdiff.core.config import Config
+from msmdiff.core.errors import UsageError
+
+
+class Source:
+    """Images by index, with labels where there are any.
+
+    Attributes:
+        spec: what the user wrote.
+        labels: [N] int64 class indices, or None.
+        class_names: a name per class, in the order of the indices.
+    """
+
+    spec: str
+    labels: np.ndarray | None = None
+    class_names: Sequence[str] = ()
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def read(self, index: int) -> Image.Image:
+        """The image at `index` as 8-bit RGB; raises one of `images.UNREADABLE` for a damaged file."""
+        raise NotImplementedError
+
+    def content(self, index: int, suffix: str | None = None) -> bytes | None:
+        """The image's file as it is, or the one beside it with another suffix; None where there are no files."""
+        return None
+
+    def describe(self, index: int) -> str:
+        """The image at `index` for fingerprints: its name, and what changes when the file does."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """The image at `index` for messages."""
+        return self.describe(index)
+
+    @property
+    def num_classes(self) -> int | None:
+        """How many classes there are: 0 without labels, None where only the single files know."""
+        return len(self.class_names)
+
+    def check(self, config: Config) -> None:
+        """Raise UsageError unless a resolved configuration can be trained on this data."""
+        if wanted := context_shape(config):
+            raise UsageError(
+                f"the network draws from captions ({wanted[0]} tokens of width {wanted[1]}), {self.spec} has none: "
+                "encode them with `msmdiff data encode --captions`"
+            )

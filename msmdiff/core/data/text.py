@@ -1,0 +1,161 @@
+"""Captions: where they come from, and the features that a text encoder makes of them."""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from msmdiff.core.build import context_shape
+from msmdiff.core.config import Config
+from msmdiff.core.data.latents import Cache
+from msmdiff.core.data.source import Source
+from msmdiff.core.diffusion.codecs import checksum
+from msmdiff.core.errors import MsmdiffError, UsageError
+
+
+class TextEncoder:
+    """CLIP's text encoder (Radford et al. 2021) as U-ViT and Stable Diffusion use it: the last hidden states.
+
+    Attributes:
+        about: `encoder` (a folder or hub id), `sha256` of its numbers, `shape` (tokens, width) of a text's features.
+
+    Raises MsmdiffError when it cannot be loaded.
+    """
+
+    def __init__(self, source: str, device: torch.device | str = "cpu") -> None:
+        try:
+            from transformers import CLIPTextModel, CLIPTokenizer, logging
+        except ImportError:
+            raise MsmdiffError("captions need transformers: pip install 'msmdiff[text]'") from None
+        logging.set_verbosity_error()  # it would list the image encoder's tensors, which are not used
+        logging.disable_progress_bar()
+        try:
+            self._tokenizer = CLIPTokenizer.from_pretrained(source)
+            loaded: Any = CLIPTextModel.from_pretrained(source, output_loading_info=True)
+        except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+            reason = " ".join(str(error).split())[:200]
+            raise MsmdiffError(f"{source} cannot be loaded as a CLIP text encoder: {reason}") from None
+        network, loading = loaded
+        if missing := loading["missing_keys"]:
+            raise MsmdiffError(f"text encoder {source} lacks {len(missing)} of the network's tensors")
+        self._network, self._device = network.eval().to(device), device
+        self.shape = (network.config.max_position_embeddings, network.config.hidden_size)
+        self.about = {"encoder": source, "sha256": checksum(network.state_dict()), "shape": list(self.shape)}
+
+    @torch.no_grad()
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Texts -> features float32 [N, tokens, width] on the CPU; longer texts are cut."""
+        parts = []
+        for start in range(0, len(texts), 64):
+            rule: Any = dict(padding="max_length", truncation=True, max_length=self.shape[0], return_tensors="pt")
+            ids = self._tokenizer(list(texts[start : start + 64]), **rule).input_ids
+            parts.append(self._network(ids.to(self._device)).last_hidden_state.float().cpu())
+        return torch.cat(parts)
+
+
+@dataclass
+class Captions:
+    """The captions of a data set: how many each image has, and the features of those of some images.
+
+    `features` takes indices of images and returns [all their captions, tokens, width]; `null` [tokens, width] is the
+    empty caption's; `about` describes the encoder.
+    """
+
+    counts: list[int]
+    features: Callable[[range], Tensor]
+    null: Tensor
+    about: dict[str, Any]
+
+    @classmethod
+    def read(cls, source: Source, spec: str, encoder: TextEncoder) -> "Captions":
+        """Those of `read_captions`."""
+        texts = read_captions(source, spec)
+
+        def features(chosen: range) -> Tensor:
+            return encoder([text for i in chosen for text in texts[i]])
+
+        return cls([len(each) for each in texts], features, encoder([""])[0], encoder.about)
+
+    @classmethod
+    def of_cache(cls, cache: Cache) -> "Captions":
+        """Those that another project stored beside its latents."""
+        assert cache.null_context is not None
+        assert cache.text is not None
+        counts = [cache.caption_count(i) for i in range(len(cache))]
+
+        def features(chosen: range) -> Tensor:
+            return torch.stack([cache.caption(i, k) for i in chosen for k in range(counts[i])])
+
+        return cls(counts, features, cache.null_context, cache.text)
+
+
+def read_prompts(path: Path) -> list[str]:
+    """The lines of a file that are not empty. Raises UsageError where there are none."""
+    try:
+        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"--prompts {path} cannot be read: {error}") from None
+    if not prompts:
+        raise UsageError(f"--prompts {path} holds no prompts: write one a line")
+    return prompts
+
+
+def features(config: Config, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """What a text-to-image network samples from: the prompts' features float16 [N, tokens, width], the empty one's.
+
+    Raises UsageError unless the network of the resolved configuration and `codec.text` go with prompts.
+    """
+    wanted, source = context_shape(config), config.codec.text
+    if wanted is None:
+        raise UsageError("--prompts: this network does not draw from text")
+    if not prompts:
+        raise UsageError("this network draws from text: give --prompts FILE, one prompt a line")
+    if source is None:
+        raise UsageError("--prompts needs the text encoder: --set codec.text=FOLDER, or a hub id")
+    encoder = TextEncoder(source, "cuda" if torch.cuda.is_available() else "cpu")
+    if encoder.shape != wanted:
+        raise UsageError(f"codec.text {source} makes {encoder.shape} tokens and width, the network takes {wanted}")
+    return encoder(prompts).half(), encoder([""])[0]
+
+
+def read_captions(source: Source, spec: str) -> list[list[str]]:
+    """Every image's captions: of `NAME.txt` beside it, one a line (spec `txt`), or of a JSON file.
+
+    The file is MS-COCO's annotations, or maps file names to a list of captions. Raises UsageError when an image has
+    none.
+    """
+    names, table = [source.name(i) for i in range(len(source))], {} if spec == "txt" else _read_json(spec)
+    captions = []
+    for i, name in enumerate(names):
+        found = table.get(name) or table.get(name.rpartition("/")[2], [])
+        if spec == "txt":
+            with suppress(OSError):  # no such file: no captions, which is said below
+                found = (source.content(i, ".txt") or b"").decode(errors="replace").splitlines()
+        captions.append([text.strip() for text in found if text.strip()])
+    if without := [name for name, texts in zip(names, captions, strict=True) if not texts]:
+        problem = f"{len(without)} of {len(names)} images in {source.spec} have no caption, such as {without[0]}"
+        raise UsageError(f"--captions {spec}: {problem}")
+    return captions
+
+
+def _read_json(path: str) -> dict[str, list[str]]:
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        if "annotations" not in content:
+            table = {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in content.items()}
+            if odd := [name for name, texts in table.items() if not all(isinstance(text, str) for text in texts)]:
+                raise ValueError(f"the captions of {odd[0]} are not text")
+            return table
+        names, table = {image["id"]: image["file_name"] for image in content["images"]}, defaultdict(list)
+        for note in content["annotations"]:
+            table[names[note["image_id"]]].append(note["caption"])
+        return table
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"--captions {path}: neither `txt` nor a readable JSON file of captions: {error!r}") from None

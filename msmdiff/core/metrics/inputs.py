@@ -1,0 +1,164 @@
+"""What can be measured: images on disk, samples drawn from weights on the fly, and statistics."""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from msmdiff.core import files, weights
+from msmdiff.core.data import images, sources
+from msmdiff.core.data.loader import as_is, default_workers
+from msmdiff.core.data.source import Source
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.metrics import statistics
+from msmdiff.core.metrics.statistics import Statistics
+from msmdiff.core.samplers.generate import generate
+
+UNREADABLE_SHARE = 0.01
+"""Up to this share of a set's images may be unreadable; they are left out, named and counted."""
+
+
+class Images:
+    """A set of images, or its statistics alone.
+
+    Attributes:
+        spec, notes: what the user wrote, and how the images were sampled.
+        stored, settings: statistics on disk, and what those of the images must share with others.
+        bad: unreadable images by index, with the reason, as far as they were met.
+    """
+
+    stored: Statistics | None = None
+
+    def __init__(self, spec: str, **notes: Any) -> None:
+        self.spec, self.notes, self.bad, self.settings = spec, notes, dict[int, str](), dict[str, str]()
+
+    def __len__(self) -> int:
+        return 0
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        """The images at `indices`, in order, without unreadable ones: uint8 [B, 3, H, W]."""
+        return iter(())
+
+    def unreadable(self) -> list[str]:
+        """Names and reasons; raises MsmdiffError when they are too large a share."""
+        return []
+
+
+class Stored(Images):
+    """A source's images, decoded in worker processes; centre-cropped by ADM's rule, as in training, where asked.
+
+    Raises UsageError for fewer than two images, and MsmdiffError for several sizes or too many unreadable ones.
+    """
+
+    def __init__(self, source: Source, crop: int | None = None, workers: int | None = None) -> None:
+        super().__init__(source.spec)
+        self.source, self.crop, self._size = source, crop, ""
+        if len(source) < 2:
+            raise UsageError(f"{source.spec} holds {len(source)} image: a distance needs at least two on each side")
+        fast = len(source) < 64 or isinstance(source, sources.Digits | sources.Npz)
+        self._workers = workers if workers is not None else 0 if fast else default_workers()
+        first = next(self.batches(range(len(source)), 1))  # an unreadable first image says nothing of the size
+        self._size = f"{first.shape[3]}x{first.shape[2]}"
+        self.settings = {"image_size": self._size} | ({"crop": f"adm {crop}"} if crop else {})
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def _pixels(self, index: int) -> np.ndarray | str:
+        try:
+            image = self.source.read(index)
+        except images.UNREADABLE as error:
+            return str(error) or type(error).__name__
+        return np.asarray(image) if self.crop is None else images.center_crop(image, self.crop)
+
+    def __getitems__(self, indices: list[int]) -> tuple[Tensor | None, dict[int, str]] | MsmdiffError:
+        """A batch and what of it could not be read; an error as a value, since a worker would send a traceback."""
+        found = {index: self._pixels(index) for index in indices}
+        good = {index: pixels for index, pixels in found.items() if not isinstance(pixels, str)}
+        for index, pixels in good.items():
+            if self._size not in ("", size := f"{pixels.shape[1]}x{pixels.shape[0]}"):
+                return MsmdiffError(
+                    f"{self.spec} mixes sizes: {self._name(index)} is {size}, the first is {self._size}; resize them "
+                    "to one size, or crop both sets with --crop"
+                )
+        batch = torch.from_numpy(np.stack([*good.values()]).transpose(0, 3, 1, 2).copy()) if good else None
+        return batch, {index: reason for index, reason in found.items() if isinstance(reason, str)}
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        chunks: Any = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        dataset: Any = self
+        for item in DataLoader(
+            dataset, batch_sampler=chunks, collate_fn=as_is, num_workers=self._workers * bool(self._size)
+        ):
+            if isinstance(item, MsmdiffError):
+                raise item
+            self.bad |= item[1]
+            self.unreadable()
+            if item[0] is not None:
+                yield item[0]
+
+    def _name(self, index: int) -> str:
+        return self.source.name(index)
+
+    def unreadable(self) -> list[str]:
+        named = [f"{self._name(i)} ({reason})" for i, reason in self.bad.items()]
+        if len(named) > UNREADABLE_SHARE * len(self):
+            raise MsmdiffError(
+                f"{len(sources.survey(self.source)[0])} of {len(self)} images in {self.spec} cannot be read, more "
+                f"than {UNREADABLE_SHARE:.0%}, the first is {named[0]}: repair or remove them"
+            )
+        return named
+
+
+class Drawn(Images):
+    """Images sampled from a network, seeds 0 to n - 1, classes in turn; none is written to disk."""
+
+    def __init__(self, spec: str, loaded: Any, n: int, device: torch.device | str = "cpu", **notes: Any) -> None:
+        super().__init__(spec, n=n, sample=loaded.config.sample.model_dump(mode="json"), **notes)
+        self.loaded, self.device = loaded, device
+        side = loaded.config.data.image_size
+        self.settings = {"image_size": f"{side}x{side}"}
+
+    def __len__(self) -> int:
+        return self.notes["n"]
+
+    def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
+        network, count = self.loaded.backbone, self.loaded.backbone.num_classes
+        labels = [i % count for i in indices] if count else None
+        road = (network, self.loaded.process, self.loaded.codec, self.loaded.config.sample, indices, labels)
+        options = dict(num_classes=count, guide=self.loaded.guide, batch_size=batch_size, device=self.device)
+        yield from (x.images for x in generate(*road, **options))
+
+
+def open_input(
+    spec: str,
+    *,
+    n: int = 10_000,
+    crop: int | None = None,
+    workers: int | None = None,
+    layers: Sequence[dict[str, Any]] = (),
+    device: torch.device | str = "cpu",
+) -> Images:
+    """A folder, zip, `.npz` of images or `digits`; an `.npz` of statistics (ADM's may hold both); or weights.
+
+    From a run's directory or name, or weights, `n` images are drawn, with the configuration `layers` over its own.
+    """
+    path = Path(spec)
+    found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
+    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or ((Path("runs") / spec).is_dir() and not path.exists())
+    if found is not None and not sources.holds_images(path):
+        opened = Images(spec)
+    elif run or path.suffix in (".safetensors", ".pt", ".pth"):
+        fields = {name: value for layer in layers for name, value in layer.get("model", {}).items()}
+        road = [{name: section for name, section in layer.items() if name != "model"} for layer in layers]
+        loaded = weights.load(spec, device, road, **fields)
+        sha256 = files.checksum(weights.file_of(loaded.path))
+        opened = Drawn(spec, loaded, n, device, weights=str(loaded.path), sha256=sha256)
+    else:
+        opened = Stored(sources.open_source(spec, "none"), crop, workers)
+    opened.stored = found
+    return opened

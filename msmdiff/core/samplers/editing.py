@@ -1,0 +1,67 @@
+"""Wrappers of a denoiser for pictures: filling in, watching, and going from one seed to another."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from msmdiff.core.diffusion.process import Denoiser, Prediction, Process
+
+Wrap = Callable[[Denoiser, Tensor], tuple[Denoiser, Tensor]]
+"""(denoiser, initial noise [B, C, H, W]) -> what takes their place."""
+
+
+def inpainting(process: Process, known: Tensor, keep: Tensor) -> Wrap:
+    """Replacement conditioning (Song et al. 2021, appendix I.2): the kept part is always the known x0, noised.
+
+    known [1, C, H, W] and keep, bool [1, 1, H, W], are in the space of the diffusion. The noise of the kept part is
+    the initial noise throughout, so that every sampler carries it along exactly.
+    """
+
+    def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
+        def filled(x_t: Tensor, t: Tensor) -> Prediction:
+            prediction = denoise(torch.where(keep, process.add_noise(known, t, start), x_t), t)
+            prediction.x0 = torch.where(keep, known, prediction.x0)
+            prediction.eps = torch.where(keep, start, prediction.eps)
+            return prediction
+
+        latest = torch.tensor(process.latest, dtype=torch.float64)
+        return filled, torch.where(keep, process.add_noise(known, latest, start), start)
+
+    return wrap
+
+
+def wholly_kept(keep: Tensor, side: int) -> Tensor:
+    """bool [1, 1, H, W] in pixels -> [1, 1, side, side]: places all of whose pixels are kept."""
+    return F.adaptive_avg_pool2d(keep.float(), side) > 1 - 1e-6
+
+
+class Trajectory:
+    """Remembers the x0 predictions of a sampling; `wrap` goes to `generate`."""
+
+    def __init__(self) -> None:
+        self.x0: list[Tensor] = []
+
+    def wrap(self, denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
+        def watched(x_t: Tensor, t: Tensor) -> Prediction:
+            prediction = denoise(x_t, t)
+            self.x0.append(prediction.x0)
+            return prediction
+
+        return watched, start
+
+    def pick(self, columns: int) -> list[Tensor]:
+        """So many of them, evenly from the first to the last."""
+        last = len(self.x0) - 1
+        return [self.x0[round(i * last / max(columns - 1, 1))] for i in range(min(columns, len(self.x0)))]
+
+
+def slerp(a: Tensor, b: Tensor, steps: int) -> Tensor:
+    """Noises from a to b [C, H, W] along the great circle, which keeps their norm: [steps, C, H, W]."""
+    cosine = (a * b).sum() / (a.norm() * b.norm())
+    angle = cosine.clamp(-1, 1).acos()
+    w = torch.linspace(0, 1, steps, device=a.device).view(-1, 1, 1, 1)
+    if angle < 1e-4:
+        return a + w * (b - a)
+    return (torch.sin((1 - w) * angle) * a + torch.sin(w * angle) * b) / torch.sin(angle)

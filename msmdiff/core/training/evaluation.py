@@ -1,0 +1,92 @@
+"""Distances along a run: while it trains, or of its checkpoints afterwards; the curve, and which was best."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from msmdiff.core import files, weights
+from msmdiff.core.build import Parts, context_shape
+from msmdiff.core.config import Config
+from msmdiff.core.data.source import Source
+from msmdiff.core.errors import UsageError
+from msmdiff.core.metrics import evaluate, features, statistics
+from msmdiff.core.metrics.inputs import Drawn, Images, Stored, open_input
+from msmdiff.core.training import checkpoint, previews
+from msmdiff.core.training.run import Run
+
+
+class Evaluator:
+    """The Fréchet distance of `eval.n` samples, seeds from 0 on, to `eval.reference`, else to the training data.
+
+    Raises UsageError or MsmdiffError, before any training, for features or a reference that cannot be had.
+    """
+
+    def __init__(self, config: Config, parts: Parts, run: Run, source: Source, device: Any, note: Callable) -> None:
+        self.config, self.parts, self.run, self.device, self._note = config, parts, run, device, note
+        options, side = config.eval, config.data.image_size
+        if context_shape(config):
+            raise UsageError("eval.every: measuring while training does not draw from text; set it to 0")
+        self.features = features.build(options.features, Path(options.weights) if options.weights else None, device)
+        self._kept = run.path / "eval-reference.npz" if options.reference is None else None
+        self._reference: Images = (
+            open_input(options.reference, crop=side) if options.reference else Stored(source, side)
+        )
+        if self._kept and self._kept.is_file():  # measured before this run was resumed
+            found = statistics.load(self._kept)
+            if found and found.settings == self.features.settings() | self._reference.settings:
+                self._reference.stored = found
+        evaluate.check(self._drawn(parts.backbone), self._reference, self.features)
+
+    def _drawn(self, network: Any) -> Drawn:
+        config = self.config.model_copy(
+            update={"sample": previews.alone(self.config.sample, bool(self.config.model.num_classes))}
+        )
+        loaded = weights.Loaded(network, self.parts.process, self.parts.codec, config, {}, self.run.path)
+        return Drawn("samples", loaded, self.config.eval.n, self.device)
+
+    def __call__(self, network: Any, images_seen: int, saved: bool) -> None:
+        """Measure, log, draw the curve, and note the best; `saved`: whether this step's checkpoint is."""
+        if self._reference.stored is None:
+            self._note(f"measuring {len(self._reference):,} reference images ({self.features.name})")
+            self._reference.stored = evaluate.of_input(self._reference, self.features)
+            if self._kept and self.run.writes:
+                statistics.save(self._kept, self._reference.stored)
+        training = network.training
+        drawn = evaluate.of_input(self._drawn(network.eval()), self.features, 64)
+        network.train(training)
+        score, step = evaluate.compare(drawn, self._reference.stored, self.features), self.config.train.batch_size
+        line = {"images": images_seen, "step": images_seen // step, score.name: score.value, "eval_n": drawn.count}
+        self.run.log({**line, "saved": saved})
+        if self.run.writes:
+            points = [(m["images"], m[score.name], m["saved"]) for m in self.run.metrics() if score.name in m]
+            best = record(self.run.path, "best", score.title, points)
+            self._note(f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} samples; {best}")
+
+
+def record(run: Path, stem: str, title: str, points: Sequence[tuple[int, float, bool]]) -> str:
+    """Note the lowest of (images seen, value, whether saved) in `STEM.json`, and draw them all in `previews/`.
+
+    The checkpoint that `best.json` names stays when older ones go.
+    """
+    images, value, saved = min(points, key=lambda point: point[1])
+    name = f"checkpoints/img-{images:09d}" if saved else None
+    best = {"metric": title, "value": value, "images": images, "checkpoint": name}
+    files.write_json(run / f"{stem}.json", best)
+    previews.curve(run / "previews" / f"{stem}.png", title, [point[:2] for point in points])
+    return f"best so far {value:.4f} at image {images:,}"
+
+
+def open_run(run: Path, reference: str | None, crop: int | None) -> tuple[Path, dict[int, Path], str, int | None]:
+    """A run's directory, the weights of every whole checkpoint by images seen, and a reference with its crop.
+
+    The weights are the first average's, or else the model's; the reference, unless given, the training data.
+    """
+    path = run if run.is_dir() else Path("runs") / run
+    config = Run(path, writes=False).stored_config()
+    if config is None:
+        raise UsageError(f"--run {run}: no run with a config.yaml, here or under runs/")
+    stem = f"ema-{config.ema.decays[0]}" if config.ema.decays else "model"
+    found = {int(p.name[4:]): p / f"{stem}.safetensors" for p in checkpoint.whole(path)}
+    if reference is None:
+        reference, crop = config.data.source, crop or config.data.image_size
+    return path, found, reference, crop

@@ -1,0 +1,136 @@
+"""`fid` as a user runs it: inputs, statistics, several processes, runs and their checkpoints."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+TINY = ["--batch-size", "8", "--set", "model.hidden_size=16", "--set", "model.num_heads=2", "--set", "model.depth=3"]
+TINY += ["--set", "train.preview_every=0", "--set", "sample.steps=3"]
+PIXEL = ["--features", "pixel"]
+
+
+def test_inputs_agree(cli, tmp_path, photos):
+    """A folder, its zip, its .npz and its statistics are the same set."""
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:
+        for path in photos.rglob("*.png"):
+            archive.write(path, path.relative_to(photos))
+    pixels = np.stack([np.asarray(Image.open(p)) for p in sorted(photos.rglob("*.png"))])
+    np.savez(tmp_path / "photos.npz", pixels)
+    cli("fid", "stats", "photos", *PIXEL, "-o", "stats.npz")
+    stored = np.load(tmp_path / "stats.npz")
+    assert {name: str(stored[name]) for name in ("features", "resize", "count", "image_size")} == {
+        "features": "pixel-8x8", "resize": "area", "count": "12", "image_size": "40x24"
+    }  # fmt: skip
+    for other in ("photos", "photos.zip", "photos.npz", "stats.npz"):
+        score = json.loads(cli("fid", "photos", other, *PIXEL, "--json", "-").stdout)
+        assert score["value"] < 1e-10, other
+        assert score["count_b"] == 12
+    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=1)
+    assert "x.pth does not exist" in done.stderr
+
+
+def test_every_inception_metric_with_settings_and_a_picture(cli, tmp_path, photos, random_inception):
+    rng = np.random.default_rng(1)
+    np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (9, 24, 40, 3), np.uint8))
+    weights = ["--weights", str(random_inception)]
+    metrics = ["--metrics", "fid,sfid,is,kid,prdc"]
+    done = cli("fid", "samples.npz", "photos", *weights, *metrics, "--json", "s.json", "--plot", "p.png")
+    report = json.loads((tmp_path / "s.json").read_text())
+    assert list(report["scores"]) == ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
+    assert report["value"] == report["scores"]["fid"]["value"] > 0
+    assert report["measured"][0]["resize"] == "pytorch-fid"
+    assert report["settings"]["kid_subsets"] == 100
+    assert report["sets"]["photos"]["image_size"] == "40x24"
+    assert "not the published ones" in done.stdout
+    assert "note: 9 images: below 10,000 a Fréchet distance is biased upwards, strongly below the 2048" in done.stdout
+    assert Image.open(tmp_path / "p.png").width > 300
+
+
+def test_two_processes_give_the_same_numbers(cli, tmp_path, photos):
+    rng = np.random.default_rng(1)
+    np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (301, 24, 40, 3), np.uint8))
+    command = ["fid", "samples.npz", "photos", *PIXEL, "--metrics", "fid,kid,prdc", "--json", "-"]
+    alone = json.loads(cli(*command).stdout)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--", "msmdiff"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    together = subprocess.run(
+        [*torchrun, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert together.returncode == 0, together.stderr
+    both = json.loads(together.stdout)
+    assert both["device"] == "cpu, 2 processes"
+    for name, score in alone["scores"].items():
+        assert both["scores"][name]["value"] == pytest.approx(score["value"], rel=1e-9), name
+        assert both["scores"][name]["count_a"] == 301
+
+
+def test_distances_along_a_run(cli, tmp_path):
+    """While training, by a second run of the same seeds, and of every checkpoint afterwards."""
+    run = tmp_path / "runs" / "r"
+    train = [
+        "train",
+        "--run",
+        "r",
+        *TINY,
+        "--set",
+        "eval.every=2",
+        "--set",
+        "eval.n=24",
+        "--set",
+        "eval.features=pixel",
+    ]
+    train += ["--set", "train.checkpoint_every=2", "--set", "train.keep_checkpoints=3", "--set", "ema.decays=[]"]
+    done = cli(*train, "--steps", "4")
+    assert "measuring 1,797 reference images" in done.stdout
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    measured = {line["images"]: line["fd_pixel"] for line in lines if "fd_pixel" in line}
+    assert list(measured) == [16, 32]
+    best = json.loads((run / "best.json").read_text())
+    assert best["value"] == min(measured.values())
+    assert measured[best["images"]] == best["value"]
+    assert (run / best["checkpoint"] / "model.safetensors").is_file()
+    assert Image.open(run / "previews" / "best.png").width > 300
+
+    done = cli(*train, "--steps", "6", "--set", "eval.n=23")  # what is measured may change, and the reference is kept
+    assert "measuring" not in done.stdout
+    assert "of 23 samples" in done.stdout
+
+    command = ["fid", "--run", "r", "--every-checkpoint", *PIXEL, "--n", "24", "--json", "-"]
+    report = json.loads(cli(*command).stdout)
+    found = {row["a"].split("/")[-2]: row["value"] for row in report["checkpoints"]}
+    assert list(found) == ["img-000000016", "img-000000032", "img-000000048"]
+    for images, value in measured.items():
+        assert found[f"img-{images:09d}"] == pytest.approx(value, rel=1e-6)
+    assert json.loads((run / "every-checkpoint-fd_pixel.json").read_text())["value"] == min(found.values())
+
+    command = ["fid", "r", "digits", "--crop", "16", *PIXEL, "--n", "24", "--set", "sample.eta=0", "--json", "-"]
+    one = json.loads(cli(*command).stdout)
+    assert one["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
+    assert (one["sets"]["r"]["n"], one["sets"]["r"]["sample"]["steps"]) == (24, 3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["photos", "photos/cat"], 2, "lies in the other"),
+        (["photos", "photos", "--metrics", "fid,nope"], 2, "--metrics nope: choose from fid, sfid, is"),
+        (["photos", "photos", "--metrics", "is"], 2, "are for --features inception, not pixel"),
+        (["photos", "photos", "--resize", "clean"], 2, "are for --features inception, not pixel"),
+        (["--run", "none"], 2, "--run none: no run with a config.yaml"),
+        (["photos", "photos", "--every-checkpoint"], 2, "--every-checkpoint goes with --run RUN"),
+        (["empty", "photos"], 2, "empty holds no images"),
+        (["stats", "photos"], 2, "needs a file to write: -o reference.npz"),
+        (["weights.safetensors", "photos"], 2, "neither a weights file nor a run"),
+    ],
+)
+def test_mistakes_get_one_sentence(cli, tmp_path, photos, arguments, code, message):
+    (tmp_path / "empty").mkdir()
+    done = cli("fid", *arguments, *PIXEL, code=code)
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1

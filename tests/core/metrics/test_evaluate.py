@@ -1,0 +1,184 @@
+"""From files to statistics and scores."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from msmdiff.core.data.sources import Files
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.metrics import evaluate, inputs, statistics
+from msmdiff.core.metrics.features import PixelFeatures
+from msmdiff.core.metrics.frechet import Gaussian
+from msmdiff.core.metrics.statistics import Moments, Statistics
+
+RNG = np.random.default_rng(0)
+
+
+def pictures(folder, count, size=(24, 24), seed=0):
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(count):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{i:03d}.png")
+    return str(folder)
+
+
+def test_streaming_moments_equal_numpy_even_far_from_zero():
+    x = RNG.normal(size=(103, 7)) + 1e6
+    moments = Moments(7)
+    for part in np.split(x, [1, 2, 50, 99]):
+        moments.add(torch.from_numpy(part))
+    got, rows = moments.finish()
+    np.testing.assert_allclose(got.mean, x.mean(0), rtol=1e-14)
+    np.testing.assert_allclose(got.cov, np.cov(x, rowvar=False), rtol=1e-9, atol=1e-9)
+    assert (moments.count, got.root, rows) == (103, None, None)
+    with pytest.raises(MsmdiffError, match="at least two images"):
+        Moments(7).finish()
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_features_are_kept_while_few_or_when_asked(keep):
+    x = torch.from_numpy(RNG.normal(size=(9, 4))).float()
+    moments = Moments(4, keep=keep)
+    moments.add(x[:4])
+    few, rows = moments.finish()
+    assert few.root is not None
+    torch.testing.assert_close(few.root.T @ few.root, few.cov)
+    torch.testing.assert_close(rows, x[:4])
+    moments.add(x[4:])
+    many, rows = moments.finish()
+    assert many.root is None
+    assert (rows is not None) == keep
+    torch.testing.assert_close(many.cov, Gaussian.fit(x).cov)
+
+
+def test_statistics_files_keep_everything_and_are_pytorch_fids(tmp_path):
+    x = torch.from_numpy(RNG.normal(size=(3, 4))).float()
+    known = {"features": "pixel-8x8", "resize": "area", "precision": "fp32", "image_size": "8x8", "crop": "adm 8"}
+    stats = Statistics(Gaussian.fit(x), 3, known, Gaussian.fit(x[:, :2]), x)
+    statistics.save(tmp_path / "new" / "s.npz", stats)
+    again = statistics.load(tmp_path / "new" / "s.npz")
+    assert torch.equal(again.pooled.cov, stats.pooled.cov)
+    assert torch.equal(again.pooled.root, stats.pooled.root)
+    assert torch.equal(again.spatial.mean, stats.spatial.mean)
+    assert (again.count, again.settings, again.assumed) == (3, known, False)
+    assert set(np.load(tmp_path / "new" / "s.npz")) >= {"mu", "sigma", "mu_s", "sigma_s", "rows"}
+    np.savez(tmp_path / "images.npz", np.zeros((2, 8, 8, 3), np.uint8))
+    assert statistics.load(tmp_path / "images.npz") is None
+    np.savez(tmp_path / "bad.npz", mu=np.zeros(3), sigma=np.zeros((2, 2)))
+    with pytest.raises(UsageError, match="do not belong together"):
+        statistics.load(tmp_path / "bad.npz")
+    np.savez(tmp_path / "nan.npz", mu=np.zeros(2), sigma=np.full((2, 2), np.nan))
+    with pytest.raises(UsageError, match="not finite"):
+        statistics.load(tmp_path / "nan.npz")
+
+
+def test_files_that_do_not_say_are_known_by_their_layout(tmp_path):
+    wide = dict(mu=np.zeros(2048, np.float32), sigma=np.eye(2048, dtype=np.float32))
+    np.savez(tmp_path / "fid_stats.npz", **wide)
+    found = statistics.load(tmp_path / "fid_stats.npz")
+    assert found.settings == {"features": "inception-2048/6726825d", "resize": "pytorch-fid"}
+    assert (found.assumed, found.count) == (True, 0)
+    np.savez(tmp_path / "adm.npz", **wide, mu_s=np.zeros(5), sigma_s=np.eye(5), arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    opened = inputs.open_input(str(tmp_path / "adm.npz"))
+    assert opened.stored.settings["resize"] == "adm"
+    assert opened.stored.spatial.mean.shape == (5,)
+    assert len(opened) == 3
+    assert evaluate.check(opened, opened, PixelFeatures()) == ""  # its images serve other features
+    assert evaluate.of_input(opened, PixelFeatures()).count == 3
+
+
+def test_unequal_rules_are_refused_unless_asked_for(tmp_path, monkeypatch):
+    a, b = pictures(tmp_path / "a", 4), str(tmp_path / "b.npz")
+    small = inputs.Stored(Files(pictures(tmp_path / "small", 4, (16, 16)), "none"))
+    (scores,), _, _ = evaluate.evaluate([a], small.spec, features="pixel")  # averages over areas: any size will do
+    assert scores[0].value > 0
+    monkeypatch.setattr(PixelFeatures, "resize", "some-rule")
+    statistics.save(tmp_path / "b.npz", evaluate.of_input(small, PixelFeatures()))
+    with pytest.raises(UsageError, match=r"differs from .*b.npz in image_size 24x24 against 16x16: --allow-mismatch"):
+        evaluate.evaluate([a], b, features="pixel")
+    with pytest.raises(UsageError, match="image_size 24x24 against 16x16"):
+        evaluate.evaluate([a], small.spec, features="pixel")
+    notes = []
+    (scores,), _, _ = evaluate.evaluate([a], b, features="pixel", allow_mismatch=True, note=notes.append)
+    assert scores[0].value > 0
+    assert "image_size 24x24 against 16x16; compared all the same" in notes[0]
+    (scores,), _, passes = evaluate.evaluate([a], small.spec, features="pixel", crop=16)
+    assert passes[0].sets[0].settings["crop"] == "adm 16"
+    (tmp_path / "c.npz").write_bytes((tmp_path / "b.npz").read_bytes())
+    other = statistics.load(tmp_path / "c.npz")
+    other.settings["features"], other.rows = "pixel-9x9", None
+    statistics.save(tmp_path / "c.npz", other)
+    with pytest.raises(UsageError, match="features pixel-8x8 against pixel-9x9"):
+        evaluate.evaluate([small.spec], str(tmp_path / "c.npz"), features="pixel")
+    with pytest.raises(UsageError, match="holds statistics only"):
+        evaluate.evaluate([small.spec], str(tmp_path / "c.npz"), ["kid"], features="pixel", allow_mismatch=True)
+    np.savez(tmp_path / "d.npz", mu=np.zeros(3), sigma=np.eye(3))
+    with pytest.raises(UsageError, match=r"holds statistics of 3 unnamed features, .* pixel-8x8 \(192\)"):
+        evaluate.evaluate([a], str(tmp_path / "d.npz"), features="pixel")
+
+
+def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
+    a, b = pictures(tmp_path / "a", 30), pictures(tmp_path / "b", 25, seed=1)
+    metrics = ["fid", "kid", "prdc"]
+    (direct,), _, passes = evaluate.evaluate([a], b, metrics, features="pixel", bootstrap=4)
+    statistics.save(tmp_path / "b.npz", passes[0].sets[-1])
+    (stored,), _, _ = evaluate.evaluate([a], str(tmp_path / "b.npz"), metrics, features="pixel", bootstrap=4)
+    assert [s.value for s in stored] == pytest.approx([s.value for s in direct], rel=1e-12)
+    assert stored[0].interval == pytest.approx(direct[0].interval, rel=1e-9)
+    assert [s.name for s in direct] == ["fd_pixel", "kid", "precision", "recall", "density", "coverage"]
+    low, high = direct[0].interval
+    assert 0 <= low < direct[0].value < high
+
+
+def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):
+    """And ADM's are taken for what its evaluator makes, so that other weights are told apart."""
+    a, ref = pictures(tmp_path / "a", 3), str(tmp_path / "ref.npz")
+    _, _, (made,) = evaluate.evaluate([a], None, ["sfid"], weights=random_inception, resize="clean")
+    assert made.sets[0].spatial.mean.shape == (2023,)
+    statistics.save(tmp_path / "ref.npz", made.sets[0])
+    (scores,), _, (again,) = evaluate.evaluate([a], ref, ["fid", "sfid"], weights=random_inception)
+    assert again.features.resize == "clean"
+    assert [s.name for s in scores] == ["fid", "sfid"]
+    assert max(s.value for s in scores) < 1e-3
+    with pytest.raises(UsageError, match="resize adm against clean"):
+        evaluate.evaluate([a], ref, weights=random_inception, resize="adm")
+    made.sets[0].settings = {}
+    statistics.save(tmp_path / "ref.npz", made.sets[0])
+    with pytest.raises(UsageError, match=r"features inception-2048/\w+ against inception-2048/6726825d"):
+        evaluate.evaluate([a], ref, weights=random_inception)
+    notes = []
+    evaluate.evaluate([a], ref, weights=random_inception, allow_mismatch=True, note=notes.append)
+    assert "does not say how it was made; going by its layout: inception-2048/6726825d, adm" in notes[1]
+
+
+def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
+    folder = pictures(tmp_path / "a", 150)
+    Image.new("RGB", (41, 24)).save(tmp_path / "a" / "zebra.png")
+    for workers in (0, 1):
+        opened = inputs.Stored(Files(folder, "none"), workers=workers)
+        with pytest.raises(MsmdiffError, match=r"mixes sizes: zebra\.png is 41x24, the first is 24x24"):
+            evaluate.of_input(opened, PixelFeatures())
+    (tmp_path / "a" / "zebra.png").write_bytes(b"x")
+    good = inputs.Stored(Files(folder, "none"), workers=1)
+    assert evaluate.of_input(good, PixelFeatures()).count == 150
+    notes = []
+    evaluate.evaluate([folder], pictures(tmp_path / "b", 3), features="pixel", note=notes.append)
+    assert notes == [f"left out: 1 of 151 images in {folder}: zebra.png ({good.bad[150]})"]
+    for name in ("000", "001"):
+        (tmp_path / "a" / f"{name}.png").write_bytes(b"y")
+    with pytest.raises(MsmdiffError, match=r"3 of 151 images in .* cannot be read, more than 1%, the first is 000.png"):
+        inputs.Stored(Files(folder, "none"))
+
+
+def test_sets_that_are_no_sets(tmp_path):
+    one = pictures(tmp_path / "one", 1)
+    with pytest.raises(UsageError, match="holds 1 image: a distance needs at least two"):
+        evaluate.evaluate([one], one, features="pixel")
+    outer = pictures(tmp_path / "outer", 3)
+    inner = pictures(tmp_path / "outer" / "inner", 3)
+    for a, b in ((outer, inner), (inner, outer)):
+        with pytest.raises(UsageError, match="lies in the other"):
+            evaluate.evaluate([a], b, features="pixel")
+    with pytest.raises(UsageError, match="--metrics fud: choose from fid, sfid"):
+        evaluate.evaluate([outer], outer, ["fud"])

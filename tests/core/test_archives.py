@@ -1,0 +1,95 @@
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from msmdiff.core.config import DataConfig
+from msmdiff.core.data import loader, sources
+from msmdiff.core.data.order import Chunks
+from msmdiff.core.errors import MsmdiffError, UsageError
+
+
+@pytest.fixture
+def lsun(tmp_path):
+    """An LMDB of six WebP images, the fourth of them broken."""
+    lmdb = pytest.importorskip("lmdb")
+    rng = np.random.default_rng(0)
+    pixels = rng.integers(0, 256, (6, 20, 30, 3), np.uint8)
+    with (
+        lmdb.open(str(tmp_path / "church_train_lmdb"), map_size=2**20) as environment,
+        environment.begin(write=True) as t,
+    ):
+        for i in (5, 0, 3, 1, 2, 4):
+            buffer = io.BytesIO()
+            Image.fromarray(pixels[i]).save(buffer, "WEBP", lossless=True)
+            t.put(f"key{i}".encode(), b"broken" if i == 3 else buffer.getvalue())
+    return tmp_path / "church_train_lmdb", pixels
+
+
+def test_lsun(lsun, quiet):
+    path, pixels = lsun
+    source = sources.open_source(str(path))
+    assert [source.name(i) for i in range(6)] == [f"key{i}" for i in range(6)]
+    assert np.array_equal(np.asarray(source.read(4)), pixels[4])
+    assert source.labels is None
+    config = DataConfig(source=str(path), image_size=16, skip_unreadable=True, workers=2)
+    usable = loader.open_training(config, quiet.note)
+    assert "left out: 1 of 6 images" in quiet.notes[-1]
+    assert "key3" in quiet.notes[-1]
+    dataset = loader.TrainingImages(usable, config, seed=0)  # in worker processes, each with its own environment
+    stream = loader.batches(dataset, Chunks(0, 5, 5), pin_memory=False)
+    assert next(stream).images.shape == (5, 3, 16, 16)
+    with pytest.raises(UsageError, match=r"data.labels 'folders' is for folders"):
+        sources.open_source(str(path), "folders")
+
+
+def test_a_broken_lmdb_is_named(tmp_path):
+    pytest.importorskip("lmdb")
+    (tmp_path / "data.mdb").write_bytes(b"torn")
+    with pytest.raises(MsmdiffError, match="cannot be opened as an LMDB"):
+        sources.open_source(str(tmp_path))
+
+
+@pytest.fixture
+def cifar(tmp_path):
+    """CIFAR-10's binary files with three records each."""
+    folder = tmp_path / "cifar-10-batches-bin"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i, name in enumerate([*(f"data_batch_{i}.bin" for i in range(1, 6)), "test_batch.bin"]):
+        rows = rng.integers(0, 256, (3, 3073), np.uint8)
+        rows[:, 0] = [i, 9, 0]
+        (folder / name).write_bytes(rows.tobytes())
+    (folder / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
+    return folder
+
+
+def test_cifar_10(cifar, tmp_path):
+    with tarfile.open(tmp_path / "cifar-10-binary.tar.gz", "w:gz") as archive:
+        archive.add(cifar, cifar.name)
+    for path in (cifar, tmp_path / "cifar-10-binary.tar.gz"):
+        source = sources.open_source(str(path))
+        assert source.labels.tolist() == [0, 9, 0, 1, 9, 0, 2, 9, 0, 3, 9, 0, 4, 9, 0]
+        assert source.class_names[9] == "truck"
+        row = np.frombuffer((cifar / "data_batch_2.bin").read_bytes(), np.uint8)[3073 : 2 * 3073]
+        picture = np.asarray(source.read(4))
+        assert picture[1, 2].tolist() == [row[1 + 32 + 2], row[1 + 1024 + 32 + 2], row[1 + 2048 + 32 + 2]]
+        assert len(sources.open_source(f"{path}:test")) == 3
+    assert sources.open_source(str(cifar), "none").labels is None
+
+
+def test_damaged_or_missing_cifar_files_are_named(cifar, tmp_path):
+    (cifar / "data_batch_4.bin").unlink()
+    with pytest.raises(UsageError, match=r"lacks data_batch_4.bin: give CIFAR-10's binary version"):
+        sources.open_source(str(cifar))
+    (cifar / "test_batch.bin").write_bytes(b"torn")
+    with pytest.raises(MsmdiffError, match="is damaged: it is not made of records"):
+        sources.open_source(f"{cifar}:test")
+    (tmp_path / "c.tar.gz").write_bytes(b"torn")
+    with pytest.raises(MsmdiffError, match=r"c.tar.gz cannot be read"):
+        sources.open_source(str(tmp_path / "c.tar.gz"))
+    (tmp_path / "batches.meta").write_bytes(b"")
+    with pytest.raises(UsageError, match=r"Python version, which are pickles: give cifar-10-binary"):
+        sources.open_source(str(tmp_path))

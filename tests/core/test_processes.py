@@ -1,0 +1,94 @@
+"""Several processes train as one: same parameters, the gradients of one process, noise and masks of their own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from msmdiff.core import config as configuration
+from msmdiff.core.training.trainer import Trainer
+
+STEPS = 10
+UVIT = {"model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3}, "mask": {"ratio": 0.75}}
+MDT = {
+    "model": {"name": None, "family": "mdtv2", "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    | {"decode_layers": 2, "learn_sigma": True, "num_classes": "auto"},
+    "process": {"schedule": "linear", "weighting": "min_snr", "time_sampling": "loss_second_moment"},
+}
+# A fine-tuning without a mask: the side block gets no gradients, which must not stop the processes.
+UNMASKED = {**MDT, "objective": {"name": "dsm"}}
+CASES = {"uvit": UVIT, "mdtv2": MDT, "mdtv2-unmasked": UNMASKED}
+COMMON = {
+    "train": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "preview_every": 0, "precision": "fp32"},
+    "optim": {"lr": 1e-3},
+}
+
+
+class Silent:
+    def note(self, text):
+        pass
+
+    def progress(self, *_):
+        pass
+
+
+class Watched(Trainer):
+    """Remembers the first step's gradients, and what every pass drew."""
+
+    seen: dict
+
+    def _checked_norm(self, terms):
+        if "gradients" not in self.seen:
+            named = self.accelerator.unwrap_model(self.model).named_parameters()
+            self.seen["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        return super()._checked_norm(terms)
+
+
+def train(name, folder, target):
+    trainer = Watched(configuration.build(COMMON, CASES[name]), Path(folder), Silent(), False, "")
+    trainer.seen = {"draws": []}
+    terms = trainer.parts.objective.terms
+
+    def spy(model, x0, eps, t, y, keep):
+        trainer.seen["draws"].append({"x0": x0, "eps": eps, "t": t, "keep": keep})
+        return terms(model, x0, eps, t, y, keep)
+
+    trainer.parts.objective.terms = spy
+    trainer.fit()
+    trainer.seen["parameters"] = trainer.accelerator.unwrap_model(trainer.model).state_dict()
+    trainer.seen["threads"] = torch.get_num_threads()
+    torch.save(trainer.seen, target)
+    trainer.close()
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_two_processes_compute_what_one_does(tmp_path, name):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, name, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
+    assert done.returncode == 0, done.stderr
+    first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    train(name, tmp_path / "one", tmp_path / "one.pt")
+    one = torch.load(tmp_path / "one.pt", weights_only=True)
+    for key, value in first["parameters"].items():
+        assert torch.equal(value, second["parameters"][key]), key
+        torch.testing.assert_close(value, one["parameters"][key], rtol=1e-4, atol=2e-5)
+    assert first["gradients"].keys() == one["gradients"].keys()
+    for key, value in first["gradients"].items():
+        assert torch.equal(value, second["gradients"][key]), key
+        torch.testing.assert_close(value, one["gradients"][key], rtol=1e-4, atol=1e-6)
+    assert len(one["draws"]) == len(first["draws"]) + len(second["draws"])
+    for a, b in zip(first["draws"], second["draws"], strict=True):
+        assert not torch.equal(a["eps"], b["eps"])
+        assert a["keep"] is None or not torch.equal(a["keep"], b["keep"])
+    # The micro-batches of one process are those of two, dealt in turn.
+    passes = len(one["draws"]) // (2 * STEPS)
+    for i in range(passes):
+        for mine, both in zip(one["draws"][i : 2 * passes : passes], (first, second), strict=True):
+            assert torch.equal(mine["eps"], both["draws"][i]["eps"])
+
+
+if __name__ == "__main__":
+    train(sys.argv[1], f"{sys.argv[2]}/run", f"{sys.argv[2]}/rank{os.environ['RANK']}.pt")
