@@ -8,7 +8,7 @@ import msmdiff
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "seeding", "machine"},
-    {"files"},
+    {"files", "presets"},
     {"config"},
     {"diffusion", "backbones"},
     {"build"},

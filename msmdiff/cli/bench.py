@@ -37,10 +37,11 @@ def bench(
     from msmdiff.core import bench as timing
     from msmdiff.core import build as road
     from msmdiff.core import config as configuration
+    from msmdiff.core import presets
     from msmdiff.core.training.launch import choose_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    preset = configuration.read(config) if config else {}
+    preset = presets.read(config) if config else {}
     flags: dict[str, Any] = {
         "model.name": model,
         "data.image_size": image_size,

@@ -106,6 +106,7 @@ def _train(
 ) -> Stage:
     """Train a preset for so many seconds; the number of steps is what fits."""
     from msmdiff.core import config as configuration
+    from msmdiff.core import presets
     from msmdiff.core.training.run import Run
     from msmdiff.core.training.trainer import train
 
@@ -121,7 +122,7 @@ def _train(
             "init_from": str(start) if start else None,
         },
     }
-    config = configuration.build(configuration.read(preset), budget)
+    config = configuration.build(presets.read(preset), budget)
     summary = train(config, run, _Budget(console, name, seconds), command="msmdiff quickstart")
     lines = Run(run, writes=False).metrics()
     return Stage(
@@ -184,10 +185,11 @@ def _digits(part: str, config: Any) -> Any:
 def _floor() -> float:
     """What the real training digits score against the held-out ones: no model should be expected to do better."""
     from msmdiff.core import config as configuration
+    from msmdiff.core import presets
     from msmdiff.core.metrics import evaluate
     from msmdiff.core.metrics.features import PixelFeatures
 
-    config, features = configuration.build(configuration.read("digits-finetune")), PixelFeatures()
+    config, features = configuration.build(presets.read("digits-finetune")), PixelFeatures()
     a, b = (evaluate.of_images(_digits(part, config), features) for part in ("digits:train", "digits:test"))
     return evaluate.compare(a, b, features).value
 

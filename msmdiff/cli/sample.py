@@ -68,7 +68,7 @@ def sample(
     from msmdiff.core import config as configuration
     from msmdiff.core import weights as stored
     from msmdiff.core.data.text import read_prompts
-    from msmdiff.core.errors import UsageError
+    from msmdiff.core.errors import UsageError, nearest
     from msmdiff.core.gallery import Gallery, Request, parse_range
     from msmdiff.core.samplers.presets import PRESETS
     from msmdiff.core.training import launch
@@ -91,7 +91,7 @@ def sample(
     if set(changes) - {"sample", "codec", "model"}:
         raise UsageError(f"--set {' '.join(sets or [])}: only keys of sample, codec and model apply here")
     if preset is not None and preset not in PRESETS:
-        near = configuration.nearest(preset, list(PRESETS))
+        near = nearest(preset, list(PRESETS))
         raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}{near}")
     flags = dict(sampler=sampler, steps=steps, eta=eta, cfg_scale=cfg, ema=ema, guide=guide, precision=precision)
     given = {"sample": {k: v for k, v in flags.items() if v is not None}}

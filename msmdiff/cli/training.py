@@ -123,7 +123,7 @@ def _with_preset(options: dict[str, Any], name: str) -> dict[str, Any]:
 
 def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool = False) -> None:
     from msmdiff.cli.console import Console, print_json
-    from msmdiff.core import config as configuration
+    from msmdiff.core import presets
 
     if options["dry_run"]:
         _show_plan(config, options["as_json"])
@@ -151,7 +151,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
     )
     if options["as_json"]:
-        stored = configuration.parse_yaml((path / "config.yaml").read_text(), str(path))
+        stored = presets.parse_yaml((path / "config.yaml").read_text(), str(path))
         print_json(
             {
                 "run": str(path),
@@ -166,6 +166,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
 def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
     """Defaults < preset < named flags < --set."""
     from msmdiff.core import config as configuration
+    from msmdiff.core import presets
     from msmdiff.core.errors import UsageError
 
     classes = {None: None, True: "auto", False: 0}[options["conditional"]]
@@ -184,7 +185,7 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
         "train.batch_size": options["batch_size"],
         "train.seed": options["seed"],
     }
-    preset = [configuration.read(options["config"])] if options["config"] else []
+    preset = [presets.read(options["config"])] if options["config"] else []
     sets = configuration.parse_sets(options["sets"] or [])
     config = configuration.build(*defaults, *preset, configuration.nest(flags), sets)
     if options["images"] is not None:

@@ -1,19 +1,17 @@
-"""The configuration: typed sections, YAML, overrides, presets, and what may change when a run is resumed.
+"""The configuration: typed sections, how layers of them are merged, and what may change when a run is resumed.
 
 Precedence: defaults < preset or YAML file < named flags < `--set section.key=value`.
 """
 
-import difflib
 import json
 import re
-from importlib import resources
-from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
 
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import UsageError, nearest
+from msmdiff.core.presets import parse_yaml
 
 
 class Section(BaseModel):
@@ -311,6 +309,12 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
+def plain(config: Config) -> dict[str, int | float | str | bool]:
+    """One flat table of numbers and text, which is what experiment trackers take."""
+    flat = flatten(config.as_dict())
+    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()}
+
+
 def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     """The keys in which two configurations compute different things, as `{key: (old, new)}`."""
     a, b = flatten(old.as_dict()), flatten(new.as_dict())
@@ -318,78 +322,7 @@ def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
     return {k: (a.get(k), b.get(k)) for k in keys if not MUTABLE.fullmatch(k)}
 
 
-# ------------------------------------------------------------------ YAML and presets
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """YAML 1.2 scalars: `no` is a string, `1e-4` is a number."""
-
-
-_Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
-    for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
-}
-_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF"))
-_Yaml12Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan"),
-    list("-+.0123456789"),
-)
-# Resolvers are tried in the order they were added: integers must keep winning over the float rule above.
-for _first, _rules in _Yaml12Loader.yaml_implicit_resolvers.items():
-    _rules.sort(key=lambda rule: not rule[0].endswith(":int"))
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """Read YAML 1.2 text; raises UsageError naming `where` when it is malformed."""
-    try:
-        return yaml.load(text, Loader=_Yaml12Loader)  # a SafeLoader: builds plain values only
-    except yaml.YAMLError as error:
-        raise UsageError(f"{where} is not valid YAML: {' '.join(str(error).split())}") from None
-
-
-def preset_folder() -> Path:
-    """Where the YAML presets lie: inside the wheel, or beside the package in a checkout."""
-    inside = Path(str(resources.files("msmdiff"))) / "configs"
-    return inside if inside.is_dir() else inside.parent.parent / "configs"
-
-
-def presets() -> list[str]:
-    """Names that `--config` accepts."""
-    root = preset_folder()
-    return sorted(str(p.relative_to(root).with_suffix("")) for p in root.rglob("*.yaml"))
-
-
-def read(name_or_path: str) -> dict[str, Any]:
-    """Read a YAML file, or a preset by its name.
-
-    Raises UsageError when there is neither, or when the file is not a mapping of sections.
-    """
-    path = Path(name_or_path)
-    if not path.is_file():
-        path = preset_folder() / f"{name_or_path}.yaml"
-        if not path.is_file():
-            near = nearest(name_or_path, presets())
-            raise UsageError(f"--config {name_or_path}: no such file and no such preset{near}; presets: {presets()}")
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--config {path} cannot be read: {error}") from None
-    content = parse_yaml(text, str(path))
-    if content is None:
-        return {}
-    if not isinstance(content, dict):
-        raise UsageError(f"{path} must be a mapping of sections ({', '.join(Config.model_fields)})")
-    return content
-
-
 # ------------------------------------------------------------------ messages
-
-
-def nearest(name: str, candidates: list[str]) -> str:
-    """A clause `; did you mean 'x'?`, or nothing where no candidate is close."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
 
 
 def _explain(error: Any) -> str:

@@ -1,5 +1,7 @@
 """The two errors a user may meet. Each carries one finished sentence; the command line prints it and exits."""
 
+import difflib
+
 
 class MsmdiffError(Exception):
     """Something failed: a file, a number, a machine. Exit code 1."""
@@ -11,3 +13,9 @@ class UsageError(MsmdiffError):
     """What was asked for cannot be: an option, a value, a combination. Exit code 2."""
 
     exit_code = 2
+
+
+def nearest(name: str, candidates: list[str]) -> str:
+    """A clause `; did you mean 'x'?`, or nothing where no candidate is close."""
+    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
+    return f"; did you mean '{close[0]}'?" if close else ""

@@ -5,6 +5,7 @@ import pytest
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
+from msmdiff.core import presets
 from msmdiff.core.errors import UsageError
 
 
@@ -19,7 +20,7 @@ def test_precedence_defaults_preset_flags_sets():
 
 
 def test_yaml_1_2_scalars():
-    values = configuration.parse_yaml("{a: no, b: 1e-4, c: 3, d: true, e: null, f: 1e3, g: .5, h: -2.5e+1}", "here")
+    values = presets.parse_yaml("{a: no, b: 1e-4, c: 3, d: true, e: null, f: 1e3, g: .5, h: -2.5e+1}", "here")
     assert values == {"a": "no", "b": 1e-4, "c": 3, "d": True, "e": None, "f": 1000.0, "g": 0.5, "h": -25.0}
     assert configuration.build({"train": {"steps": 1e3}}).train.steps == 1000
 
@@ -104,24 +105,24 @@ def test_difference_ignores_what_may_change():
     assert configuration.difference(a, b) == {"train.seed": (0, 5)}
 
 
-@pytest.mark.parametrize("name", configuration.presets())
+@pytest.mark.parametrize("name", presets.names())
 def test_every_preset_is_valid_and_complete(name):
-    content = configuration.read(name)
+    content = presets.read(name)
     config = road.resolve(configuration.build(content), data_classes=10)
-    assert configuration.build(configuration.parse_yaml(config.to_yaml(), name)) == config
+    assert configuration.build(presets.parse_yaml(config.to_yaml(), name)) == config
     assert {"data", "model", "process", "mask", "objective", "optim", "ema", "train"} <= set(content)
-    text = (configuration.preset_folder() / f"{name}.yaml").read_text()
+    text = (presets.folder() / f"{name}.yaml").read_text()
     assert text.startswith("#"), "a preset says what it is"
 
 
 def test_unknown_preset_lists_those_there_are():
     with pytest.raises(UsageError, match="digits-pretrain"):
-        configuration.read("digits-pretrian")
+        presets.read("digits-pretrian")
 
 
 def test_configs_lie_beside_the_package():
-    assert (configuration.preset_folder() / "digits-pretrain.yaml").is_file()
-    assert Path(configuration.preset_folder()).name == "configs"
+    assert (presets.folder() / "digits-pretrain.yaml").is_file()
+    assert Path(presets.folder()).name == "configs"
 
 
 def test_another_optimiser_drops_the_old_ones_betas():

@@ -4,6 +4,7 @@ import pytest
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
+from msmdiff.core import presets
 from msmdiff.core.training import cost
 
 
@@ -41,5 +42,5 @@ def test_ninety_percent_masked_maskdm():
 
 
 def test_a_network_without_a_null_class_is_counted():
-    config = road.resolve(configuration.build(configuration.read("uvit-imagenet64-m")))
+    config = road.resolve(configuration.build(presets.read("uvit-imagenet64-m")))
     assert cost.measure(config).parameters == 130_940_292

@@ -106,11 +106,18 @@ def logged(run):
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory):
-    """The folder of runs that two processes left."""
-    folder = tmp_path_factory.mktemp("sharded")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
+    """The folder of runs that two processes left.
+
+    Once, in some fifty runs, a process was brought down by memory freed twice while FSDP's collectives went through
+    gloo, which no sharded training uses: it has GPUs, and NCCL. That, and no other failure, gets a second attempt.
+    """
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **asked})
+    for _ in range(2):
+        folder = tmp_path_factory.mktemp("sharded")
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **asked})
+        if not any(signal in done.stderr for signal in ("(SIGABRT)", "(SIGSEGV)")):
+            break
     assert done.returncode == 0, done.stderr
     return folder
 

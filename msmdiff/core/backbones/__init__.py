@@ -11,8 +11,8 @@ from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 
 from msmdiff.core.backbones import dit, edt, maskdwt, mdt, uvit
-from msmdiff.core.config import ModelConfig, nearest
-from msmdiff.core.errors import UsageError
+from msmdiff.core.config import ModelConfig
+from msmdiff.core.errors import UsageError, nearest
 
 FAMILIES: dict[str, type[nn.Module]] = {
     "uvit": uvit.UViT,

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msmdiff.core.config import CodecConfig, nearest
-from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.config import CodecConfig
+from msmdiff.core.errors import MsmdiffError, UsageError, nearest
 
 
 class Codec(Protocol):

@@ -13,6 +13,7 @@ from msmdiff.core.backbones.layers import gather_tokens, patchify, unpatchify
 from msmdiff.core.build import Parts
 from msmdiff.core.config import Config, SampleConfig
 from msmdiff.core.data.images import grid
+from msmdiff.core.data.loader import TrainingImages
 from msmdiff.core.samplers.generate import generate
 from msmdiff.core.seeding import stream
 
@@ -30,6 +31,21 @@ def alone(options: SampleConfig, labelled: bool) -> SampleConfig:
     if labelled and options.guide is None:
         return options
     return options.model_copy(update={"cfg_scale": 1.0, "guide": None})
+
+
+def draw(network: Any, parts: Parts, config: Config, dataset: TrainingImages, device: torch.device, stem: Path) -> None:
+    """Write `STEM-samples.png`, and `STEM-masked.png` where the training masks."""
+    training = network.training
+    network.eval()
+    context = dataset.context(40)
+    picture = samples(network, parts, config, device, context=context)
+    picture.save(stem.with_name(f"{stem.name}-samples.png"))
+    if config.objective.name in ("msm", "mdt"):
+        images = next(dataset.sample(8, "preview"))
+        seen = None if context is None else context[: len(images)].to(device)
+        picture = masked_view(network, parts, images, config.train.seed, device, seen)
+        picture.save(stem.with_name(f"{stem.name}-masked.png"))
+    network.train(training)
 
 
 def samples(

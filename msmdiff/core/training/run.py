@@ -12,7 +12,7 @@ import torch
 
 import msmdiff
 from msmdiff.core import config as configuration
-from msmdiff.core import files
+from msmdiff.core import files, presets
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint
@@ -47,7 +47,7 @@ class Run:
         path = self.path / "config.yaml"
         if not path.is_file():
             return None
-        return configuration.build(configuration.parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+        return configuration.build(presets.parse_yaml(path.read_text(encoding="utf-8"), str(path)))
 
     def admit(self, config: Config) -> None:
         """Check that `config` continues what this run computed. Raises UsageError with the differences."""

@@ -145,7 +145,7 @@ class Trainer:
         self.evaluator = Evaluator(*judged) if config.eval.every else None
         self.run.start(config, command, self.images_seen)
         if train.trackers:
-            self.accelerator.init_trackers("msmdiff", _plain(config))
+            self.accelerator.init_trackers("msmdiff", configuration.plain(config))
 
     # ------------------------------------------------------------------ the loop
 
@@ -294,18 +294,8 @@ class Trainer:
     def _preview(self) -> None:
         network = self._sampled()
         if self.main:
-            training = network.training
-            network.eval()
             stem = self.run.path / "previews" / f"img-{self.images_seen:09d}"
-            context = self.dataset.context(40)
-            picture = previews.samples(network, self.parts, self.config, self.device, context=context)
-            picture.save(stem.with_name(f"{stem.name}-samples.png"))
-            if self.config.objective.name in ("msm", "mdt"):
-                images = next(self.dataset.sample(8, "preview"))
-                seed, seen = self.config.train.seed, None if context is None else context[: len(images)].to(self.device)
-                picture = previews.masked_view(network, self.parts, images, seed, self.device, seen)
-                picture.save(stem.with_name(f"{stem.name}-masked.png"))
-            network.train(training)
+            previews.draw(network, self.parts, self.config, self.dataset, self.device, stem)
         self.accelerator.wait_for_everyone()
 
     def _save(self) -> None:
@@ -411,9 +401,3 @@ class Trainer:
         if self.accelerator.trackers:
             self.accelerator.end_training()
         self.run.close()
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    """Trackers take numbers and text only, in one flat table."""
-    flat = configuration.flatten(config.as_dict())
-    return {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in flat.items()}
