@@ -349,13 +349,8 @@ class Trainer:
         codec = codecs.build(config.codec, config.data.image_size)
         if not isinstance(codec, DwtCodec) or (config.codec.mean and config.codec.std):
             return config
-        stored = self.run.stored_config()
-        resumes = checkpoint.newest(self.run.path) is not None
-        if (
-            stored is not None
-            and resumes
-            and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec
-        ):
+        stored = self.run.stored_config() if checkpoint.newest(self.run.path) else None
+        if stored and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec:
             config.codec = stored.codec
         else:
             config.codec.mean, config.codec.std = codec.measure(self.dataset.sample(2048))
