@@ -66,6 +66,7 @@ def sample(
 
     from msmdiff.cli.console import Console
     from msmdiff.core import config as configuration
+    from msmdiff.core import samplers
     from msmdiff.core import weights as stored
     from msmdiff.core.data.text import read_prompts
     from msmdiff.core.errors import UsageError, nearest
@@ -102,9 +103,7 @@ def sample(
     console = Console()
     for each in sources:
         loaded = stored.load(each, device, layers, **changes.get("model", {}))
-        used = loaded.config.sample
-        if "eta" in given["sample"] | changes.get("sample", {}) and used.sampler != "ddim":
-            raise UsageError(f"sample.eta {used.eta:g} has no effect on the sampler {used.sampler}, only on ddim")
+        samplers.check(loaded.config.sample, given["sample"] | changes.get("sample", {}))
         folder = out if out and len(sources) == 1 else (out or Path("samples")) / _name_of(each)
         request = Request(
             chosen, folder, classes, texts, batch_size, png, npz, stats, features, weights, grid,

@@ -120,6 +120,8 @@ def test_several_sources_presets_and_a_guide(cli, tmp_path, model):
     for eta in (["--eta", "0.5"], ["--set", "sample.eta=0.5"]):
         done = cli("sample", model, "--sampler", "ddpm", *eta, "--out", "e", code=2)
         assert "sample.eta 0.5 has no effect on the sampler ddpm, only on ddim" in done.stderr
+    done = cli("sample", model, "--set", "sample.order=3", "--out", "e", code=2)
+    assert "sample.order 3 has no effect on the sampler ddim, only on dpm_solver, dpm_solver++, unipc" in done.stderr
     assert not (tmp_path / "e").exists()
 
 

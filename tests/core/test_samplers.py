@@ -10,7 +10,7 @@ from msmdiff.core.config import ProcessConfig, SampleConfig
 from msmdiff.core.diffusion.codecs import PixelCodec, to_uint8
 from msmdiff.core.diffusion.process import Prediction, build
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.samplers import SAMPLERS, guidance
+from msmdiff.core.samplers import SAMPLERS, TAKEN_BY, check, guidance
 from msmdiff.core.samplers.editing import Trajectory, inpainting, slerp
 from msmdiff.core.samplers.generate import denoiser, dynamic_threshold, generate
 from msmdiff.core.samplers.times import FREE_GRIDS, INDEX_GRIDS, subdivide, visited
@@ -105,6 +105,44 @@ def test_the_error_falls_as_a_power_of_the_step(given, order):
     errors = [error(n) for n in (48, 96, 192)]
     for coarse, fine in itertools.pairwise(errors):
         assert 2 ** (order - 0.3) < coarse / fine < 2 ** (order + 0.3), errors
+
+
+OTHER_VALUES = {
+    "eta": 0.5,
+    "variance": "large",
+    "order": 3,
+    "method": "fast",
+    "taylor": True,
+    "lower_order_final": False,
+    "denoise_to_zero": True,
+}
+
+
+@pytest.mark.parametrize("key", TAKEN_BY)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_key_changes_the_samplers_that_are_said_to_take_it_and_no_others(name, key):
+    process, start = build(ProcessConfig(schedule="vp_sde")), torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    denoise = gaussian_denoiser(process, torch.tensor([0.3]), torch.tensor([0.5]))
+
+    def drawn(**given):
+        options = SampleConfig(
+            **{"sampler": name, "steps": 7, "order": 2 if key != "lower_order_final" else 3, **given}
+        )
+        noise = torch.Generator().manual_seed(0)
+        times = visited(process, options)
+        return SAMPLERS[name](
+            denoise, process, start, times, lambda: torch.randn(8, 1, generator=noise, dtype=torch.float64), options
+        )
+
+    base = {"method": "singlestep"} if key == "taylor" else {}
+    changed = not torch.equal(drawn(**base), drawn(**base, **{key: OTHER_VALUES[key]}))
+    assert changed == (name in TAKEN_BY[key])
+    options = SampleConfig(sampler=name, **{key: OTHER_VALUES[key]})
+    if changed:
+        check(options, [key, "steps"])
+    else:
+        with pytest.raises(UsageError, match=f"sample.{key} .* has no effect on the sampler"):
+            check(options, ["steps", key])
 
 
 def test_the_reverse_sde_converges_in_distribution():
