@@ -1,5 +1,7 @@
 import io
+import multiprocessing
 import os
+import time
 import zipfile
 
 import numpy as np
@@ -9,7 +11,7 @@ from PIL import Image
 
 from msmdiff.core.config import DataConfig
 from msmdiff.core.data import images, loader, sources
-from msmdiff.core.data.order import Chunks
+from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 
@@ -161,6 +163,28 @@ def test_batches_are_a_function_of_the_position(photos, workers, crop):
     assert torch.equal(resumed.labels, seen[6].labels)
     assert seen[0].images.shape == (4, 3, 16, 16)
     assert seen[0].images.dtype == torch.uint8
+
+
+class Stuck(sources.Digits):
+    """The image that is asked for first cannot be read, and the one after it never comes."""
+
+    def read(self, index):
+        if index == self.first:
+            raise OSError("gone")
+        time.sleep(3600)
+
+
+def test_a_worker_that_is_stuck_does_not_outlive_an_error():
+    source = Stuck("digits")
+    source.first = images_at(0, len(source), [0])[0]
+    dataset = loader.TrainingImages(source, DataConfig(image_size=8, workers=2, crop="random"), seed=0)
+    before = set(multiprocessing.active_children())
+    with pytest.raises(MsmdiffError, match="cannot be read: gone"):
+        next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
+    workers = set(multiprocessing.active_children()) - before
+    for worker in workers:
+        worker.join(30)
+    assert not [worker for worker in workers if worker.is_alive()]
 
 
 def test_unreadable_images_stop_or_are_left_out(photos, quiet):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
@@ -147,6 +148,7 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
     workers = dataset.config.workers
     if workers is None:
         workers = 0 if dataset.cached else default_workers()
+    others = multiprocessing.active_children()
     loader = iter(
         DataLoader(
             dataset,
@@ -158,10 +160,16 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
             pin_memory=pin_memory,
         )
     )
-    for batch in loader:
-        if isinstance(batch, MsmdiffError):
-            raise batch
-        yield batch
+    started = [child for child in multiprocessing.active_children() if child not in others]
+    try:
+        for batch in loader:
+            if isinstance(batch, MsmdiffError):
+                raise batch
+            yield batch
+    finally:
+        del loader  # asks the workers to stop; one that is stuck in a file would, without a signal to heed, stay
+        for worker in started:
+            worker.kill()
 
 
 def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
