@@ -77,7 +77,7 @@ def train(name, folder, steps=STEPS, sharded=True, **settings):
 
 
 def train_sharded(folder):
-    """Every case, put together by hand at the end; twice resumed; and one with a gradient that is not finite."""
+    """Every case, put together by hand at the end; some resumed; and one with a gradient that is not finite."""
     for name in CASES:
         trainer = train(name, folder / name)
         networks = {"model": trainer.model} | {f"ema-{d}": net for d, net in trainer.averages.networks.items()}
@@ -87,6 +87,7 @@ def train_sharded(folder):
     for name in RESUMED:
         train(name, folder / f"{name}-resumed", 3)
         train(name, folder / f"{name}-resumed")
+        train(name, folder / f"{name}-begun-whole")
     accumulate = Trainer._accumulate
 
     def poison(trainer, batch, count):
@@ -114,6 +115,8 @@ def sharded(tmp_path_factory):
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     for _ in range(2):
         folder = tmp_path_factory.mktemp("sharded")
+        for name in RESUMED:
+            train(name, folder / f"{name}-begun-whole", 3, sharded=False)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **asked})
         if not any(signal in done.stderr for signal in ("(SIGABRT)", "(SIGSEGV)")):
@@ -159,12 +162,16 @@ def test_autocast_is_on_where_asked_for(sharded):
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_sharded_run_resumes_bit_for_bit_and_a_whole_one_takes_it_up(sharded, tmp_path, name):
+def test_a_sharded_run_resumes_bit_for_bit_and_goes_on_from_a_whole_one_and_into_one(sharded, tmp_path, name):
     resumed, through = (checkpoint.load(checkpoint.newest(sharded / run)) for run in (f"{name}-resumed", name))
     for stem, tensors in through[1].items():
         assert all(torch.equal(resumed[1][stem][key], value) for key, value in tensors.items()), stem
     for i, values in through[0]["optimizer"]["state"].items():
         assert all(torch.equal(resumed[0]["optimizer"]["state"][i][key], value) for key, value in values.items())
+    begun_whole = checkpoint.load(checkpoint.newest(sharded / f"{name}-begun-whole"))[1]
+    for stem, tensors in through[1].items():
+        for key, value in tensors.items():
+            torch.testing.assert_close(begun_whole[stem][key], value, rtol=1e-4, atol=2e-5)
     shutil.copytree(sharded / name, tmp_path / "sharded")
     for run in ("sharded", "whole"):
         train(name, tmp_path / run, STEPS + 1, sharded=False)
