@@ -216,7 +216,7 @@ def _show_plan(config: Any, as_json: bool) -> None:
     from msmdiff.cli.console import print_json
     from msmdiff.core import build as road
     from msmdiff.core.data import sources
-    from msmdiff.core.training import cost
+    from msmdiff.core.training import cost, sharding
 
     source = sources.open_source(config.data.source, config.data.labels)
     config = road.resolve(config, source.num_classes)
@@ -231,10 +231,11 @@ def _show_plan(config: Any, as_json: bool) -> None:
         3 * flops * config.train.batch_size / 1e9 for flops in (counted.forward_flops, counted.masked_flops)
     )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
+    memory = counted.memory_bytes(config, processes, sharding.asked())
     typer.echo(
         f"\n# data            {len(source):,} images, {classes}"
         f"\n# parameters      {counted.parameters:,}"
         f"\n# tokens          {counted.kept} of {counted.tokens} seen, {1 - counted.kept / counted.tokens:.2%} hidden"
         f"\n# per step        {masked:,.2f} GFLOP with the mask, {full:,.2f} without ({masked / full:.1%})"
-        f"\n# memory          about {counted.memory_bytes(config, processes) / 2**30:.2f} GiB per process"
+        f"\n# memory          about {memory / 2**30:.2f} GiB per process"
     )

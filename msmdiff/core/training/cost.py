@@ -36,15 +36,19 @@ class Cost:
         """Per image of a training step: the backward pass costs two forward passes."""
         return 3 * (self.masked_flops + self.two_passes * self.forward_flops)
 
-    def memory_bytes(self, config: Config, processes: int = 1) -> int:
-        """A training process's estimated memory: weights, gradients, optimiser state, averages, activations."""
+    def memory_bytes(self, config: Config, processes: int = 1, sharded: bool = False) -> int:
+        """A training process's estimated memory: weights, gradients, optimiser state, averages, activations.
+
+        All but the activations are divided among the processes where `sharded`.
+        """
         states = {"adamw": 2, "adan": 4, "adan-pytorch": 4}[config.optim.name]
         copies = 2 + states + len(config.ema.decays)
         micro = config.train.micro_batch_size or config.train.batch_size // processes
         # Autocast keeps most activations in half the width; checkpointing keeps about one tensor per block.
         share = 0.5 if config.train.precision in ("bf16", "fp16") else 1.0
         share *= 0.1 if config.train.gradient_checkpointing else 1.0
-        return int(4 * self.parameters * copies + share * micro * self.activation_bytes)
+        each = 4 * self.parameters * copies / (processes if sharded else 1)
+        return int(each + share * micro * self.activation_bytes)
 
 
 def measure(config: Config) -> Cost:

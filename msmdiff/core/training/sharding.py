@@ -19,9 +19,14 @@ _WANTED = {
 """Accelerate's settings that matter here: their defaults, the only values that work, and what to do besides."""
 
 
+def asked() -> bool:
+    """Whether Accelerate's launcher asks for shards."""
+    return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
+
+
 def plugin(precision: Any) -> Any:
-    """How Accelerate is to shard, if its launcher asks for that. Raises UsageError for what does not work here."""
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() != "true":
+    """How Accelerate is to shard, if that is asked for. Raises UsageError for what does not work here."""
+    if not asked():
         return None
     for option, (default, wanted, besides) in _WANTED.items():
         if (found := os.environ.get(option.upper(), default).lower()) != wanted:
