@@ -44,6 +44,8 @@ class Case:
         given: dict[str, Any] = {"num_heads": heads} if isinstance(heads, int) else {}
         if self.family == "mdtv1":
             given["decode_layers"] = self.hyper["decode_layer"]
+        if self.hyper.get("class_dropout_prob") == 0:
+            given["null_class"] = False
         if "num_clip_token" in self.hyper:
             given["context_tokens"] = self.hyper["num_clip_token"]
         return given

@@ -68,7 +68,8 @@ class AdaLNTransformer(nn.Module):
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by patch_size.
-        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class `num_classes`.
+        num_classes: 0 is unconditional.
+        null_class: the label table has one more row, the null class `num_classes`.
         hidden_size: width of the condition, and of the first tokens.
         last_width: width of the last tokens.
         learn_sigma: twice the channels out: the prediction, then the variance between its two bounds.
@@ -85,6 +86,7 @@ class AdaLNTransformer(nn.Module):
         hidden_size: int,
         last_width: int,
         learn_sigma: bool,
+        null_class: bool,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -93,6 +95,7 @@ class AdaLNTransformer(nn.Module):
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
         self.num_classes = num_classes
+        self.null_class = null_class
         self.hidden_size = hidden_size
         self.learn_sigma = learn_sigma
         self.gradient_checkpointing = False
@@ -102,7 +105,7 @@ class AdaLNTransformer(nn.Module):
         self.time_embed: Any = nn.Sequential(
             nn.Linear(TIME_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        self.label_emb = nn.Embedding(num_classes + 1, hidden_size) if num_classes else None
+        self.label_emb = nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
         self.final = FinalLayer(last_width, patch_width * (1 + learn_sigma), hidden_size)
 
     special_tokens: tuple[str, ...] = ()
@@ -131,6 +134,8 @@ class AdaLNTransformer(nn.Module):
         if self.label_emb is None:
             return c
         if y is None:
+            if not self.null_class:
+                raise UsageError("this network has no null class (model.null_class=false): give it labels")
             y = torch.full((len(x),), self.num_classes, device=x.device)
         return c + self.label_emb(y)
 

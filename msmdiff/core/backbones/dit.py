@@ -25,13 +25,14 @@ class DiT(AdaLNTransformer):
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by patch_size.
-        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class `num_classes`.
+        num_classes: 0 is unconditional.
         patch_size: side of a patch.
         hidden_size: width of a token; must divide by num_heads and by 4.
         depth: blocks.
         num_heads: attention heads.
         mlp_ratio: inner width of the MLP over hidden_size.
         learn_sigma: predict the variance too.
+        null_class: the label table has one more row, the null class; the default of every published network.
         amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their numbers.
         amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
 
@@ -52,11 +53,12 @@ class DiT(AdaLNTransformer):
         num_heads: int,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        null_class: bool = True,
         amm: Amm = "off",
         amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
-        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma)
+        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class)
         self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth))
         self.initialise()

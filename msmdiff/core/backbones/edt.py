@@ -102,7 +102,7 @@ class EDT(AdaLNTransformer):
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by 4 patch_size.
-        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class `num_classes`.
+        num_classes: 0 is unconditional.
         patch_size: side of a patch.
         hidden_size: width of the condition and of the first stage.
         stage_widths: width of a token in each stage; the outer ones equal, and the ones inside them.
@@ -111,6 +111,7 @@ class EDT(AdaLNTransformer):
         mlp_ratio: inner width of the MLP over the stage's.
         mid_mask: token masks also hide tokens before block 4 of the first stage (XL).
         learn_sigma: predict the variance too.
+        null_class: the label table has one more row, the null class; the default of every published network.
         amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their numbers.
         amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
 
@@ -132,6 +133,7 @@ class EDT(AdaLNTransformer):
         mlp_ratio: float = 4.0,
         mid_mask: bool = False,
         learn_sigma: bool = False,
+        null_class: bool = True,
         amm: Amm = "off",
         amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
@@ -149,7 +151,7 @@ class EDT(AdaLNTransformer):
             raise UsageError(
                 f"model.mid_mask needs more than {MID_BLOCK} blocks in the first stage, not {stage_depths[0]}"
             )
-        super().__init__(shape, num_classes, patch_size, hidden_size, stage_widths[-1], learn_sigma)
+        super().__init__(shape, num_classes, patch_size, hidden_size, stage_widths[-1], learn_sigma, null_class)
         rows, columns = self.grid
         if rows % 4 or columns % 4:
             raise UsageError(f"EDT halves its grid of tokens twice: the {rows}x{columns} grid must divide by 4")

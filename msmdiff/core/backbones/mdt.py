@@ -53,13 +53,14 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         decode_layers: int,
         mlp_ratio: float = 4.0,
         learn_sigma: bool = False,
+        null_class: bool = True,
         amm: Amm = "off",
         amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
         if not 0 <= decode_layers <= depth:
             raise UsageError(f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}")
-        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma)
+        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class)
         rows, columns = self.grid
         self._block = dict(
             width=hidden_size,

@@ -212,7 +212,7 @@ class UViT(nn.Module):
         if self.label_emb is None:
             return time
         if y is None:
-            if self.label_emb.num_embeddings == self.num_classes:
+            if not self.null_class:
                 raise UsageError("this network has no null class (model.null_class=false): give it labels")
             y = torch.full((len(x),), self.num_classes, device=x.device)
         return torch.cat([self.label_emb(y)[:, None], time], dim=1)

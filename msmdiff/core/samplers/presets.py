@@ -5,7 +5,7 @@ Scales are in one convention, eps_u + s (eps_c - eps_u): U-ViT's count from 0 an
 
 from typing import Any
 
-_ADM: dict[str, Any] = {"sampler": "ddpm", "steps": 250, "grid": "adm", "clip": False}
+_ADM: dict[str, Any] = {"sampler": "ddpm", "steps": 250, "grid": "adm", "variance": "large", "clip": False}
 _FIRST3 = {**_ADM, "cfg_channels": "first3"}
 _UVIT: dict[str, Any] = {"steps": 50, "method": "fast", "order": 3, "clip": False, "rounding": "half_up"}
 _MASKDM: dict[str, Any] = {"sampler": "ddim", "eta": 1.0, "grid": "maskdm", "clip": True, "eps_after_clip": "raw"}

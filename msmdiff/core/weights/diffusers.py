@@ -38,6 +38,8 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int]) ->
         problem = f"model.family {model.family}"
     elif not model.num_classes:
         problem = "model.num_classes 0"
+    elif not fields["null_class"]:
+        problem = "model.null_class false"
     elif int(fields["hidden_size"] * fields["mlp_ratio"]) != 4 * fields["hidden_size"]:
         problem = f"model.mlp_ratio {fields['mlp_ratio']}"
     if problem:

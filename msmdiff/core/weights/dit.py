@@ -10,11 +10,13 @@ from msmdiff.core.weights.layout import (
     Pairs,
     Tensors,
     count,
+    has_null_class,
     heads,
     kernel_to_linear,
     latent_sections,
     linear_to_kernel,
     mlp_ratio,
+    no_label_dropout,
     rename,
     reverse,
     side_of,
@@ -35,12 +37,12 @@ def matches(names: set[str]) -> bool:
 
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     depth = count(tensors, "blocks.")
-    shape, num_classes, fields = read_ends(tensors)
+    shape, num_classes, fields = read_ends(tensors, given)
     width = fields["hidden_size"]
     fields |= {
         "depth": depth,
         "num_heads": heads(given, dit.SIZES.values(), width, depth, odd=False),
-        "mlp_ratio": mlp_ratio(len(tensors["blocks.0.mlp.fc1.bias"]), width),
+        "mlp_ratio": mlp_ratio({width: len(tensors["blocks.0.mlp.fc1.bias"])}),
     }
     return Network("dit", shape, num_classes, fields)
 
@@ -55,20 +57,23 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance; guided with strength 1.5 for the published FID."""
-    return adm_sections(network) | {"sample": PRESETS["dit"]}
+    return adm_sections(network, PRESETS["dit"])
 
 
 # ------------------------------------------------------------------ shared with MDT and EDT
 
 
-def read_ends(tensors: Tensors) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
+def read_ends(tensors: Tensors, given: Mapping[str, Any]) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
     """Input shape, classes, and the fields that the embeddings and the final layer tell."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     side = patch * side_of(tensors["pos_embed"].shape[1], "pos_embed")
     table = tensors.get("y_embedder.embedding_table.weight")
     out = len(tensors["final_layer.linear.bias"])
     fields = {"patch_size": patch, "hidden_size": width, "learn_sigma": out == 2 * channels * patch**2}
-    return (channels, side, side), 0 if table is None else len(table) - 1, fields
+    if table is None:
+        return (channels, side, side), 0, fields
+    fields["null_class"] = has_null_class(given, len(table))
+    return (channels, side, side), len(table) - fields["null_class"], fields
 
 
 def ends_to_ours(tensors: Tensors, pairs: Pairs) -> Tensors:
@@ -81,5 +86,12 @@ def ends_to_published(tensors: Tensors, network: Network, pairs: Pairs) -> Tenso
     return rename(tensors | {"patch_embed.weight": kernel}, reverse(pairs))
 
 
-def adm_sections(network: Network) -> dict[str, Any]:
-    return latent_sections(network.shape) | {"process": {"schedule": "linear", "timesteps": 1000, "prediction": "eps"}}
+def adm_sections(network: Network, preset: dict[str, Any]) -> dict[str, Any]:
+    """What these networks were trained for, and the `sample` section they were sampled with.
+
+    The scale is 1 where there is nothing to guide away from. A variance that is not learned is beta.
+    """
+    guided = network.num_classes and network.fields.get("null_class", True)
+    common = latent_sections(network.shape) | no_label_dropout(network)
+    common["process"] = {"schedule": "linear", "timesteps": 1000, "prediction": "eps"}
+    return common | {"sample": preset | ({} if guided else {"cfg_scale": 1.0, "cfg_schedule": "constant"})}

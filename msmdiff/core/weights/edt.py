@@ -26,7 +26,7 @@ def matches(names: set[str]) -> bool:
 
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     """Stage depths come from the blocks' widths and tables: the published table does not fit the published figures."""
-    shape, num_classes, fields = read_ends(tensors)
+    shape, num_classes, fields = read_ends(tensors, given)
     tables = [tensors.get(f"blocks.{i}.{TABLE}") for i in range(count(tensors, "blocks."))]
     if any(table is None for table in tables):
         raise MsmdiffError("an EDT checkpoint has a relative-position table in every block, and this one lacks some")
@@ -42,7 +42,7 @@ def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
         "stage_widths": widths,
         "stage_depths": depths,
         "stage_heads": [stage[0].shape[1] for stage in stages],  # type: ignore[union-attr]
-        "mlp_ratio": mlp_ratio(len(tensors["blocks.0.mlp.fc1.bias"]), widths[0]),
+        "mlp_ratio": mlp_ratio({widths[s]: len(tensors[f"blocks.{i}.mlp.fc1.bias"]) for s, i in enumerate(starts)}),
         # XL is the size with this mask, and the only one with so many blocks in its first stage.
         "mid_mask": depths[0] > edt.MID_BLOCK,
         "amm": "default" if sum(depths) in edt.EDT.AMM else "off",
@@ -60,10 +60,10 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance, min-SNR weights; strength 4 as in the published image generator."""
-    common = adm_sections(network)
-    common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
     known = network.fields["amm"] == "default"  # else the authors chose no blocks for this depth
-    return common | {"sample": PRESETS["edt"] | ({} if known else {"amm": None})}
+    common = adm_sections(network, PRESETS["edt"] | ({} if known else {"amm": None}))
+    common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
+    return common
 
 
 def _numbering(network: Network) -> Pairs:

@@ -67,10 +67,16 @@ def side_of(tokens: float, what: str) -> int:
     return side
 
 
-def mlp_ratio(inner: int, width: int) -> float:
-    """The ratio from which a constructor computes int(width * ratio) = inner."""
-    ratio = inner / width
-    return ratio if int(width * ratio) == inner else (inner + 0.5) / width
+def mlp_ratio(inner: Mapping[int, int]) -> float:
+    """The ratio from which a constructor computes int(width * ratio) = inner[width], of few digits where there is one.
+
+    Raises MsmdiffError where no ratio gives all.
+    """
+    low, high = max(n / width for width, n in inner.items()), min((n + 1) / width for width, n in inner.items())
+    for ratio in (low, *(round((low + high) / 2, digits) for digits in range(16))):
+        if all(int(width * ratio) == n for width, n in inner.items()):
+            return ratio
+    raise MsmdiffError(f"no one MLP ratio gives the inner widths {list(inner.values())} at {list(inner)}")
 
 
 def heads(given: Mapping[str, Any], sizes: Iterable[Mapping[str, Any]], width: int, depth: int, odd: bool) -> int:
@@ -88,6 +94,22 @@ def heads(given: Mapping[str, Any], sizes: Iterable[Mapping[str, Any]], width: i
             f"depth {depth}: give it with --set model.num_heads=... (a divisor of {width})"
         )
     return known.pop()
+
+
+IMAGENET_CLASSES = 1000
+
+
+def has_null_class(given: Mapping[str, Any], rows: int) -> bool:
+    """Whether the last row of a label table is the null class: as given, or else unless there are 1000 rows.
+
+    U-ViT's ImageNet-64 models were published without one.
+    """
+    return bool(given.get("null_class", rows != IMAGENET_CLASSES))
+
+
+def no_label_dropout(network: Network) -> dict[str, Any]:
+    """The part of the configuration that follows from having no null class."""
+    return {"objective": {"label_dropout": 0.0}} if network.fields.get("null_class") is False else {}
 
 
 def latent_sections(shape: tuple[int, int, int]) -> dict[str, Any]:

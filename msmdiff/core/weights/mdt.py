@@ -26,12 +26,12 @@ def matches(names: set[str]) -> bool:
 
 
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
-    shape, num_classes, fields = read_ends(tensors)
+    shape, num_classes, fields = read_ends(tensors, given)
     side = tensors.get("sideblocks.0.attn.rel_pos_bias.relative_position_bias_table")
     if side is None:
         raise MsmdiffError("an MDT checkpoint has a relative-position table in sideblocks.0, and this one has none")
     fields["num_heads"] = side.shape[1]
-    fields["mlp_ratio"] = mlp_ratio(len(tensors["sideblocks.0.mlp.fc1.bias"]), fields["hidden_size"])
+    fields["mlp_ratio"] = mlp_ratio({fields["hidden_size"]: len(tensors["sideblocks.0.mlp.fc1.bias"])})
     if "en_inblocks.0.attn.qkv.weight" in tensors or "de_blocks.0.attn.qkv.weight" in tensors:
         decode = count(tensors, "de_blocks.")
         depth = 2 * count(tensors, "en_inblocks.") + decode
@@ -55,7 +55,7 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance; MDTv2 weights its losses by min-SNR."""
-    common = adm_sections(network)
+    common = adm_sections(network, PRESETS["mdtv2"])
     if network.family == "mdtv2":
         common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
-    return common | {"sample": PRESETS["mdtv2"]}
+    return common

@@ -10,11 +10,13 @@ from msmdiff.core.weights.layout import (
     Pairs,
     Tensors,
     count,
+    has_null_class,
     heads,
     kernel_to_linear,
     latent_sections,
     linear_to_kernel,
     mlp_ratio,
+    no_label_dropout,
     rename,
     reverse,
     side_of,
@@ -25,7 +27,6 @@ PAIRS: Pairs = [
     ("decoder_pred.", "to_output."),
     ("final_layer.", "final_conv."),
 ]
-IMAGENET_CLASSES = 1000
 
 
 def matches(names: set[str]) -> bool:
@@ -41,8 +42,7 @@ def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     extras, num_classes = 1, 0
     if "label_emb.weight" in tensors:
         rows = len(tensors["label_emb.weight"])
-        # The published ImageNet-64 models are the only ones without a null class; 1000 rows betray them.
-        fields["null_class"] = given.get("null_class", rows != IMAGENET_CLASSES)
+        fields["null_class"] = has_null_class(given, rows)
         extras, num_classes = 2, rows - fields["null_class"]
     if "context_embed.weight" in tensors:
         fields["context_width"] = tensors["context_embed.weight"].shape[1]
@@ -71,8 +71,7 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     if text:
         common["codec"]["scale"] = 0.2301
     common["process"] = {"schedule": "scaled_linear" if discrete else "vp_sde", "prediction": "eps"}
-    if network.fields.get("null_class") is False:
-        common["objective"] = {"label_dropout": 0.0}
+    common |= no_label_dropout(network)
     # The 512-pixel models (patch 4) use another scale than the 256-pixel ones.
     preset = PRESETS["uvit-t2i" if text else "uvit-512" if network.fields["patch_size"] == 4 else "uvit"]
     scale = preset["cfg_scale"] if latent and (text or network.num_classes) else 1.0
@@ -86,7 +85,7 @@ def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int, prefix: 
     return {
         "depth": depth,
         "num_heads": heads(given, sizes, width, depth, odd=True),
-        "mlp_ratio": mlp_ratio(len(tensors[f"{prefix}mid_block.mlp.fc1.bias"]), width),
+        "mlp_ratio": mlp_ratio({width: len(tensors[f"{prefix}mid_block.mlp.fc1.bias"])}),
         "mlp_time_embed": f"{prefix}time_embed.0.weight" in tensors,
         "qkv_bias": any(f"{prefix}mid_block.attn.{name}" in tensors for name in ("qkv.bias", "q_bias")),
     }

@@ -11,8 +11,9 @@ import msmdiff
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import weights
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.weights import published
+from msmdiff.core.weights.layout import mlp_ratio
 
 CASES = ["dit_released", "dit_train", "mdtv1", "mdtv2", "edt_s", "uvit_uncond_conv", "maskdm_cond", "maskdwt"]
 
@@ -218,6 +219,55 @@ def test_a_network_without_a_null_class_opens(tmp_path, cli):
     assert (loaded.config.model.num_classes, loaded.config.objective.label_dropout) == (1000, 0.0)
     done = cli("sample", "in64.pth", "--set", "model.num_heads=2", "--n", "2", "--steps", "2", "--cfg", "2", code=2)
     assert "no null class to guide away from" in done.stderr
+
+
+@pytest.mark.parametrize("family", ["dit", "mdt", "mdtv2", "edt"])
+def test_labels_without_a_null_class_and_odd_mlp_ratios_open_when_told(tmp_path, cli, family):
+    """Trained without label dropout, a table of K rows is K classes; a variance that is not learned is beta."""
+    stages = {"stage_widths": [12, 16, 20, 16, 12], "stage_depths": [1] * 5, "stage_heads": [3, 4, 5, 4, 3]}
+    own = stages if family == "edt" else {"depth": 4, "num_heads": 3}
+    own |= {"decode_layers": 2} if family.startswith("mdt") else {}
+    model = {"name": None, "family": family, "patch_size": 2, "hidden_size": 12, "mlp_ratio": 2.7, "num_classes": 10}
+    model |= own | {"null_class": False}
+    layers = {"data": {"image_size": 16}, "model": model, "objective": {"label_dropout": 0}}
+    config = road.resolve(configuration.build(layers))
+    network = road.build(config).backbone.eval()
+    assert network.label_emb.num_embeddings == 10
+    for parameter in network.parameters():
+        torch.nn.init.normal_(parameter, std=0.2)  # as published, the last layer is zero
+    name = "mdt" if family == "mdtv2" else family
+    torch.save(published.export(network.state_dict(), config.model, (3, 16, 16), name), tmp_path / "k.pt")
+    told = {"num_heads": 3} if family == "dit" else {}
+    assert msmdiff.load(tmp_path / "k.pt", **told).config.model.num_classes == 9
+    loaded = msmdiff.load(tmp_path / "k.pt", **told, null_class=False)
+    assert (loaded.config.model.num_classes, loaded.config.objective.label_dropout) == (10, 0.0)
+    assert (loaded.config.sample.cfg_scale, loaded.config.sample.variance) == (1.0, "large")
+    x, t, y = torch.randn(3, 3, 16, 16), torch.tensor([0, 500, 999]), torch.tensor([0, 5, 9])
+    with torch.no_grad():
+        assert torch.equal(loaded.backbone(x, t, y), network(x, t, y))
+    with pytest.raises(UsageError, match="no null class"):
+        network(x, t)
+    if family == "dit":
+        sets = ["--set", "model.num_heads=3", "--set", "model.null_class=false"]
+        cli("sample", "k.pt", *sets, "--n", "10", "--steps", "2", "--out", "s")
+        done = cli("sample", "k.pt", *sets, "--n", "2", "--steps", "2", "--cfg", "2", code=2)
+        assert "no null class to guide away from" in done.stderr
+        done = cli("weights", "export", "k.pt", *sets, "--format", "diffusers", "-o", "d", code=2)
+        assert "null_class false" in done.stderr
+
+
+@pytest.mark.parametrize("ratio", [4.0, 2.7, 1.4142, 8 / 3, 3.999])
+@pytest.mark.parametrize("widths", [(12,), (12, 16, 20), (936, 1248, 1560), (7, 13)])
+def test_an_mlp_ratio_fits_every_width(ratio, widths):
+    inner = {width: int(width * ratio) for width in widths}
+    found = mlp_ratio(inner)
+    assert {width: int(width * found) for width in widths} == inner
+    assert found == 4.0 or ratio != 4.0
+
+
+def test_widths_without_a_common_mlp_ratio_are_refused():
+    with pytest.raises(MsmdiffError, match="no one MLP ratio"):
+        mlp_ratio({10: 20, 20: 50})
 
 
 def test_a_run_is_sampled_from_the_average_it_names(tmp_path):
