@@ -79,6 +79,23 @@ def test_every_family_goes_to_another_grid(tmp_path, name, fields):
     assert ("decoder_pos_embed" in report.resized) == (name == "mdtv2")
 
 
+@pytest.mark.parametrize("detail_scale", [1, 2])
+def test_a_wavelet_networks_two_grids_are_interpolated_each(tmp_path, detail_scale):
+    model = {"name": None, "family": "maskdwt", "patch_size": 1, "hidden_size": 16, "num_heads": 2, "depth": 3}
+    layers = {"model": model | {"detail_scale": detail_scale}, "codec": {"name": "dwt"}}
+    origin = stored(tmp_path, layers)
+    details = (8 // detail_scale) ** 2
+    origin.tensors["pos_embed"][:, 1:65] = torch.linspace(-1, 1, 64).view(1, 64, 1)
+    origin.tensors["pos_embed"][:, 65:] = torch.linspace(1, 5, details).view(1, details, 1)
+    net = network(resolved(layers, {"data": {"image_size": 32}}), seed=1)
+    assert warmstart.start_from(net, origin).resized == ["pos_embed"]
+    time, approx, detail = net.pos_embed[0, :, 0].split([1, 256, 256 // detail_scale**2])
+    assert torch.equal(time, origin.tensors["pos_embed"][0, :1, 0])
+    for fine, coarse in ((approx, torch.linspace(-1, 1, 64)), (detail, torch.linspace(1, 5, details))):
+        blocks = fine.view(1, 1, int(len(fine) ** 0.5), -1)
+        assert torch.allclose(torch.nn.functional.avg_pool2d(blocks, 2).flatten(), coarse, atol=0.12)
+
+
 def test_classes_may_be_added(tmp_path):
     origin = stored(tmp_path)
     conditional = network(resolved({"model": {"num_classes": 10}}), seed=1)

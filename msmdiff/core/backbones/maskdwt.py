@@ -58,6 +58,7 @@ class MaskDWT(UViT):
             qkv_bias=qkv_bias,
             mlp_time_embed=mlp_time_embed,
         )
+        self.grids = [self.grid, self.detail_grid]
 
     def _patch_tokens(self) -> int:
         return self.grid[0] * self.grid[1] + self.detail_grid[0] * self.detail_grid[1]

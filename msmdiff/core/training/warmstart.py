@@ -86,20 +86,26 @@ def _moved(name: str, origin: Any, backbone: Any) -> bool:
     """Same shape, other meaning: the grid, the special tokens or the classes changed, and the rows happen to agree."""
     if name == "label_emb.weight":
         return origin.num_classes != backbone.num_classes
-    same = origin.grid == backbone.grid and origin.special_tokens == backbone.special_tokens
+    same = _grids(origin) == _grids(backbone) and origin.special_tokens == backbone.special_tokens
     return name.endswith("pos_embed") and not same
 
 
+def _grids(network: Any) -> list[tuple[int, int]]:
+    """The grids of patches in a network's sequence: one, or the wavelet network's two."""
+    return getattr(network, "grids", [network.grid])
+
+
 def _resize_positions(source: Tensor, target: Tensor, origin: Any, backbone: Any) -> Tensor:
-    """[1, S + L, D] -> [1, S' + L', D]; a special token that is new keeps its fresh row."""
+    """[1, S + L, D] -> [1, S' + L', D], grid by grid; a special token that is new keeps its fresh row."""
     fitted = target.clone()
     for row, token in enumerate(backbone.special_tokens):
         if token in origin.special_tokens:
             fitted[:, row] = source[:, origin.special_tokens.index(token)]
-    patches = source[:, len(origin.special_tokens) :]
-    if origin.grid != backbone.grid:
-        patches = _interpolate(patches, origin.grid, backbone.grid)
-    fitted[:, len(backbone.special_tokens) :] = patches
+    old, new = len(origin.special_tokens), len(backbone.special_tokens)
+    for grid, size in zip(_grids(origin), _grids(backbone), strict=True):
+        patches, old = source[:, old : old + math.prod(grid)], old + math.prod(grid)
+        fitted[:, new : new + math.prod(size)] = patches if grid == size else _interpolate(patches, grid, size)
+        new += math.prod(size)
     return fitted
 
 
