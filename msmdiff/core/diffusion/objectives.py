@@ -52,7 +52,7 @@ class Objective:
         self.distance = torch.abs if config.loss == "l1" else torch.square
 
     def __call__(self, model: Callable[..., Tensor], x0: Tensor, y: Tensor | None, draw: Draw) -> dict[str, Tensor]:
-        """x0 [B, C, H, W] and labels y [B] or None -> scalars: `loss`, and each pass's terms.
+        """x0 [B, C, H, W] and labels y [B] or None -> scalars: `loss`, each pass's terms, and the `mask_ratio` drawn.
 
         Hidden pixels never reach a network that drops tokens.
         """
@@ -68,13 +68,17 @@ class Objective:
                 return draw(f"{purpose}-{i}" if i else purpose, *device)
 
             eps = torch.randn(x0.shape, generator=own("noise"), device=x0.device)
-            terms = self.terms(model, x0, eps, t, self._labels(y, own), keep(len(x0), own))
+            kept = keep(len(x0), own)
+            terms = self.terms(model, x0, eps, t, self._labels(y, own), kept)
             total = total + terms["loss"]
             if len(self.passes) > 1 or len(terms) > 2:
                 named |= {f"{name}_{k}" if name else k: (v * importance).mean() for k, v in terms.items()}
+            if isinstance(kept, Tensor):
+                share = kept.shape[1] * self.patch_size**2 / x0[0, 0].numel()
+                named["mask_ratio"] = torch.full((), 1 - share, device=x0.device)
         if self.history is not None:
             self.history.update(t, total.detach())
-        return {**named, "loss": (total * importance).mean()}
+        return {"loss": (total * importance).mean(), **named}
 
     def terms(self, model: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, y: Any, keep: Any) -> Any:
         """`hybrid.terms` of each image, [B], for given noise eps [B, C, H, W], times t [B] and hidden tokens.

@@ -264,9 +264,9 @@ class Trainer:
         line = {
             "images": self.images_seen,
             "step": self.images_seen // self.config.train.batch_size,
+            "mask_ratio": 0.0,
             **metrics,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "mask_ratio": self.parts.mask.effective_ratio,
             "skipped_steps": self.skipped,
             "seconds": self.seconds,
         }
