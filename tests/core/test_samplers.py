@@ -145,6 +145,45 @@ def test_a_key_changes_the_samplers_that_are_said_to_take_it_and_no_others(name,
             check(options, ["steps", key])
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"end": 0.5}, "sample.end 0.5 has no effect on the grid even, only on uniform, quadratic, logsnr"),
+        ({"sampler": "unipc", "steps": "ddim25", "denoise_to_zero": True}, "True has no effect on the grid adm"),
+        (
+            {"sampler": "dpm_solver", "method": "adaptive", "steps": 5},
+            "steps 5 has no effect with sample.method",
+        ),
+        ({"sampler": "dpm_solver", "method": "adaptive", "taylor": True}, "has no effect with sample.method adaptive"),
+        ({"sampler": "dpm_solver", "method": "fast", "lower_order_final": False}, "fast, only with multistep"),
+        ({"cfg_schedule": "linear"}, "linear has no effect where nothing is guided"),
+        ({"guide": "weak"}, "sample.guide weak has no effect where nothing is guided"),
+        ({"cfg_scale": 2.0, "guide_ema": 0.9}, "0.9 has no effect without a sample.guide"),
+        ({"cfg_scale": 2.0, "cfg_power": 4.0, "cfg_schedule": "constant"}, "only with power_cosine"),
+        ({"clip": False, "eps_after_clip": "raw"}, "raw has no effect where x0 is not clipped"),
+    ],
+)
+def test_keys_that_change_nothing_beside_the_others_are_refused(given, words):
+    with pytest.raises(UsageError, match=words):
+        check(SampleConfig(**given), given)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"grid": "uniform", "end": 0.5},
+        {"sampler": "heun", "end": 0.5},
+        {"sampler": "unipc", "lower_order_final": False},
+        {"sampler": "dpm_solver", "method": "adaptive", "order": 3, "end": 0.01},
+        {"cfg_scale": 2.0, "cfg_power": 4.0, "cfg_interval": [0.1, 2.0], "guide": "weak", "guide_ema": 0.9},
+        {"clip": False, "threshold": 0.9, "eps_after_clip": "raw"},
+        {"cfg_scale": 1.0, "guide": None},
+    ],
+)
+def test_keys_that_count_are_taken(given):
+    check(SampleConfig(**given), given)
+
+
 def test_the_reverse_sde_converges_in_distribution():
     """Euler-Maruyama is linear in x for a Gaussian: its variance follows a recursion, whose error halves with h."""
     process = build(ProcessConfig(schedule="vp_sde"))

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 
 from msmdiff.core.config import SampleConfig
 from msmdiff.core.errors import UsageError
-from msmdiff.core.samplers import ddim, ddpm, differential, dpm_solver
+from msmdiff.core.samplers import ddim, ddpm, differential, dpm_solver, times
 
 SAMPLERS: dict[str, Callable] = {
     "ddim": ddim.sample,
@@ -41,12 +41,30 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
 
 
 def check(options: SampleConfig, given: Iterable[str]) -> None:
-    """Raises UsageError for one of the `given` keys that has no effect on the sampler."""
+    """Raises UsageError for one of the `given` keys of a `sample` section that changes nothing beside the others."""
+    grid, guided = times.grid_of(options), options.cfg_scale != 1
+    adaptive = options.sampler in _SOLVERS and options.method == "adaptive"
+    multistep = options.sampler == "unipc" or options.method == "multistep"
+    idle: dict[str, str] = {}
+    if grid in times.INDEX_GRIDS:
+        idle |= dict.fromkeys(("end", "denoise_to_zero"), f"on the grid {grid}, only on {', '.join(times.FREE_GRIDS)}")
+    if adaptive:
+        idle |= dict.fromkeys(("steps", "grid", "taylor"), "with sample.method adaptive")
+    if not multistep:
+        idle["lower_order_final"] = f"with sample.method {options.method}, only with multistep"
+    if not guided:
+        keys = ("cfg_channels", "cfg_schedule", "cfg_power", "cfg_interval", "guide", "guide_ema")
+        idle |= dict.fromkeys(keys, "where nothing is guided (sample.cfg_scale 1)")
+    elif options.cfg_schedule != "power_cosine":
+        idle["cfg_power"] = f"with sample.cfg_schedule {options.cfg_schedule}, only with power_cosine"
+    if options.guide is None:
+        idle.setdefault("guide_ema", "without a sample.guide")
+    if not options.clip and options.threshold is None:
+        idle["eps_after_clip"] = "where x0 is not clipped (sample.clip false)"
+    for key, names in TAKEN_BY.items():
+        if options.sampler not in names:
+            idle[key] = f"on the sampler {options.sampler}, only on {', '.join(names)}"
     for key in given:
-        takers = TAKEN_BY.get(key, (options.sampler,))
-        if options.sampler not in takers:
-            value = getattr(options, key)
+        if key in idle and (value := getattr(options, key)) is not None:
             shown = f"{value:g}" if isinstance(value, float) else value
-            raise UsageError(
-                f"sample.{key} {shown} has no effect on the sampler {options.sampler}, only on {', '.join(takers)}"
-            )
+            raise UsageError(f"sample.{key} {shown} has no effect {idle[key]}")

@@ -91,6 +91,13 @@ def subdivide(process: Process, times: Tensor, parts: list[int]) -> Tensor:
     return torch.cat([*pieces, times[-1:]])
 
 
+def grid_of(options: SampleConfig) -> str:
+    """The name of the grid that a `sample` section asks for, or else the sampler's own."""
+    if isinstance(options.steps, str):
+        return options.grid or "adm"
+    return options.grid or ("even" if options.sampler in ("ddim", "ddpm") else "logsnr")
+
+
 def visited(process: Process, options: SampleConfig) -> Tensor:
     """The times of a `sample` section.
 
@@ -101,10 +108,7 @@ def visited(process: Process, options: SampleConfig) -> Tensor:
     Raises UsageError for a spacing or a number of steps that the grid has not.
     """
     solver = options.sampler in ("dpm_solver", "dpm_solver++", "unipc")
-    by_index = options.sampler in ("ddim", "ddpm") or isinstance(options.steps, str)
-    spacing = "adm" if isinstance(options.steps, str) else "even"
-    grid = options.grid or (spacing if by_index else "logsnr")
-    if grid in INDEX_GRIDS:
+    if (grid := grid_of(options)) in INDEX_GRIDS:
         return INDEX_GRIDS[grid](process.timesteps, options.steps).clamp(max=process.latest).unique_consecutive()
     steps = _number(options.steps)
     ends = (process.latest, options.end or process.earliest)
@@ -127,10 +131,12 @@ def solver_orders(method: str, evaluations: int, order: int) -> list[int]:
     """The orders of a singlestep solver's steps, each of which takes as many evaluations as its order.
 
     `singlestep`: all of one order, as many as fit. `fast`: all evaluations are used, the last ones at lower order
-    (Lu et al. 2022, appendix D.3).
+    (Lu et al. 2022, appendix D.3). Raises UsageError for fewer evaluations than one step of `singlestep` takes.
     """
     if method == "singlestep":
-        return [order] * max(1, evaluations // order)
+        if evaluations < order:
+            raise UsageError(f"sample.steps {evaluations} are fewer than one step of sample.order {order} takes")
+        return [order] * (evaluations // order)
     full, rest = divmod(evaluations, order)
     if order == 3 and rest == 0:
         return [3] * (full - 1) + [2, 1]
