@@ -49,7 +49,9 @@ def sample(
     ] = True,
     npz: Annotated[Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")] = None,
     stats: Annotated[Path | None, typer.Option(help="Also write the statistics that `fid` takes.")] = None,
-    features: Annotated[Literal["inception", "pixel"], typer.Option(help="Of --stats.")] = "inception",
+    features: Annotated[
+        Literal["inception", "pixel"] | None, typer.Option(help="Of --stats; default: inception.")
+    ] = None,
     weights: Annotated[Path | None, typer.Option(help="Inception weights of --stats.")] = None,
     grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")] = True,
     interpolate: Annotated[str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")] = None,
@@ -84,6 +86,14 @@ def sample(
         raise UsageError(f"--n {n}: give at least one image")
     if not (png or npz or stats or picture):
         raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
+    kinds = {"--interpolate": interpolate, "--inpaint": inpaint, "--trajectory": trajectory}
+    drawn = [option for option, value in kinds.items() if value]
+    idle = {"--npz": npz, "--stats": stats} if picture else {}
+    idle |= {"--seeds": seeds, **dict.fromkeys(drawn[1:], True)} if interpolate else {}
+    idle |= {} if stats else {"--features": features, "--weights": weights}
+    for option in (option for option, value in idle.items() if value):
+        where = f"with {drawn[0]}" if drawn else "without --stats"
+        raise UsageError(f"{option} has no effect {where}: leave it out")
     sources = source or [str(stored.newest())]
     for option, path in (("--npz", npz), ("--stats", stats)):
         if len(sources) > 1 and path is not None:
@@ -106,7 +116,7 @@ def sample(
         samplers.check(loaded.config.sample, given["sample"] | changes.get("sample", {}))
         folder = out if out and len(sources) == 1 else (out or Path("samples")) / _name_of(each)
         request = Request(
-            chosen, folder, classes, texts, batch_size, png, npz, stats, features, weights, grid,
+            chosen, folder, classes, texts, batch_size, png, npz, stats, features or "inception", weights, grid,
             interpolate, inpaint, trajectory,
         )  # fmt: skip
         made = Gallery(loaded, request, device).make(console.progress)

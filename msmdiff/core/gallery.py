@@ -76,6 +76,12 @@ class Gallery:
         self._label: Callable[[list[int]], Any] = partial(deal, request.classes, network.num_classes)
         if request.classes is not None and not network.num_classes:
             raise UsageError(f"--classes {request.classes}: {path} is unconditional")
+        labels = self._label(request.seeds) or []
+        if max(labels, default=0) >= network.num_classes > 0:
+            raise UsageError(f"--classes {request.classes}: the classes of {path} are 0 to {network.num_classes - 1}")
+        wanted = context_shape(loaded.config)
+        if options.cfg_scale != 1 and not (network.num_classes or wanted or loaded.guide):
+            raise UsageError(f"sample.cfg_scale {options.cfg_scale:g} (--cfg): {path} is unconditional, set it to 1")
         self._settings = {
             "weights": str(path),
             "sha256": files.checksum(weights.file_of(path)),
@@ -84,7 +90,7 @@ class Gallery:
             "msmdiff": msmdiff.__version__,
             "torch": torch.__version__,
         }
-        if request.prompts or context_shape(loaded.config):
+        if request.prompts or wanted:
             context, null = text.features(loaded.config, request.prompts)
             self._label = lambda seeds: context[[seed % len(context) for seed in seeds]]
             self._settings["prompts_sha256"] = hashlib.sha256("\n".join(request.prompts).encode()).hexdigest()
@@ -106,6 +112,10 @@ class Gallery:
         if self.request.picture:
             return self._picture(self.request.picture) if rank == 0 else ""
         wish, seeds, side = self.request, self.request.seeds, self._loaded.config.data.image_size
+        for path in (wish.npz, wish.stats):
+            if path and rank == 0:
+                self._refuse_foreign(path)
+                self._record(path.with_suffix(".json"), seeds)  # first, so that a rerun knows its own
         earlier = self._claim() if wish.png and rank == 0 else []
         # A plain array first, which all processes fill; the archive is made of it at the end.
         raw = wish.npz and wish.npz.with_name(f".{wish.npz.name}.part.npy")
@@ -162,7 +172,8 @@ class Gallery:
             first = canvas[:100] if canvas is not None else [np.asarray(read_rgb(self._png(s))) for s in seeds[:100]]
             different = len(set(labels or ()))
             columns = different if 1 < different <= 20 else None
-            shown.append(f"grid in {_save(grid(np.asarray(first), columns), self._beside('grid'))}")
+            beside = self._beside("grid") if wish.png or not wish.npz else wish.npz.with_suffix(".grid.png")
+            shown.append(f"grid in {_save(grid(np.asarray(first), columns), beside)}")
         if canvas is not None and raw and wish.npz:
             known: dict[str, Any] = {} if labels is None else {"arr_1": np.array(labels, np.int64)}
             with files.whole(wish.npz) as part, part.open("wb") as file:
@@ -172,9 +183,6 @@ class Gallery:
         if wish.stats:
             statistics.save(wish.stats, found)
             shown.append(f"statistics in {wish.stats}")
-        for path in (wish.npz, wish.stats):
-            if path and not wish.png:
-                self._record(path.with_suffix(".json"), seeds)
         return ", ".join(shown)
 
     def _png(self, seed: int) -> Path:
@@ -183,16 +191,19 @@ class Gallery:
     def _picture(self, kind: str) -> str:
         """An interpolation, fillings of an image, or predictions over time."""
         wish, loaded, seeds = self.request, self._loaded, self.request.seeds
-        codec, start, wraps, rows = loaded.codec, None, [], []
+        codec, start, wraps, rows, target = loaded.codec, None, [], [], self._beside(kind)
+        self._refuse_foreign(target)
         if wish.interpolate:
             ends = parse_range(wish.interpolate, "--interpolate")
-            if len(ends) != 2 or wish.inpaint:
-                raise UsageError(f"--interpolate {wish.interpolate}: give two seeds A,B, and no --inpaint")
+            if len(ends) != 2 or len(seeds) < 2:
+                raise UsageError(f"--interpolate {wish.interpolate}: give two seeds A,B, and at least 2 images (--n)")
             a, b = SeedNoise(ends, codec.shape, "cpu")()
             start, seeds = editing.slerp(a, b, len(seeds)), ends[:1] * len(seeds)
         if wish.inpaint:
-            known, mask = (_cropped(path, loaded.config.data.image_size) for path in wish.inpaint)
+            known, mask = _cropped_alike(*wish.inpaint, loaded.config.data.image_size)
             keep = mask.float().mean(1, keepdim=True) < 128
+            if keep.all():
+                raise UsageError(f"--inpaint {wish.inpaint[1]} is black: paint white what is to be filled in")
             x0 = codec.encode(known.to(self._device), stream(self._device, 0, "inpaint"))
             place = editing.wholly_kept(keep.to(self._device), codec.shape[1])
             wraps.append(editing.inpainting(loaded.process, x0, place))
@@ -209,12 +220,17 @@ class Gallery:
             over_time = [codec.decode(x0, loaded.config.sample.rounding).cpu() for x0 in watch.pick(10)]
             rows = [torch.stack([*over_time, rows[-1]], dim=1).flatten(0, 1)]
             columns = len(over_time) + 1
-        target = _save(grid(to_hwc(torch.cat(rows)), columns), self._beside(kind))
+        _save(grid(to_hwc(torch.cat(rows)), columns), target)
         self._record(target.with_suffix(".json"), wish.seeds)
         return f"picture in {target}"
 
     def _beside(self, kind: str) -> Path:
         return self.request.folder.with_name(f"{self.request.folder.name}.{kind}.png")
+
+    def _refuse_foreign(self, path: Path) -> None:
+        """A file that was sampled has its settings beside it; others are not replaced."""
+        if path.exists() and not path.with_suffix(".json").exists():
+            raise UsageError(f"{path} is there already and was not sampled here: give another name, or remove it")
 
     def _record(self, path: Path, seeds: Iterable[int]) -> None:
         files.write_json(path, {**self._settings, "seeds": spans(seeds)})
@@ -230,6 +246,8 @@ class Gallery:
         except FileNotFoundError:
             if out.is_dir() and any(p.suffix == ".png" for p in out.iterdir()):
                 raise UsageError(f"{out} holds images that were not sampled here: give another --out") from None
+            if self.request.grid and self._beside("grid").exists():
+                raise UsageError(f"{self._beside('grid')} is there without its images: give another --out") from None
             self._record(out / "sample.json", [])
             return []
         except (OSError, ValueError) as error:
@@ -278,12 +296,18 @@ def spans(seeds: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ends)
 
 
-def _cropped(path: Path, side: int) -> Tensor:
-    try:
-        pixels = center_crop(read_rgb(path), side)
-    except UNREADABLE as error:
-        raise UsageError(f"--inpaint {path} cannot be read as an image: {error}") from None
-    return torch.from_numpy(pixels.copy()).permute(2, 0, 1)[None]
+def _cropped_alike(image: Path, mask: Path, side: int) -> list[Tensor]:
+    """Two images of one size, each uint8 [1, 3, side, side]."""
+    opened = []
+    for path in (image, mask):
+        try:
+            opened.append(read_rgb(path))
+        except UNREADABLE as error:
+            raise UsageError(f"--inpaint {path} cannot be read as an image: {error}") from None
+    (width, height), masked = (picture.size for picture in opened)
+    if masked != (width, height):
+        raise UsageError(f"--inpaint {mask} is {masked[0]}x{masked[1]}, and must be {width}x{height} like {image}")
+    return [torch.from_numpy(center_crop(each, side).copy()).permute(2, 0, 1)[None] for each in opened]
 
 
 def _is_whole(path: Path) -> bool:

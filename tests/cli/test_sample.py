@@ -74,8 +74,9 @@ def test_straight_into_statistics(cli, tmp_path, model):
     np.testing.assert_allclose(got.pooled.mean, expected.pooled.mean, atol=1e-3)
     np.testing.assert_allclose(got.pooled.cov, expected.pooled.cov, atol=1e-3)
     assert json.loads((tmp_path / "s.json").read_text())["seeds"] == "0-11"
-    done = cli("sample", model, "--no-png", code=2)
-    assert "leaves nothing to write" in done.stderr
+    cli("sample", model, "--n", "5", *FAST, "--no-png", "--npz", "n.npz", "--out", "none")
+    assert (tmp_path / "n.grid.png").is_file()  # beside the file whose images it shows
+    assert not (tmp_path / "none.grid.png").exists()
 
 
 def test_several_processes_make_the_same_set(cli, tmp_path, model):
@@ -150,3 +151,43 @@ def test_pictures(cli, tmp_path, model):
     assert not (tmp_path / "a").exists()
     done = cli("sample", model, "--inpaint", "image.png", "nothing.png", code=2)
     assert "nothing.png cannot be read" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--no-png"], "leaves nothing to write"),
+        (["--interpolate", "4,9", "--npz", "x.npz"], "--npz has no effect with --interpolate"),
+        (["--interpolate", "4,9", "--trajectory"], "--trajectory has no effect with --interpolate"),
+        (["--interpolate", "4,9", "--seeds", "0-3"], "--seeds has no effect with --interpolate"),
+        (["--interpolate", "4,9", "--n", "1"], "at least 2 images (--n)"),
+        (["--features", "pixel"], "--features has no effect without --stats"),
+        (["--classes", "3,10"], "--classes 3,10: the classes of r.safetensors are 0 to 9"),
+        (["--set", "model.hidden_size=32"], "r.safetensors says itself what its network is (16)"),
+        (["--set", "codec.level=2"], "codec.level 2 has no effect on the codec pixel, only on dwt"),
+        (["--preset", "uvit-continuous"], "sample.end 0.0001 is free of noise in this process: end at 0.001 or later"),
+        (["--no-png", "--npz", "precious.npz"], "precious.npz is there already and was not sampled here"),
+        (["--no-png", "--features", "pixel", "--stats", "precious.npz"], "precious.npz is there already"),
+        (["--trajectory", "--out", "keep"], "keep.trajectory.png is there already"),
+        (["--out", "keep"], "keep.grid.png is there without its images"),
+        (["--inpaint", "image.png", "small.png"], "small.png is 16x9, and must be 16x16 like image.png"),
+        (["--inpaint", "image.png", "black.png"], "black.png is black"),
+    ],
+)
+def test_what_would_be_lost_or_ignored_is_refused(cli, tmp_path, model, options, words):
+    (tmp_path / "precious.npz").write_bytes(b"mine")
+    for name, size in (("image", (16, 16)), ("small", (16, 9)), ("black", (16, 16))):
+        Image.new("RGB", size, (0, 0, 0) if name == "black" else (255, 255, 255)).save(tmp_path / f"{name}.png")
+    for kind in ("grid", "trajectory"):
+        (tmp_path / f"keep.{kind}.png").write_bytes(b"mine")
+    count = [] if {"--n", "--seeds"} & set(options) else ["--n", "2"]
+    done = cli("sample", model, *count, *options, code=2)
+    assert words in done.stderr
+    assert (tmp_path / "precious.npz").read_bytes() == b"mine"
+    assert (tmp_path / "keep.grid.png").read_bytes() == b"mine"
+
+
+def test_a_scale_for_an_unconditional_network_names_the_option(cli, tmp_path):
+    save(tmp_path / "u.safetensors", 0, model={"num_classes": 0, "hidden_size": 16, "num_heads": 2, "depth": 3})
+    done = cli("sample", "u.safetensors", "--cfg", "2", "--n", "1", code=2)
+    assert "sample.cfg_scale 2 (--cfg): u.safetensors is unconditional" in done.stderr

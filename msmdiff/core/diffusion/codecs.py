@@ -350,6 +350,22 @@ def _load_vae(config: CodecConfig) -> Any:
     return vae.eval().requires_grad_(False)
 
 
+KEYS = {
+    "pixel": set[str](),
+    "dwt": {"wavelet", "level", "mean", "std"},
+    "vae": {"vae", "vae_config", "scale", "mean", "std", "channels", "factor", "precision", "tile"},
+}
+"""The keys of the `codec` section that each codec takes, beside `name` and `text`."""
+
+
+def check(config: CodecConfig, given: Iterable[str]) -> None:
+    """Raises UsageError for one of the `given` keys that has no effect on the codec."""
+    for key in set(given) - KEYS[config.name] - {"name", "text"}:
+        takers = " and ".join(name for name, keys in KEYS.items() if key in keys)
+        value = getattr(config, key)
+        raise UsageError(f"codec.{key} {value} has no effect on the codec {config.name}, only on {takers}")
+
+
 def build(config: CodecConfig, image_size: int) -> Codec:
     """The codec a configuration asks for, for square images of `image_size` pixels."""
     if config.name == "dwt":

@@ -105,13 +105,16 @@ def visited(process: Process, options: SampleConfig) -> Tensor:
     multistep solvers make `steps` intervals and stop at the last time; all others use the last of their steps to
     reach the clean image.
 
-    Raises UsageError for a spacing or a number of steps that the grid has not.
+    Raises UsageError for a spacing or a number of steps that the grid has not, and for an end without noise.
     """
     solver = options.sampler in ("dpm_solver", "dpm_solver++", "unipc")
     if (grid := grid_of(options)) in INDEX_GRIDS:
         return INDEX_GRIDS[grid](process.timesteps, options.steps).clamp(max=process.latest).unique_consecutive()
     steps = _number(options.steps)
     ends = (process.latest, options.end or process.earliest)
+    if not process.log_snr(torch.tensor(ends[1], dtype=torch.float64)).isfinite():
+        near = f"end at {process.earliest:g} or later"
+        raise UsageError(f"sample.end {ends[1]:g} is free of noise in this process: {near}")
     zero = torch.zeros(1, dtype=torch.float64)
     if not solver:
         return torch.cat([FREE_GRIDS[grid](process, steps - 1, *ends), zero])

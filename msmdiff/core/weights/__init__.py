@@ -15,6 +15,7 @@ from torch import Tensor
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion import codecs
 from msmdiff.core.diffusion.codecs import Codec
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -129,6 +130,11 @@ def load(
     config = road.resolve(configuration.build(stored.config.as_dict(), *layers))
     if config.sample.ema is not None and not asked and not Path(path).is_file():  # as the run was set up
         stored = read(locate(path, ema=config.sample.ema), model_fields)
+    own = stored.config.model.model_dump() if is_ours(stored.path) else model_fields
+    for name, value in model_fields.items():
+        if own.get(name) != value:
+            raise UsageError(f"model.{name} {value}: {stored.path} says itself what its network is ({own.get(name)})")
+    codecs.check(config.codec, [key for layer in layers for key in layer.get("codec") or {}])
     parts = road.build(config)
     try:
         parts.backbone.load_state_dict(stored.tensors)
