@@ -188,6 +188,11 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
     preset = [presets.read(options["config"])] if options["config"] else []
     sets = configuration.parse_sets(options["sets"] or [])
     config = configuration.build(*defaults, *preset, configuration.nest(flags), sets)
+    mask = config.mask
+    for option in ("mask_kind", "mask_block"):
+        if options[option] is not None and not (mask.ratio or mask.crop):
+            flag = "--" + option.replace("_", "-")
+            raise UsageError(f"{flag} {options[option]} has no effect without a mask: give --mask RATIO too")
     if options["images"] is not None:
         if options["steps"] is not None:
             raise UsageError(

@@ -48,7 +48,7 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     if config.optim.betas is None:
         config.optim.betas = [0.99, 0.99] if config.optim.name == "adamw" else [0.98, 0.92, 0.99]
     if config.optim.schedule != "constant" and config.optim.decay_steps is None:
-        config.optim.decay_steps = config.train.steps  # kept with the run: more steps later do not change the past
+        config.optim.decay_steps = config.train.steps
     if (config.codec.mean is None) != (config.codec.std is None):
         problems.append("codec.mean and codec.std belong together: give both, or neither to measure them")
     steps, sampler = config.sample.steps, config.sample.sampler
@@ -74,7 +74,10 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
             attempt(masking.build, config.mask, network.grid)
             groups = config.objective.channel_groups
             if groups and sum(groups) != codec.shape[0]:
-                problems.append(f"objective.channel_groups {groups} must add up to the {codec.shape[0]} channels")
+                problems.append(
+                    f"objective.channel_groups {groups} must add up to the {codec.shape[0]} channels, such as "
+                    f"[3, {codec.shape[0] - 3}], or be null"
+                )
     if problems:
         raise UsageError("; ".join(problems))
     return config

@@ -149,6 +149,7 @@ def test_bench_names_what_scripts_rely_on(cli):
         (["pretrain", "--model", "tiy"], 2, "'tiy' is not a known size; did you mean 'tiny'"),
         (["pretrain", "--set", "train.stepz=3"], 2, "'train.stepz'; did you mean 'steps'"),
         (["pretrain", "--config", "digit-pretrain"], 2, "did you mean 'digits-pretrain'"),
+        (["train", "--mask-kind", "block"], 2, "--mask-kind block has no effect without a mask"),
         (["pretrain", "--data", "nowhere"], 2, "data source 'nowhere' does not exist"),
         (["pretrain", "--image-size", "17"], 2, "the nearest valid values are 16 and 18"),
         (["pretrain", "--steps", "3", "--images", "9"], 2, "give one"),

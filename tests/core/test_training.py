@@ -450,8 +450,12 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     assert rates[0] == 1e-3
     assert rates[4] == pytest.approx(5e-4)
     assert rates[-1] < 1e-4
-    with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 9 now"):
-        train(small(decaying, {"train": {"steps": 9}}), tmp_path, quiet)
+    train(small(decaying, {"train": {"steps": 9}}), tmp_path, quiet)  # the run goes on by the schedule that it began
+    rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics()]
+    assert len(rates) == 9
+    assert rates[-1] == 0
+    with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 12 now"):
+        train(small(decaying, {"train": {"steps": 9}, "optim": {"decay_steps": 12}}), tmp_path, quiet)
 
 
 @pytest.mark.parametrize(

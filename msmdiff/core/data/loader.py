@@ -200,7 +200,10 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     summary = f"{len(bad)} of {len(source)} images in {config.source} cannot be read: {shown}"
     summary += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     if not config.skip_unreadable:
-        raise MsmdiffError(f"{summary}. Repair or remove them, or leave them out with --set data.skip_unreadable=true")
+        raise MsmdiffError(
+            f"{summary}. Repair or remove them, or leave them out: --set data.skip_unreadable=true where training, "
+            "--skip-unreadable where packing"
+        )
     if len(bad) == len(source):
         raise MsmdiffError(summary)
     report(f"left out: {summary}")

@@ -319,8 +319,8 @@ def _load_vae(config: CodecConfig) -> Any:
     source = config.vae
     if source is None:
         raise UsageError(
-            "these weights work on latents: name the VAE with --set codec.vae=FOLDER, a file, or a hub id such as "
-            "stabilityai/sd-vae-ft-ema"
+            "latents need their VAE: --set codec.vae=FOLDER (for `data encode`: --vae FOLDER), a file, or a hub id "
+            "such as stabilityai/sd-vae-ft-ema"
         )
     try:
         from diffusers import AutoencoderKL

@@ -49,10 +49,13 @@ class Run:
             return None
         return configuration.build(presets.parse_yaml(path.read_text(encoding="utf-8"), str(path)))
 
+    def begun(self) -> Config | None:
+        """The configuration of a run that has a whole checkpoint to go on from, else None."""
+        return self.stored_config() if checkpoint.newest(self.path) else None
+
     def admit(self, config: Config) -> None:
         """Check that `config` continues what this run computed. Raises UsageError with the differences."""
-        stored = self.stored_config()
-        if stored is None or checkpoint.newest(self.path) is None:
+        if (stored := self.begun()) is None:
             return
         if changes := configuration.difference(stored, config):
             shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items())

@@ -84,6 +84,10 @@ class Trainer:
         self.reporter = reporter
         self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
         source = open_training(config.data, self._note)
+        config = config.model_copy(deep=True)
+        begun = Run(run_path, writes=False).begun()
+        if begun and config.optim.decay_steps is None:  # more steps later do not change the past
+            config.optim.decay_steps = begun.optim.decay_steps
         config = road.resolve(config, source.num_classes)
         source.check(config)
         config.train.precision = launch.choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
@@ -168,11 +172,8 @@ class Trainer:
                     saved_at = self.images_seen
                 if told and self.images_seen < total:
                     break  # whoever stops us may not wait for pictures and distances
-                if (
-                    train.preview_every
-                    and previewed_at != self.images_seen
-                    and (done or step % train.preview_every == 0)
-                ):
+                pictured = train.preview_every and (done or step % train.preview_every == 0)
+                if pictured and previewed_at != self.images_seen:
                     self._preview()
                     previewed_at = self.images_seen
                 due = done or (self.config.eval.every and step % self.config.eval.every == 0)
@@ -349,7 +350,7 @@ class Trainer:
         codec = codecs.build(config.codec, config.data.image_size)
         if not isinstance(codec, DwtCodec) or (config.codec.mean and config.codec.std):
             return config
-        stored = self.run.stored_config() if checkpoint.newest(self.run.path) else None
+        stored = self.run.begun()
         if stored and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec:
             config.codec = stored.codec
         else:

@@ -129,7 +129,8 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
 def load(path: Path, average: bool = True) -> tuple[Any, Path]:
     """What lies in a file, and which file it was (a folder of U-ViT has two). Never executes anything.
 
-    Raises MsmdiffError for anything but a safetensors file or a torch file of plain values.
+    Raises UsageError where there is none, and MsmdiffError for anything but a safetensors file or a torch file of
+    plain values.
     """
     if path.is_dir():
         names = ("nnet_ema.pth", "nnet.pth") if average else ("nnet.pth",)
@@ -138,7 +139,7 @@ def load(path: Path, average: bool = True) -> tuple[Any, Path]:
             raise MsmdiffError(f"{path} is a folder without {' or '.join(names)}: name a checkpoint file")
         path = found[0]
     if not path.is_file():
-        raise MsmdiffError(f"{path} does not exist")
+        raise UsageError(f"{path} does not exist")
     try:
         if path.suffix == ".safetensors":
             return load_file(path), path
