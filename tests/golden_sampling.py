@@ -319,7 +319,7 @@ def run_solver(case: Case, call: dict[str, Any]) -> Outputs:
         lower_order_final=scalars.get("lower_order_final", False),
     )
     grid = times.visited(process, options)
-    if method == "fast" and scalars["schedule"] == "discrete" and not reference:
+    if method == "fast" and call["name"].startswith("pp"):
         # dpm_solver_pp.py takes fine grids of any spacing here, dpm_solver_pytorch.py cuts equal steps.
         grid = times.FREE_GRIDS[options.grid](process, options.steps, scalars["T"], scalars["eps"])
     if method == "adaptive":
