@@ -114,6 +114,16 @@ def test_distances_along_a_run(cli, tmp_path):
     assert one["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
     assert (one["sets"]["r"]["n"], one["sets"]["r"]["sample"]["steps"]) == (24, 3)
 
+    run.rename(tmp_path / "runs" / "digits")  # a name that the embedded data has, which the reference must remain
+    named = json.loads(cli("fid", "--run", "digits", *PIXEL, "--n", "24", "--json", "-").stdout)
+    assert (named["count_a"], named["count_b"]) == (24, 1797)
+    assert named["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
+    (tmp_path / "runs" / "digits").rename(tmp_path / "runs" / "gone")
+    config = tmp_path / "runs" / "gone" / "config.yaml"
+    config.write_text(config.read_text().replace("source: digits", "source: gone"))
+    done = cli("fid", "--run", "gone", *PIXEL, code=2)
+    assert "--run gone: the data it was trained on, gone, is not there: name the other side" in done.stderr
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),

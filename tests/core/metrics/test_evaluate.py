@@ -171,6 +171,18 @@ def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
         inputs.Stored(Files(folder, "none"))
 
 
+def test_a_name_is_a_runs_only_where_no_data_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits:test", "faces", "real"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    pictures(tmp_path / "real", 3)
+    assert [s for s in ("digits", "digits:test", "faces", "real", "runs/real") if inputs.draws(s)] == [
+        "faces", "runs/real"
+    ]  # fmt: skip
+    assert len(inputs.open_input("digits")) == 1797
+
+
 def test_sets_that_are_no_sets(tmp_path):
     one = pictures(tmp_path / "one", 1)
     with pytest.raises(UsageError, match="holds 1 image: a distance needs at least two"):
