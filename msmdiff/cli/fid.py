@@ -112,7 +112,8 @@ def fid(
         rows = [(s.title, f"{s.value:.4f}", _spread(s), s.features) for s in scores]
         console.table(f"{spec} ({counts[0]}) against {b} ({counts[1]})", ("metric", "value", "", "features"), rows)
     for each in passes:
-        note(", ".join(f"{name} {value}" for name, value in each.sets[-1].settings.items()))
+        known = [(k, dict.fromkeys(s.settings.get(k, v) for s in each.sets)) for k, v in each.sets[-1].settings.items()]
+        note(", ".join(f"{name} {' against '.join(values)}" for name, values in known))
     smallest = min((s.count for s in first.sets if s.count), default=evaluate.BIASED_BELOW)
     if results and smallest < evaluate.BIASED_BELOW:
         few = f", strongly below the {first.features.width} features" if smallest <= first.features.width else ""

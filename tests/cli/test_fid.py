@@ -31,6 +31,7 @@ def test_inputs_agree(cli, tmp_path, photos):
         score = json.loads(cli("fid", "photos", other, *PIXEL, "--json", "-").stdout)
         assert score["value"] < 1e-10, other
         assert score["count_b"] == 12
+    assert "image_size 40x24 against 8x8" in cli("fid", "photos", "digits", *PIXEL).stdout
     done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=1)
     assert "x.pth does not exist" in done.stderr
 
