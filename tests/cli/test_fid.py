@@ -133,6 +133,7 @@ def test_distances_along_a_run(cli, tmp_path):
         (["photos", "photos", "--metrics", "fid,nope"], 2, "--metrics nope: choose from fid, sfid, is"),
         (["photos", "photos", "--metrics", "is"], 2, "are for --features inception, not pixel"),
         (["photos", "photos", "--resize", "clean"], 2, "are for --features inception, not pixel"),
+        (["photos", "photos", "--bootstrap", "1"], 2, "--bootstrap 1: one drawing has no spread; give at least 2"),
         (["--run", "none"], 2, "--run none: no run with a config.yaml"),
         (["photos", "photos", "--every-checkpoint"], 2, "--every-checkpoint goes with --run RUN"),
         (["empty", "photos"], 2, "empty holds no images"),

@@ -129,6 +129,8 @@ def evaluate(
     """
     if unknown := set(metrics) - set(METRICS):
         raise UsageError(f"--metrics {','.join(sorted(unknown))}: choose from {', '.join(METRICS)}")
+    if bootstrap == 1:
+        raise UsageError("--bootstrap 1: one drawing has no spread; give at least 2, or 0 for no interval")
     for one, two in [(Path(spec).resolve(), Path(b).resolve()) for spec in a] if b is not None else []:
         if one.is_dir() and two.is_dir() and (one in two.parents or two in one.parents):
             raise UsageError(f"one of {one} and {two} lies in the other: compare two separate folders")
