@@ -32,8 +32,8 @@ def test_inputs_agree(cli, tmp_path, photos):
         assert score["value"] < 1e-10, other
         assert score["count_b"] == 12
     assert "image_size 40x24 against 8x8" in cli("fid", "photos", "digits", *PIXEL).stdout
-    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=1)
-    assert "x.pth does not exist" in done.stderr
+    done = cli("fid", "photos", "photos.npz", "--weights", "x.pth", code=2)
+    assert "--weights x.pth does not exist" in done.stderr
 
 
 def test_every_inception_metric_with_settings_and_a_picture(cli, tmp_path, photos, random_inception):
@@ -134,6 +134,9 @@ def test_distances_along_a_run(cli, tmp_path):
         (["photos", "photos", "--metrics", "is"], 2, "are for --features inception, not pixel"),
         (["photos", "photos", "--resize", "clean"], 2, "are for --features inception, not pixel"),
         (["photos", "photos", "--bootstrap", "1"], 2, "--bootstrap 1: one drawing has no spread; give at least 2"),
+        (["photos", "digits", "--weights", "x.pth"], 2, "--weights x.pth: pixel features have no weights"),
+        (["photos", "digits", "--n", "30"], 2, "--n 30: nothing is drawn, for no side is a run or weights"),
+        (["photos", "digits", "--set", "sample.steps=3"], 2, "--set sample.steps=3: nothing is drawn"),
         (["--run", "none"], 2, "--run none: no run with a config.yaml"),
         (["photos", "photos", "--every-checkpoint"], 2, "--every-checkpoint goes with --run RUN"),
         (["empty", "photos"], 2, "empty holds no images"),
