@@ -124,8 +124,8 @@ def evaluate(
     """Scores of each of the sets `a` against the reference `b`, the sets, and what was measured of them.
 
     Without `b` the sets are measured only. `resize` None means the rule of the statistics at hand; `keep` holds every
-    feature; `opening` is for `open_input`. Whatever can be refused is, before the first image is measured. Raises
-    UsageError for sets that do not compare, and MsmdiffError for images that cannot be read.
+    feature, for a picture of the images; `opening` is for `open_input`. Whatever can be refused is, before the first
+    image is measured. Raises UsageError for sets that do not compare, and MsmdiffError for images that cannot be read.
     """
     if unknown := set(metrics) - set(METRICS):
         raise UsageError(f"--metrics {','.join(sorted(unknown))}: choose from {', '.join(METRICS)}")
@@ -135,6 +135,8 @@ def evaluate(
         if one.is_dir() and two.is_dir() and (one in two.parents or two in one.parents):
             raise UsageError(f"one of {one} and {two} lies in the other: compare two separate folders")
     sets = [open_input(spec, device=device, **opening) for spec in ([*a, b] if b is not None else a)]
+    if keep and (bare := [images.spec for images in sets if not len(images)]):
+        raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
     here, keep, passes = set(metrics) - {"fd_dinov2"}, keep or bootstrap > 0, []
     if here:
         if features == "inception" and resize is None:

@@ -131,6 +131,16 @@ def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
     assert 0 <= low < direct[0].value < high
 
 
+def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    a = pictures(tmp_path / "a", 3)
+    _, _, (made,) = evaluate.evaluate([a], None, features="pixel")
+    assert made.sets[0].rows is not None  # so few that they are kept, which serves everything but a picture
+    statistics.save(tmp_path / "b.npz", made.sets[0])
+    monkeypatch.setattr(evaluate, "of_input", None)
+    with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):
+        evaluate.evaluate([a], str(tmp_path / "b.npz"), features="pixel", keep=True)
+
+
 def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):
     """And ADM's are taken for what its evaluator makes, so that other weights are told apart."""
     a, ref = pictures(tmp_path / "a", 3), str(tmp_path / "ref.npz")
