@@ -32,6 +32,8 @@ def test_inputs_agree(cli, tmp_path, photos):
         assert score["value"] < 1e-10, other
         assert score["count_b"] == 12
     assert "image_size 40x24 against 8x8" in cli("fid", "photos", "digits", *PIXEL).stdout
+    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=2)
+    assert "stats.npz holds statistics of pixel-8x8: it needs --features pixel, not inception" in done.stderr
     done = cli("fid", "photos", "photos.npz", "--weights", "x.pth", code=2)
     assert "--weights x.pth does not exist" in done.stderr
 

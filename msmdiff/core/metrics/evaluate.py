@@ -138,7 +138,11 @@ def evaluate(
     if keep and (bare := [images.spec for images in sets if not len(images)]):
         raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
     here, keep, passes = set(metrics) - {"fd_dinov2"}, keep or bootstrap > 0, []
-    if here:
+    if here:  # statistics are looked at first: features may have to be downloaded
+        for spec, name in [(s.spec, s.stored.settings.get("features", "")) for s in sets if s.stored and not len(s)]:
+            needs = next((kind for kind, start in extractors.PREFIXES.items() if name.startswith(start)), features)
+            if needs != features:
+                raise UsageError(f"{spec} holds statistics of {name}: it needs --features {needs}, not {features}")
         if features == "inception" and resize is None:
             rules = [s.stored.settings["resize"] for s in sets if s.stored and "resize" in s.stored.settings]
             resize = rules[-1] if rules else None

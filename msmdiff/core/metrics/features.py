@@ -18,6 +18,8 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
 """The published file, and how its sha256 begins."""
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+PREFIXES = {"inception": "inception-", "dinov2": DINOV2.partition(".")[0], "pixel": "pixel-"}
+"""How `Features.name` begins for each `--features`, by which statistics are known."""
 
 
 class Features:
