@@ -134,6 +134,8 @@ def evaluate(
     for one, two in [(Path(spec).resolve(), Path(b).resolve()) for spec in a] if b is not None else []:
         if one.is_dir() and two.is_dir() and (one in two.parents or two in one.parents):
             raise UsageError(f"one of {one} and {two} lies in the other: compare two separate folders")
+        if one == two:
+            note(f"note: both sides are the same, {b}: a distance to itself says nothing")
     sets = [open_input(spec, device=device, **opening) for spec in ([*a, b] if b is not None else a)]
     if keep and (bare := [images.spec for images in sets if not len(images)]):
         raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")

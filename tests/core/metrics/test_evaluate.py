@@ -202,5 +202,8 @@ def test_sets_that_are_no_sets(tmp_path):
     for a, b in ((outer, inner), (inner, outer)):
         with pytest.raises(UsageError, match="lies in the other"):
             evaluate.evaluate([a], b, features="pixel")
+    notes = []
+    evaluate.evaluate([inner], f"{inner}/../inner", features="pixel", note=notes.append)
+    assert "note: both sides are the same, " in notes[0]
     with pytest.raises(UsageError, match="--metrics fud: choose from fid, sfid"):
         evaluate.evaluate([outer], outer, ["fud"])
