@@ -36,7 +36,7 @@ def fid(
     crop: Annotated[
         int | None, typer.Option(min=8, help="Centre-crop images to this side first, as training does.")
     ] = None,
-    n: Annotated[int, typer.Option(min=2, help="Images to draw from weights: seeds 0 to n - 1.")] = 10_000,
+    n: Annotated[int | None, typer.Option(min=2, help="Images to draw, seeds from 0; default: 10,000.")] = None,
     sets: Annotated[list[str] | None, typer.Option("--set", help="Of sample, codec or model, when drawing.")] = None,
     run: Annotated[Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")] = None,
     every_checkpoint: Annotated[bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")] = False,
@@ -57,7 +57,7 @@ def fid(
 
     `msmdiff fid stats SRC -o FILE` keeps a reference's statistics. Images of one set must have one size.
     """
-    asked = {**locals(), "metrics": metrics.split(","), "keep": plot is not None}
+    asked = {**locals(), "metrics": metrics.split(","), "keep": plot is not None, "n": n or 10_000}
     from dataclasses import asdict
 
     import torch
@@ -67,7 +67,7 @@ def fid(
     from msmdiff.core import config as configuration
     from msmdiff.core.errors import UsageError
     from msmdiff.core.files import write_json
-    from msmdiff.core.metrics import evaluate, sheet, statistics
+    from msmdiff.core.metrics import evaluate, inputs, sheet, statistics
     from msmdiff.core.training import evaluation, launch
 
     if a == "stats" and b is not None and not Path(a).exists():
@@ -86,6 +86,9 @@ def fid(
         raise UsageError("--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with --plot")
     if not samples or (b is None and save_stats is None):
         raise UsageError("fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the statistics of one")
+    drawing = [f"--n {n}"] * (n is not None) + [f"--set {pair}" for pair in sets or []]
+    if drawing and not any(inputs.draws(spec) for spec in (*samples, b) if spec is not None):
+        raise UsageError(f"{' '.join(drawing)}: nothing is drawn, for no side is a run or weights")
     device, main = launch.process()
     console = Console(to_stderr=str(json_file) == "-")
     settings = {name: asked[name] for name in SETTINGS}
@@ -112,7 +115,8 @@ def fid(
         rows = [(s.title, f"{s.value:.4f}", _spread(s), s.features) for s in scores]
         console.table(f"{spec} ({counts[0]}) against {b} ({counts[1]})", ("metric", "value", "", "features"), rows)
     for each in passes:
-        note(", ".join(f"{name} {value}" for name, value in each.sets[-1].settings.items()))
+        known = [(k, dict.fromkeys(s.settings.get(k, v) for s in each.sets)) for k, v in each.sets[-1].settings.items()]
+        note(", ".join(f"{name} {' against '.join(values)}" for name, values in known))
     smallest = min((s.count for s in first.sets if s.count), default=evaluate.BIASED_BELOW)
     if results and smallest < evaluate.BIASED_BELOW:
         few = f", strongly below the {first.features.width} features" if smallest <= first.features.width else ""

@@ -31,8 +31,11 @@ def test_inputs_agree(cli, tmp_path, photos):
         score = json.loads(cli("fid", "photos", other, *PIXEL, "--json", "-").stdout)
         assert score["value"] < 1e-10, other
         assert score["count_b"] == 12
-    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=1)
-    assert "x.pth does not exist" in done.stderr
+    assert "image_size 40x24 against 8x8" in cli("fid", "photos", "digits", *PIXEL).stdout
+    done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=2)
+    assert "stats.npz holds statistics of pixel-8x8: it needs --features pixel, not inception" in done.stderr
+    done = cli("fid", "photos", "photos.npz", "--weights", "x.pth", code=2)
+    assert "--weights x.pth does not exist" in done.stderr
 
 
 def test_every_inception_metric_with_settings_and_a_picture(cli, tmp_path, photos, random_inception):
@@ -114,6 +117,16 @@ def test_distances_along_a_run(cli, tmp_path):
     assert one["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
     assert (one["sets"]["r"]["n"], one["sets"]["r"]["sample"]["steps"]) == (24, 3)
 
+    run.rename(tmp_path / "runs" / "digits")  # a name that the embedded data has, which the reference must remain
+    named = json.loads(cli("fid", "--run", "digits", *PIXEL, "--n", "24", "--json", "-").stdout)
+    assert (named["count_a"], named["count_b"]) == (24, 1797)
+    assert named["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
+    (tmp_path / "runs" / "digits").rename(tmp_path / "runs" / "gone")
+    config = tmp_path / "runs" / "gone" / "config.yaml"
+    config.write_text(config.read_text().replace("source: digits", "source: gone"))
+    done = cli("fid", "--run", "gone", *PIXEL, code=2)
+    assert "--run gone: the data it was trained on, gone, is not there: name the other side" in done.stderr
+
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
@@ -122,6 +135,10 @@ def test_distances_along_a_run(cli, tmp_path):
         (["photos", "photos", "--metrics", "fid,nope"], 2, "--metrics nope: choose from fid, sfid, is"),
         (["photos", "photos", "--metrics", "is"], 2, "are for --features inception, not pixel"),
         (["photos", "photos", "--resize", "clean"], 2, "are for --features inception, not pixel"),
+        (["photos", "photos", "--bootstrap", "1"], 2, "--bootstrap 1: one drawing has no spread; give at least 2"),
+        (["photos", "digits", "--weights", "x.pth"], 2, "--weights x.pth: pixel features have no weights"),
+        (["photos", "digits", "--n", "30"], 2, "--n 30: nothing is drawn, for no side is a run or weights"),
+        (["photos", "digits", "--set", "sample.steps=3"], 2, "--set sample.steps=3: nothing is drawn"),
         (["--run", "none"], 2, "--run none: no run with a config.yaml"),
         (["photos", "photos", "--every-checkpoint"], 2, "--every-checkpoint goes with --run RUN"),
         (["empty", "photos"], 2, "empty holds no images"),

@@ -124,17 +124,27 @@ def evaluate(
     """Scores of each of the sets `a` against the reference `b`, the sets, and what was measured of them.
 
     Without `b` the sets are measured only. `resize` None means the rule of the statistics at hand; `keep` holds every
-    feature; `opening` is for `open_input`. Whatever can be refused is, before the first image is measured. Raises
-    UsageError for sets that do not compare, and MsmdiffError for images that cannot be read.
+    feature, for a picture of the images; `opening` is for `open_input`. Whatever can be refused is, before the first
+    image is measured. Raises UsageError for sets that do not compare, and MsmdiffError for images that cannot be read.
     """
     if unknown := set(metrics) - set(METRICS):
         raise UsageError(f"--metrics {','.join(sorted(unknown))}: choose from {', '.join(METRICS)}")
+    if bootstrap == 1:
+        raise UsageError("--bootstrap 1: one drawing has no spread; give at least 2, or 0 for no interval")
     for one, two in [(Path(spec).resolve(), Path(b).resolve()) for spec in a] if b is not None else []:
         if one.is_dir() and two.is_dir() and (one in two.parents or two in one.parents):
             raise UsageError(f"one of {one} and {two} lies in the other: compare two separate folders")
+        if one == two:
+            note(f"note: both sides are the same, {b}: a distance to itself says nothing")
     sets = [open_input(spec, device=device, **opening) for spec in ([*a, b] if b is not None else a)]
+    if keep and (bare := [images.spec for images in sets if not len(images)]):
+        raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
     here, keep, passes = set(metrics) - {"fd_dinov2"}, keep or bootstrap > 0, []
-    if here:
+    if here:  # statistics are looked at first: features may have to be downloaded
+        for spec, name in [(s.spec, s.stored.settings.get("features", "")) for s in sets if s.stored and not len(s)]:
+            needs = next((kind for kind, start in extractors.PREFIXES.items() if name.startswith(start)), features)
+            if needs != features:
+                raise UsageError(f"{spec} holds statistics of {name}: it needs --features {needs}, not {features}")
         if features == "inception" and resize is None:
             rules = [s.stored.settings["resize"] for s in sets if s.stored and "resize" in s.stored.settings]
             resize = rules[-1] if rules else None

@@ -18,6 +18,8 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
 """The published file, and how its sha256 begins."""
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
+PREFIXES = {"inception": "inception-", "dinov2": DINOV2.partition(".")[0], "pixel": "pixel-"}
+"""How `Features.name` begins for each `--features`, by which statistics are known."""
 
 
 class Features:
@@ -109,7 +111,7 @@ class InceptionFeatures(Features):
 
         path = weights or _published_weights()
         if not path.is_file():
-            raise MsmdiffError(f"--weights {path} does not exist: give {INCEPTION_FILE} from pytorch-fid's releases")
+            raise UsageError(f"--weights {path} does not exist: give {INCEPTION_FILE} from pytorch-fid's releases")
         checksum = files.checksum(path)[:8]
         if checksum != INCEPTION_SHA256 and path.name == INCEPTION_FILE:
             raise MsmdiffError(
@@ -240,6 +242,8 @@ def build(
     """The `inception`, `dinov2` or `pixel` features that `metrics` need; UsageError for a setting they do not have."""
     if kind == "inception":
         return InceptionFeatures(weights, device, resize or "pytorch-fid", precision, "sfid" in metrics)
+    if kind == "pixel" and weights is not None:
+        raise UsageError(f"--weights {weights}: pixel features have no weights")
     if resize or precision != "fp32" or metrics & {"sfid", "is"}:
         raise UsageError(f"sfid, is, --resize and --precision are for --features inception, not {kind}")
     return DinoFeatures(weights, device) if kind == "dinov2" else PixelFeatures(device)

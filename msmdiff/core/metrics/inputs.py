@@ -134,6 +134,18 @@ class Drawn(Images):
         yield from (x.images for x in generate(*road, **options))
 
 
+def is_data(spec: str) -> bool:
+    """Whether `sources.open_source` finds something there: a path, or embedded data."""
+    return spec.partition(":")[0] == "digits" or Path(spec.removesuffix(":train").removesuffix(":test")).exists()
+
+
+def draws(spec: str) -> bool:
+    """Whether images are sampled for `spec`: weights, a run's directory, or its name, unless data has it: `digits`."""
+    path = Path(spec)
+    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or ((Path("runs") / spec).is_dir() and not is_data(spec))
+    return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")
+
+
 def open_input(
     spec: str,
     *,
@@ -145,14 +157,13 @@ def open_input(
 ) -> Images:
     """A folder, zip, `.npz` of images or `digits`; an `.npz` of statistics (ADM's may hold both); or weights.
 
-    From a run's directory or name, or weights, `n` images are drawn, with the configuration `layers` over its own.
+    Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored one.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
-    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or ((Path("runs") / spec).is_dir() and not path.exists())
     if found is not None and not sources.holds_images(path):
         opened = Images(spec)
-    elif run or path.suffix in (".safetensors", ".pt", ".pth"):
+    elif draws(spec):
         fields = {name: value for layer in layers for name, value in layer.get("model", {}).items()}
         road = [{name: section for name, section in layer.items() if name != "model"} for layer in layers]
         loaded = weights.load(spec, device, road, **fields)

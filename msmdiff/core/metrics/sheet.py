@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from msmdiff.core.errors import UsageError
 from msmdiff.core.metrics.evaluate import Pass, Score
 from msmdiff.core.metrics.inputs import Images
 from msmdiff.core.metrics.prdc import nearest
@@ -15,13 +14,12 @@ def save(
     """A PNG of the samples that lie nearest to any reference, each with its nearest ones and their distances.
 
     Memorised images come first. Distances are Euclidean, over the features of the pass; the scores stand above.
-    Raises UsageError where one side has no images to show.
     """
     from matplotlib.figure import Figure
 
     one, two = each.sets[0].rows, each.sets[-1].rows
-    if one is None or two is None or not len(a) or not len(b):
-        raise UsageError(f"--plot shows images: {b.spec if len(a) else a.spec} holds statistics only")
+    assert one is not None  # with `keep`, `evaluate` refuses statistics alone
+    assert two is not None
     squares, where = nearest(one, two, columns, each.features.device)
     chosen = squares[:, 0].argsort()[:rows].tolist()
     # Row i of the features is the i-th image that could be read.

@@ -10,7 +10,7 @@ from msmdiff.core.config import Config
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import UsageError
 from msmdiff.core.metrics import evaluate, features, statistics
-from msmdiff.core.metrics.inputs import Drawn, Images, Stored, open_input
+from msmdiff.core.metrics.inputs import Drawn, Images, Stored, draws, is_data, open_input
 from msmdiff.core.training import checkpoint, previews
 from msmdiff.core.training.run import Run
 
@@ -89,4 +89,6 @@ def open_run(run: Path, reference: str | None, crop: int | None) -> tuple[Path, 
     found = {int(p.name[4:]): p / f"{stem}.safetensors" for p in checkpoint.whole(path)}
     if reference is None:
         reference, crop = config.data.source, crop or config.data.image_size
+        if draws(reference) or not is_data(reference):
+            raise UsageError(f"--run {run}: the data it was trained on, {reference}, is not there: name the other side")
     return path, found, reference, crop

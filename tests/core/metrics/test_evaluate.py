@@ -131,6 +131,16 @@ def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
     assert 0 <= low < direct[0].value < high
 
 
+def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
+    a = pictures(tmp_path / "a", 3)
+    _, _, (made,) = evaluate.evaluate([a], None, features="pixel")
+    assert made.sets[0].rows is not None  # so few that they are kept, which serves everything but a picture
+    statistics.save(tmp_path / "b.npz", made.sets[0])
+    monkeypatch.setattr(evaluate, "of_input", None)
+    with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):
+        evaluate.evaluate([a], str(tmp_path / "b.npz"), features="pixel", keep=True)
+
+
 def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):
     """And ADM's are taken for what its evaluator makes, so that other weights are told apart."""
     a, ref = pictures(tmp_path / "a", 3), str(tmp_path / "ref.npz")
@@ -171,6 +181,18 @@ def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
         inputs.Stored(Files(folder, "none"))
 
 
+def test_a_name_is_a_runs_only_where_no_data_has_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("digits", "digits:test", "faces", "real"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    pictures(tmp_path / "real", 3)
+    assert [s for s in ("digits", "digits:test", "faces", "real", "runs/real") if inputs.draws(s)] == [
+        "faces", "runs/real"
+    ]  # fmt: skip
+    assert len(inputs.open_input("digits")) == 1797
+
+
 def test_sets_that_are_no_sets(tmp_path):
     one = pictures(tmp_path / "one", 1)
     with pytest.raises(UsageError, match="holds 1 image: a distance needs at least two"):
@@ -180,5 +202,8 @@ def test_sets_that_are_no_sets(tmp_path):
     for a, b in ((outer, inner), (inner, outer)):
         with pytest.raises(UsageError, match="lies in the other"):
             evaluate.evaluate([a], b, features="pixel")
+    notes = []
+    evaluate.evaluate([inner], f"{inner}/../inner", features="pixel", note=notes.append)
+    assert "note: both sides are the same, " in notes[0]
     with pytest.raises(UsageError, match="--metrics fud: choose from fid, sfid"):
         evaluate.evaluate([outer], outer, ["fud"])
