@@ -65,6 +65,7 @@ def fid(
     import msmdiff
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core import config as configuration
+    from msmdiff.core.data.sources import holds_images
     from msmdiff.core.errors import UsageError
     from msmdiff.core.files import write_json
     from msmdiff.core.metrics import evaluate, inputs, sheet, statistics
@@ -86,6 +87,8 @@ def fid(
         raise UsageError("--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with --plot")
     if not samples or (b is None and save_stats is None):
         raise UsageError("fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the statistics of one")
+    if save_stats and save_stats.exists() and (holds_images(save_stats) or not statistics.load(save_stats)):
+        raise UsageError(f"{save_stats} holds other things than statistics: give another name, or remove it")
     drawing = [f"--n {n}"] * (n is not None) + [f"--set {pair}" for pair in sets or []]
     if drawing and not any(inputs.draws(spec) for spec in (*samples, b) if spec is not None):
         raise UsageError(f"{' '.join(drawing)}: nothing is drawn, for no side is a run or weights")

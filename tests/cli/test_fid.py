@@ -143,10 +143,12 @@ def test_distances_along_a_run(cli, tmp_path):
         (["photos", "photos", "--every-checkpoint"], 2, "--every-checkpoint goes with --run RUN"),
         (["empty", "photos"], 2, "empty holds no images"),
         (["stats", "photos"], 2, "needs a file to write: -o reference.npz"),
+        (["stats", "photos", "-o", "images.npz"], 2, "images.npz holds other things than statistics"),
         (["weights.safetensors", "photos"], 2, "neither a weights file nor a run"),
     ],
 )
 def test_mistakes_get_one_sentence(cli, tmp_path, photos, arguments, code, message):
+    np.savez(tmp_path / "images.npz", arr_0=np.zeros((2, 8, 8, 3), np.uint8))
     (tmp_path / "empty").mkdir()
     done = cli("fid", *arguments, *PIXEL, code=code)
     assert message in done.stderr
