@@ -87,7 +87,7 @@ def fid(
         raise UsageError("--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with --plot")
     if not samples or (b is None and save_stats is None):
         raise UsageError("fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the statistics of one")
-    if save_stats and save_stats.exists() and (holds_images(save_stats) or not statistics.load(save_stats)):
+    if save_stats and save_stats.exists() and (not statistics.load(save_stats) or holds_images(save_stats)):
         raise UsageError(f"{save_stats} holds other things than statistics: give another name, or remove it")
     drawing = [f"--n {n}"] * (n is not None) + [f"--set {pair}" for pair in sets or []]
     if drawing and not any(inputs.draws(spec) for spec in (*samples, b) if spec is not None):
