@@ -141,11 +141,12 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         summary = fit(config, path, console, allow_partial=allow_partial, command=shlex.join(sys.argv))
     finally:
         console.finish()
+    if summary.interrupted:
+        if summary.writes:
+            console.note(f"interrupted at image {summary.images_seen:,} and saved: the same command resumes {path}")
+        raise typer.Exit(128 + signal.Signals(summary.interrupted))
     if not summary.writes:
         return
-    if summary.interrupted:
-        console.note(f"interrupted at image {summary.images_seen:,} and saved: the same command resumes {path}")
-        raise typer.Exit(128 + signal.Signals(summary.interrupted))
     console.note(
         f"{path}: {summary.images_seen:,} images in {summary.steps:,} steps, {summary.seconds:.1f} s; "
         f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"

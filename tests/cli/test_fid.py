@@ -103,6 +103,8 @@ def test_distances_along_a_run(cli, tmp_path):
     done = cli(*train, "--steps", "6", "--set", "eval.n=23")  # what is measured may change, and the reference is kept
     assert "measuring" not in done.stdout
     assert "of 23 samples" in done.stdout
+    assert "(2 earlier, with other settings of eval or sample, do not count)" in done.stdout
+    assert json.loads((run / "best.json").read_text())["images"] == 48  # like is compared with like
 
     command = ["fid", "--run", "r", "--every-checkpoint", *PIXEL, "--n", "24", "--json", "-"]
     report = json.loads(cli(*command).stdout)

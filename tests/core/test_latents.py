@@ -202,7 +202,8 @@ def test_a_cache_trains_and_packs(tmp_path, quiet):
     layers = SMALL, {"data": data, "codec": {"name": "vae"}}, {"model": {"patch_size": 1, "num_classes": 3}}
     train(configuration.build(*layers), tmp_path / "a", quiet)
     config = configuration.build(*layers)
-    encode.encode(sources.open_source(data["source"]), codecs.PixelCodec(16), config.data, tmp_path / "p", nothing,
+    codec = codecs.build(config.codec, 16)  # of no VAE, which is not asked for
+    encode.encode(sources.open_source(data["source"]), codec, config.data, tmp_path / "p", nothing,
                   dtype="float32", shard=4)  # fmt: skip
     packed = sources.open_source(str(tmp_path / "p"))
     assert packed.num_classes == 3

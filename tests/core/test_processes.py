@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from msmdiff.core import config as configuration
+from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer
 
 STEPS = 10
@@ -22,7 +23,14 @@ MDT = {
 UNMASKED = {**MDT, "objective": {"name": "dsm"}}
 CASES = {"uvit": UVIT, "mdtv2": MDT, "mdtv2-unmasked": UNMASKED}
 COMMON = {
-    "train": {"batch_size": 8, "micro_batch_size": 4, "steps": STEPS, "preview_every": 0, "precision": "fp32"},
+    "train": {
+        "batch_size": 8,
+        "micro_batch_size": 4,
+        "steps": STEPS,
+        "preview_every": 0,
+        "precision": "fp32",
+        "log_every": 1,
+    },
     "optim": {"lr": 1e-3},
 }
 
@@ -79,6 +87,8 @@ def test_two_processes_compute_what_one_does(tmp_path, name):
     for key, value in first["gradients"].items():
         assert torch.equal(value, second["gradients"][key]), key
         torch.testing.assert_close(value, one["gradients"][key], rtol=1e-4, atol=1e-6)
+    logged = [Run(tmp_path / run, writes=False).metrics()[0] for run in ("one", "run")]
+    assert logged[1]["loss"] == pytest.approx(logged[0]["loss"], rel=1e-4)  # of all processes, not of the first
     assert len(one["draws"]) == len(first["draws"]) + len(second["draws"])
     for a, b in zip(first["draws"], second["draws"], strict=True):
         assert not torch.equal(a["eps"], b["eps"])

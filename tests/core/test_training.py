@@ -443,6 +443,49 @@ def test_other_data_under_the_same_run_are_refused(tmp_path, photos, quiet):
         train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
 
 
+def test_as_many_other_images_or_classes_are_refused(tmp_path, photos, quiet):
+    layers = {"data": {"source": str(photos)}}
+    train(small(layers, {"train": {"steps": 2}}), tmp_path / "run", quiet)
+    (photos / "cat").rename(photos / "eel")
+    with pytest.raises(UsageError, match=r"was trained on 12 images, .* now has 12 others, or of other classes"):
+        train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
+    (photos / "eel").rename(photos / "cat")
+    train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
+
+
+def test_what_a_kill_after_a_checkpoint_prevented_is_made_up_for(tmp_path, quiet, monkeypatch):
+    every = {"train": {"steps": 4, "checkpoint_every": 2, "preview_every": 2}, "sample": {"steps": 2}}
+    every |= {"eval": {"every": 2, "n": 8, "features": "pixel"}}
+    train(small(every), tmp_path / "straight", quiet)
+
+    def killed(*_):
+        raise RuntimeError("killed")
+
+    for patched in ("_preview", "_sampled"):  # before the pictures, then before the distance
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, patched, killed)
+            with pytest.raises(RuntimeError, match="killed"):
+                train(small(every, {"train": {"steps": 2}}), tmp_path / "killed", quiet)
+    train(small(every), tmp_path / "killed", quiet)
+    pictures, distances = [], []
+    for run in ("straight", "killed"):
+        pictures.append(sorted(path.name for path in (tmp_path / run / "previews").glob("img-*")))
+        lines = Run(tmp_path / run, writes=False).metrics()
+        distances.append([(line["images"], line["fd_pixel"]) for line in lines if "fd_pixel" in line])
+    assert pictures[0] == pictures[1]
+    assert len(pictures[0]) >= 3
+    assert [images for images, _ in distances[0]] == [16, 32]
+    assert distances[0] == distances[1]
+
+
+def test_a_signal_that_another_process_received_counts_as_an_interruption(tmp_path, quiet, monkeypatch):
+    stopped = iter([False, False, False, True])  # pictures and distances of an earlier start, then two steps
+    monkeypatch.setattr(Trainer, "_agree", lambda self, stop: next(stopped))
+    summary = train(small(), tmp_path, quiet)
+    assert (summary.interrupted, summary.steps) == (signal.SIGTERM, 1)
+    assert checkpoint.newest(tmp_path) is not None
+
+
 def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     decaying = {"optim": {"schedule": "cosine"}}
     train(small(decaying), tmp_path, quiet)

@@ -57,9 +57,10 @@ def encode(
     if isinstance(source, Latents) and (mirror or cache is None):
         raise UsageError(f"{source.spec} is encoded already" + (": it cannot be mirrored any more" if mirror else ""))
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    about = codec.identity() if isinstance(codec, VaeCodec) else {"name": "pixel"}
-    if cache is not None:
+    if cache is not None:  # encoded already: no codec has a part in it
         about, captions = cache.codec, Captions.of_cache(cache) if cache.text else None
+    else:
+        about = codec.identity() if isinstance(codec, VaeCodec) else {"name": "pixel"}
     reader = TrainingImages(source, data, seed=0)
 
     def load(chosen: range) -> tuple[Tensor, Tensor | None]:

@@ -1,5 +1,6 @@
 """What a data set is: images, or encoded ones, by index."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -41,6 +42,13 @@ class Source:
     def name(self, index: int) -> str:
         """The image at `index` for messages."""
         return self.describe(index)
+
+    def identity(self) -> str:
+        """sha256 of the images' names and classes in their order: another one makes it another training."""
+        digest = hashlib.sha256("\n".join(map(self.name, range(len(self)))).encode(errors="surrogateescape"))
+        digest.update(repr(list(self.class_names)).encode())
+        digest.update(b"" if self.labels is None else self.labels.tobytes())
+        return digest.hexdigest()
 
     @property
     def num_classes(self) -> int | None:

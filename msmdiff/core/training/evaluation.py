@@ -1,5 +1,7 @@
 """Distances along a run: while it trains, or of its checkpoints afterwards; the curve, and which was best."""
 
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,8 @@ class Evaluator:
             if found and found.settings == self.features.settings() | self._reference.settings:
                 self._reference.stored = found
         evaluate.check(self._drawn(parts.backbone), self._reference, self.features)
+        how = {"sample": config.sample.model_dump(), **options.model_dump(exclude={"every"})}
+        self._how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]
 
     def _drawn(self, network: Any) -> Drawn:
         config = self.config.model_copy(
@@ -44,8 +48,18 @@ class Evaluator:
         loaded = weights.Loaded(network, self.parts.process, self.parts.codec, config, {}, self.run.path)
         return Drawn("samples", loaded, self.config.eval.n, self.device)
 
+    def measured(self, images_seen: int) -> bool:
+        """Whether the run's log has this step's distance, measured as now: settings may change between two starts."""
+        return any(m["images"] == images_seen for m in self._alike())
+
+    def _alike(self) -> list[dict[str, Any]]:
+        return [m for m in self.run.metrics() if m.get("measured_as") == self._how]
+
     def __call__(self, network: Any, images_seen: int, saved: bool) -> None:
-        """Measure, log, draw the curve, and note the best; `saved`: whether this step's checkpoint is."""
+        """Measure, log, draw the curve, and note the best of those measured alike.
+
+        `saved`: whether this step's checkpoint is.
+        """
         if self._reference.stored is None:
             self._note(f"measuring {len(self._reference):,} reference images ({self.features.name})")
             self._reference.stored = evaluate.of_input(self._reference, self.features)
@@ -56,10 +70,12 @@ class Evaluator:
         network.train(training)
         score, step = evaluate.compare(drawn, self._reference.stored, self.features), self.config.train.batch_size
         line = {"images": images_seen, "step": images_seen // step, score.name: score.value, "eval_n": drawn.count}
-        self.run.log({**line, "saved": saved})
+        self.run.log({**line, "saved": saved, "measured_as": self._how})
         if self.run.writes:
-            points = [(m["images"], m[score.name], m["saved"]) for m in self.run.metrics() if score.name in m]
+            points = [(m["images"], m[score.name], m["saved"]) for m in self._alike()]
             best = record(self.run.path, "best", score.title, points)
+            if others := sum("eval_n" in m for m in self.run.metrics()) - len(points):
+                best += f" ({others} earlier, with other settings of eval or sample, do not count)"
             self._note(f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} samples; {best}")
 
 

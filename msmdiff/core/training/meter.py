@@ -2,6 +2,7 @@
 
 import resource
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ class Meter:
     Args:
         cost: of one image, for FLOP/s.
         device: whose memory is reported.
+        mean: of a tensor over all processes, each of which reads at the same steps.
     """
 
-    def __init__(self, cost: Cost, device: torch.device) -> None:
-        self.cost, self.device = cost, device
+    def __init__(self, cost: Cost, device: torch.device, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        self.cost, self.device, self._mean = cost, device, mean
         self._reset()
 
     def _reset(self) -> None:
@@ -45,7 +47,8 @@ class Meter:
             torch.cuda.synchronize()  # what is still queued belongs to these steps
             self._spent += time.perf_counter() - started
         images_per_s = self._images / self._spent
-        metrics = {name: value.item() / self._steps for name, value in self._terms.items()} | {
+        terms = self._mean(torch.stack(list(self._terms.values())) / self._steps).tolist()
+        metrics = dict(zip(self._terms, terms, strict=True)) | {
             "grad_norm": self._grad_norm / self._steps,
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * self._spent / self._steps,

@@ -33,13 +33,18 @@ def alone(options: SampleConfig, labelled: bool) -> SampleConfig:
     return options.model_copy(update={"cfg_scale": 1.0, "guide": None})
 
 
+def samples_at(stem: Path) -> Path:
+    """Where `draw` writes samples."""
+    return stem.with_name(f"{stem.name}-samples.png")
+
+
 def draw(network: Any, parts: Parts, config: Config, dataset: TrainingImages, device: torch.device, stem: Path) -> None:
     """Write `STEM-samples.png`, and `STEM-masked.png` where the training masks."""
     training = network.training
     network.eval()
     context = dataset.context(40)
     picture = samples(network, parts, config, device, context=context)
-    picture.save(stem.with_name(f"{stem.name}-samples.png"))
+    picture.save(samples_at(stem))
     if config.objective.name in ("msm", "mdt"):
         images = next(dataset.sample(8, "preview"))
         seen = None if context is None else context[: len(images)].to(device)

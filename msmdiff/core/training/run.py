@@ -1,12 +1,13 @@
-"""A run's directory: who may write there, what it was started with, and its log."""
+"""A run: its directory, who may write there, what it was started with, its log, and what it reports."""
 
 import fcntl
 import json
 import platform
 import subprocess
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 import torch
 
@@ -16,6 +17,28 @@ from msmdiff.core import files, presets
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint
+
+
+class Reporter(Protocol):
+    """Where a training's messages go; the command line has one."""
+
+    def note(self, text: str) -> None: ...
+
+    def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class Summary:
+    """How a training ended."""
+
+    run: Path
+    images_seen: int
+    steps: int
+    seconds: float
+    writes: bool = True
+    """Whether this process is the one of several that reports."""
+    interrupted: int | None = None
+    """The signal that ended it early, if one did."""
 
 
 class Run:

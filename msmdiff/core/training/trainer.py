@@ -3,9 +3,9 @@
 import math
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from signal import SIGTERM
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,29 +25,7 @@ from msmdiff.core.training import checkpoint, cost, launch, optim, previews, sha
 from msmdiff.core.training.ema import Averages
 from msmdiff.core.training.evaluation import Evaluator
 from msmdiff.core.training.meter import Meter
-from msmdiff.core.training.run import Run
-
-
-class Reporter(Protocol):
-    """Where a training's messages go; the command line has one."""
-
-    def note(self, text: str) -> None: ...
-
-    def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class Summary:
-    """How a training ended."""
-
-    run: Path
-    images_seen: int
-    steps: int
-    seconds: float
-    writes: bool = True
-    """Whether this process is the one of several that reports."""
-    interrupted: int | None = None
-    """The signal that ended it early, if one did."""
+from msmdiff.core.training.run import Reporter, Run, Summary
 
 
 def train(
@@ -91,7 +69,7 @@ class Trainer:
         config = road.resolve(config, source.num_classes)
         source.check(config)
         config.train.precision = launch.choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
-        self.dataset = TrainingImages(source, config.data, config.train.seed)
+        self.dataset, self.listing = TrainingImages(source, config.data, config.train.seed), source.identity()
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
@@ -144,7 +122,7 @@ class Trainer:
         if found:
             self._restore(found)
         self.cost = cost.measure(config)
-        self.meter = Meter(self.cost, self.device)
+        self.meter = Meter(self.cost, self.device, lambda terms: self.accelerator.reduce(terms, "mean"))
         judged = (config, self.parts, self.run, self.dataset.source, self.device, self._note)
         self.evaluator = Evaluator(*judged) if config.eval.every else None
         self.run.start(config, command, self.images_seen)
@@ -158,7 +136,11 @@ class Trainer:
         total = train.steps * train.batch_size
         self._introduce(total)
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
-        saved_at = previewed_at = evaluated_at = self.images_seen if self.images_seen else -1
+        saved_at = self.images_seen or -1
+        # A kill may have come between a checkpoint and what follows it; the first process can tell.
+        previewed_at = saved_at if self._agree(self.main and previews.samples_at(self._stem).is_file()) else -1
+        measured = self.main and self.evaluator is not None and self.evaluator.measured(self.images_seen)
+        evaluated_at = saved_at if self._agree(measured) else -1
         with launch.Signals() as signals:
             while True:
                 step = self.images_seen // train.batch_size
@@ -183,7 +165,8 @@ class Trainer:
                 if done:
                     break
                 self._step(stream_of_batches)
-        return Summary(self.run.path, self.images_seen, step, self.seconds, self.main, signals.received)
+        signal = signals.received or (SIGTERM if told else None)  # of all processes, one may have been told
+        return Summary(self.run.path, self.images_seen, step, self.seconds, self.main, signal)
 
     def _step(self, stream_of_batches: Any) -> None:
         """One optimiser step over the next batch_size images."""
@@ -295,9 +278,13 @@ class Trainer:
     def _preview(self) -> None:
         network = self._sampled()
         if self.main:
-            stem = self.run.path / "previews" / f"img-{self.images_seen:09d}"
-            previews.draw(network, self.parts, self.config, self.dataset, self.device, stem)
+            previews.draw(network, self.parts, self.config, self.dataset, self.device, self._stem)
         self.accelerator.wait_for_everyone()
+
+    @property
+    def _stem(self) -> Path:
+        """What this step's pictures are called, up to what they show."""
+        return self.run.path / "previews" / f"img-{self.images_seen:09d}"
 
     def _save(self) -> None:
         scaler, history = self.accelerator.scaler, self.parts.objective.history
@@ -309,6 +296,7 @@ class Trainer:
             "averages": self.averages.counters(),
             "times": history.state_dict() if history is not None else None,
             "data": len(self.dataset.source),
+            "listing": self.listing,
             "processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
@@ -331,10 +319,12 @@ class Trainer:
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         self.images_seen, self.seconds, self.skipped = state["images_seen"], state["seconds"], state["skipped"]
-        if state["data"] != len(self.dataset.source):
+        listing = state.get("listing", self.listing)
+        if (state["data"], listing) != (count := len(self.dataset.source), self.listing):
+            others = " others, or of other classes" if state["data"] == count else ""
             raise UsageError(
                 f"{self.run.path} was trained on {state['data']:,} images, {self.config.data.source} now has "
-                f"{len(self.dataset.source):,}: restore the data, or finetune --ckpt from it in another --run"
+                f"{count:,}{others}: restore the data, or finetune --ckpt from it in another --run"
             )
         if self.main:
             stem = next((f"ema-{decay}" for decay in self.averages.networks), "model")
