@@ -254,6 +254,7 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
         right.plot([x] * len(values), values, "k.", markersize=4)
     right.axhline(floor, color="grey", linestyle=":", label="real digits")
     right.set(xticks=range(2), xticklabels=["masked +\nfine-tuned", "from\nscratch"], ylabel="pixel Fréchet distance")
+    right.set_ylim(top=1.25 * right.get_ylim()[1])  # room for the legend
     right.legend(frameon=False)
     figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=150)

@@ -350,11 +350,12 @@ class Trainer:
         return config
 
     def _introduce(self, total: int) -> None:
-        mask, cost_ = self.parts.mask, self.cost
+        mask, cost_, limit = self.parts.mask, self.cost, self.config.train.max_seconds
+        goal = f"{total:,} images to see" if limit is None else f"{limit:,.0f} seconds of steps, or {total:,} images"
         self._note(
             f"{self.run.path}: {cost_.parameters / 1e6:.2f} M parameters, {len(self.dataset.source):,} images, "
             f"batch {self.config.train.batch_size}, {self.config.train.precision} on {self.device.type} x "
-            f"{self.accelerator.num_processes}, {total:,} images to see"
+            f"{self.accelerator.num_processes}, {goal}"
         )
         if self.config.objective.name == "mdt":
             low, spread = self.config.mask.ratio, self.config.mask.spread or 0.0
