@@ -1,4 +1,6 @@
-"""Shared fixtures: the golden data's folder, small image folders, and the command line as a user runs it."""
+"""Shared fixtures: the golden data's folder, small image folders, and the command line as a user
+runs it.
+"""
 
 import json
 import os
@@ -26,13 +28,17 @@ os.environ["PET_MASTER_PORT"] = str(29500 + int(os.environ.get("PYTEST_XDIST_WOR
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSMDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    torch.set_flush_denormal(False)  # a training before this test set it, and hypothesis wants IEEE 754
+    torch.set_flush_denormal(
+        False
+    )  # a training before this test set it, and hypothesis wants IEEE 754
 
 
 @pytest.fixture
 def golden() -> Path:
     """The folder of inputs and outputs of the published implementations."""
-    folder = Path(os.environ.get("MSMDIFF_GOLDEN", Path(__file__).parents[1] / ".." / "shared" / "golden"))
+    folder = Path(
+        os.environ.get("MSMDIFF_GOLDEN", Path(__file__).parents[1] / ".." / "shared" / "golden")
+    )
     if not folder.is_dir():
         pytest.skip(f"no golden data at {folder} (MSMDIFF_GOLDEN names the folder)")
     return folder
@@ -85,7 +91,9 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     with (
         mock.patch.object(inception, "_inception_v3", remember),
-        mock.patch.object(inception, "load_state_dict_from_url", side_effect=lambda url, **_: made[0].state_dict()),
+        mock.patch.object(
+            inception, "load_state_dict_from_url", side_effect=lambda url, **_: made[0].state_dict()
+        ),
     ):
         network = inception.fid_inception_v3()
     for module in network.modules():
@@ -98,7 +106,9 @@ def random_inception(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vae(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny AutoencoderKL of random numbers, as diffusers saves it: 4 channels at a factor of 8."""
+    """A folder with a tiny AutoencoderKL of random numbers, as diffusers saves it: 4 channels at a
+    factor of 8.
+    """
     diffusers = pytest.importorskip("diffusers")
     torch.manual_seed(0)
     network = diffusers.AutoencoderKL(

@@ -1,4 +1,6 @@
-"""Reads a case of golden data: its description, its tensors, and its checkpoint as one of our networks."""
+"""Reads a case of golden data: its description, its tensors, and its checkpoint as one of our
+networks.
+"""
 
 import json
 import os
@@ -26,14 +28,18 @@ class Case:
         self.data = json.loads((folder / "case.json").read_text())
         self.family: str | None = self.data.get("family")
         self.hyper: dict[str, Any] = self.data.get("hyper_parameters", {})
-        self.calls: dict[str, dict[str, Any]] = {call["name"]: call for call in self.data.get("calls", [])}
+        self.calls: dict[str, dict[str, Any]] = {
+            call["name"]: call for call in self.data.get("calls", [])
+        }
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
         return load_file(self.folder / self.data["io"]["file"])
 
     def inputs(self, call: dict[str, Any], known: set[str]) -> dict[str, Tensor]:
-        """The call's inputs, but for those it sets to null; fails on an input that the runner does not use."""
+        """The call's inputs, but for those it sets to null; fails on an input that the runner does
+        not use.
+        """
         assert not (odd := set(call["inputs"]) - known), f"unknown inputs {odd}"
         return {name: self.tensors[at] for name, at in call["inputs"].items() if at is not None}
 
@@ -64,25 +70,37 @@ class Case:
 
 @lru_cache
 def cases() -> list[Case]:
-    return [Case(path.parent) for path in sorted(FOLDER.glob("*/case.json"))] if FOLDER.is_dir() else []
+    return (
+        [Case(path.parent) for path in sorted(FOLDER.glob("*/case.json"))]
+        if FOLDER.is_dir()
+        else []
+    )
 
 
 def compare(call: dict[str, Any], case: Case, got: dict[str, Tensor]) -> None:
-    """Every output of the call within its own tolerance: |got - expected| <= atol + rtol |expected|."""
+    """Every output of the call within its own tolerance: |got - expected| <= atol + rtol
+    |expected|.
+    """
     atol, rtol = call["tolerance"]["atol"], call["tolerance"]["rtol"]
     assert not (missing := set(call["outputs"]) - set(got)), f"not computed: {missing}"
     for name, at in call["outputs"].items():
         expected = case.tensors[at]
-        assert got[name].shape == expected.shape, f"{name}: {tuple(got[name].shape)} != {tuple(expected.shape)}"
+        assert got[name].shape == expected.shape, (
+            f"{name}: {tuple(got[name].shape)} != {tuple(expected.shape)}"
+        )
         gap = (got[name].detach().to(expected.dtype) - expected).abs()
         worst = (gap - rtol * expected.abs()).max().item()
-        assert worst <= atol, f"{name}: off by {gap.max().item():.3g}, {worst:.3g} beyond rtol, atol {atol:.3g}"
+        assert worst <= atol, (
+            f"{name}: off by {gap.max().item():.3g}, {worst:.3g} beyond rtol, atol {atol:.3g}"
+        )
 
 
 def gradients(case: Case, network: Any) -> dict[str, Tensor]:
     """Gradients under the published names; zeros where none arrived."""
     read = case.published()
-    ours = {n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()}
+    ours = {
+        n: torch.zeros_like(p) if p.grad is None else p.grad for n, p in network.named_parameters()
+    }
     theirs = published.export(ours, read.model, read.shape, read.notes["layout"])
     return {name: tensor for name, tensor in theirs.items() if tensor.is_floating_point()}
 

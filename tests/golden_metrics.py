@@ -1,4 +1,6 @@
-"""The metrics' golden case: every table of numbers in it, at its own tolerance, from the features it holds."""
+"""The metrics' golden case: every table of numbers in it, at its own tolerance, from the features
+it holds.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +28,18 @@ def frechet(case: Case) -> None:
             _close(frechet_distance(one, two), expected["exact"], expected["tolerance"], name)
         # From covariances alone, as statistics files hold them.
         thin, full = Gaussian(a.mean, a.cov), Gaussian(b.mean, b.cov)
-        _close(frechet_distance(thin, full), expected["exact"], expected["tolerance"], f"{name}, covariances")
-        _close(frechet_distance(a, full), expected["exact"], expected["tolerance"], f"{name}, one factor")
+        _close(
+            frechet_distance(thin, full),
+            expected["exact"],
+            expected["tolerance"],
+            f"{name}, covariances",
+        )
+        _close(
+            frechet_distance(a, full),
+            expected["exact"],
+            expected["tolerance"],
+            f"{name}, one factor",
+        )
 
 
 def scores(case: Case) -> None:
@@ -39,7 +51,11 @@ def scores(case: Case) -> None:
             got = inception_score(p, split_size=int(name.split("_")[3]))
         else:
             kind, _, order = name.removeprefix("splits").partition("_")
-            rows = p[case.tensors[f"is/permutation_{order.rpartition('_')[2]}"]] if "shuffled" in order else p
+            rows = (
+                p[case.tensors[f"is/permutation_{order.rpartition('_')[2]}"]]
+                if "shuffled" in order
+                else p
+            )
             got = inception_score(rows, splits=int(kind))
         expected = expected if isinstance(expected, dict) else {"mean": expected}
         for key, value in expected.items():
@@ -53,10 +69,14 @@ def kid(case: Case) -> None:
     got = polynomial_mmd(reference[:m], generated[:m])
     _close(got, table["full_first_m"]["value"], table["tolerance"], "first m")
     rows = zip(case.tensors["kid/subset_ref_idx"], case.tensors["kid/subset_gen_idx"], strict=True)
-    values = torch.tensor([polynomial_mmd(reference[r], generated[g]) for r, g in rows], dtype=torch.float64)
+    values = torch.tensor(
+        [polynomial_mmd(reference[r], generated[g]) for r, g in rows], dtype=torch.float64
+    )
     assert len(values) == table["subsets"]["count"]
     _close(float(values.mean()), table["subsets"]["mean"], table["tolerance"], "mean")
-    _close(float(values.std(correction=0)), table["subsets"]["std"], table["tolerance"], "deviation")
+    _close(
+        float(values.std(correction=0)), table["subsets"]["std"], table["tolerance"], "deviation"
+    )
 
 
 def precision_recall(case: Case) -> None:

@@ -1,4 +1,6 @@
-"""Runs the golden calls of schedules, samplers and solvers: processes and samplers on analytic networks."""
+"""Runs the golden calls of schedules, samplers and solvers: processes and samplers on analytic
+networks.
+"""
 
 import math
 import re
@@ -18,8 +20,26 @@ from msmdiff.core.training.ema import Averages
 Outputs = dict[str, Tensor]
 Runner = Callable[[Case, dict[str, Any]], Outputs]
 
-SCALARS = {"steps", "timestep_respacing", "clip_denoised", "eta", "step_noises", "schedule", "method", "order"}
-SCALARS |= {"skip_type", "eps", "T", "predict_x0", "solver_type", "patched", "source", "algorithm_type"}
+SCALARS = {
+    "steps",
+    "timestep_respacing",
+    "clip_denoised",
+    "eta",
+    "step_noises",
+    "schedule",
+    "method",
+    "order",
+}
+SCALARS |= {
+    "skip_type",
+    "eps",
+    "T",
+    "predict_x0",
+    "solver_type",
+    "patched",
+    "source",
+    "algorithm_type",
+}
 SCALARS |= {
     "rescale_learned_sigmas",
     "predict_xstart",
@@ -35,11 +55,22 @@ SCALARS |= {
 def process_of(case: Case, schedule: str | None = None) -> Process:
     """The case's process: its own schedule unless another is named."""
     steps = case.hyper.get("diffusion_steps", case.hyper.get("timesteps", 1000))
-    return build(ProcessConfig(schedule=schedule or case.hyper.get("noise_schedule"), timesteps=steps))
+    return build(
+        ProcessConfig(schedule=schedule or case.hyper.get("noise_schedule"), timesteps=steps)
+    )
 
 
-def analytic(process: Process, mean: Any, std: Any, clip: bool = False, raw: bool = False, learned: bool = False):
-    """The exact prediction for data N(mean, std^2): eps = sigma (x - alpha mean) / (alpha^2 std^2 + sigma^2)."""
+def analytic(
+    process: Process,
+    mean: Any,
+    std: Any,
+    clip: bool = False,
+    raw: bool = False,
+    learned: bool = False,
+):
+    """The exact prediction for data N(mean, std^2): eps = sigma (x - alpha mean) / (alpha^2 std^2 +
+    sigma^2).
+    """
 
     def denoise(x: Tensor, t: Tensor) -> Prediction:
         alpha, sigma = process.alpha_sigma(t)
@@ -50,7 +81,9 @@ def analytic(process: Process, mean: Any, std: Any, clip: bool = False, raw: boo
     return denoise
 
 
-def clipped(process: Process, prediction: Prediction, x: Tensor, t: Tensor, clip: bool, raw: bool) -> Prediction:
+def clipped(
+    process: Process, prediction: Prediction, x: Tensor, t: Tensor, clip: bool, raw: bool
+) -> Prediction:
     if clip:
         prediction.x0 = prediction.x0.clamp(-1, 1)
         if not raw:
@@ -74,13 +107,23 @@ def run_schedule(case: Case, call: dict[str, Any]) -> Outputs:
     for name, expected in case.tensors.items():  # results that no call lists
         if spacing := re.fullmatch(r"spaced/(.+)/betas", name):
             grid = times.adm(process.timesteps, spacing[1])
-            torch.testing.assert_close(ddpm.posterior(process, grid)[3].flip(0).exp(), expected, **exact)
+            torch.testing.assert_close(
+                ddpm.posterior(process, grid)[3].flip(0).exp(), expected, **exact
+            )
         elif name == "schedule/squaredcos_cap_v2_betas":
-            torch.testing.assert_close(arrays(process_of(case, "cosine"))["betas"], expected, **exact)
+            torch.testing.assert_close(
+                arrays(process_of(case, "cosine"))["betas"], expected, **exact
+            )
         elif name.startswith("fixed_"):
-            low, high = process.log_variance_bounds((case.tensors["t"].double() + 1) / process.timesteps)
-            large = torch.where(case.tensors["t"] > 0, high, low)  # the first step is given the second one's posterior
-            torch.testing.assert_close((large if "large" in name else low).float(), expected, rtol=1e-5, atol=0)
+            low, high = process.log_variance_bounds(
+                (case.tensors["t"].double() + 1) / process.timesteps
+            )
+            large = torch.where(
+                case.tensors["t"] > 0, high, low
+            )  # the first step is given the second one's posterior
+            torch.testing.assert_close(
+                (large if "large" in name else low).float(), expected, rtol=1e-5, atol=0
+            )
     return arrays(process) | {"alphas_cumprod": process.alpha_bar[1:]}
 
 
@@ -102,7 +145,11 @@ def arrays(process: Process) -> Outputs:
 
 def run_q_sample(case: Case, call: dict[str, Any]) -> Outputs:
     inputs, process = case.inputs(call, {"x_start", "t", "noise"}), process_of(case)
-    return {"x_t": process.add_noise(inputs["x_start"], (inputs["t"] + 1) / process.timesteps, inputs["noise"])}
+    return {
+        "x_t": process.add_noise(
+            inputs["x_start"], (inputs["t"] + 1) / process.timesteps, inputs["noise"]
+        )
+    }
 
 
 def one_step(case: Case, call: dict[str, Any], sampler: str) -> Outputs:
@@ -119,16 +166,27 @@ def one_step(case: Case, call: dict[str, Any], sampler: str) -> Outputs:
             at, pair = at, grid[[at, at - 1]]
         else:
             pair = grid[at : at + 2]
-        prediction = clipped(process, process.split(output, x, pair[0]), x, pair[0], scalars["clip_denoised"], False)
+        prediction = clipped(
+            process, process.split(output, x, pair[0]), x, pair[0], scalars["clip_denoised"], False
+        )
         options = SampleConfig(sampler=sampler, eta=scalars.get("eta", 0.0))
 
-        def take(noise: Tensor | None, x=x, pair=pair, prediction=prediction, options=options) -> Tensor:
-            return SAMPLERS[sampler](lambda *_: prediction, process, x, pair, noises(noise), options)
+        def take(
+            noise: Tensor | None, x=x, pair=pair, prediction=prediction, options=options
+        ) -> Tensor:
+            return SAMPLERS[sampler](
+                lambda *_: prediction, process, x, pair, noises(noise), options
+            )
 
         noise = inputs["step_noise"][i : i + 1][None] if "step_noise" in inputs else None
         log_variance = low[at] + (high[at] - low[at]) * prediction.variance
         rows.append(
-            {"sample": take(noise), "mean": take(None), "log_variance": log_variance, "pred_xstart": prediction.x0}
+            {
+                "sample": take(noise),
+                "mean": take(None),
+                "log_variance": log_variance,
+                "pred_xstart": prediction.x0,
+            }
         )
     return {name: torch.cat([row[name] for row in rows]) for name in rows[0]}
 
@@ -139,12 +197,17 @@ def run_loop(case: Case, call: dict[str, Any]) -> Outputs:
     assert scalars.get("step_noises", "all zero") == "all zero"
     sampler = "ddim" if "eta" in scalars else "ddpm"
     options = SampleConfig(
-        sampler=sampler, steps=scalars["timestep_respacing"], grid="adm", eta=scalars.get("eta", 0.0)
+        sampler=sampler,
+        steps=scalars["timestep_respacing"],
+        grid="adm",
+        eta=scalars.get("eta", 0.0),
     )
     denoise = analytic(process, toy["mu"], toy["s"], scalars["clip_denoised"], learned=True)
     grid = times.visited(process, options)
     return {
-        "sample": SAMPLERS[sampler](denoise, process, inputs["z"], grid, noises(inputs.get("step_noises")), options)
+        "sample": SAMPLERS[sampler](
+            denoise, process, inputs["z"], grid, noises(inputs.get("step_noises")), options
+        )
     }
 
 
@@ -154,7 +217,9 @@ def run_loop(case: Case, call: dict[str, Any]) -> Outputs:
 def run_maskdm_schedule(case: Case, call: dict[str, Any]) -> Outputs:
     process = process_of(case, call["name"].removeprefix("schedule_"))
     assert process.timesteps == call["scalars"]["timesteps"]
-    alpha, sigma = process.alpha_sigma(torch.arange(1, process.timesteps + 1, dtype=torch.float64) / process.timesteps)
+    alpha, sigma = process.alpha_sigma(
+        torch.arange(1, process.timesteps + 1, dtype=torch.float64) / process.timesteps
+    )
     tables = arrays(process)
     tables["betas64"] = tables.pop("betas")
     clipped_variance = tables["posterior_variance"].clamp(min=1e-20).log()
@@ -167,11 +232,16 @@ def run_maskdm_schedule(case: Case, call: dict[str, Any]) -> Outputs:
 
 def run_maskdm_ddim(case: Case, call: dict[str, Any]) -> Outputs:
     scalars, toy = call["scalars"], case.data["toy_network"]
-    inputs, process = case.inputs(call, {"z", "step_noises"}), process_of(case, scalars["beta_schedule"])
+    inputs, process = (
+        case.inputs(call, {"z", "step_noises"}),
+        process_of(case, scalars["beta_schedule"]),
+    )
     denoise = analytic(process, toy["mu"], toy["s"], scalars["clip_denoised"], raw=True)
     options = SampleConfig(eta=scalars["eta"], grid="maskdm", steps=scalars["sampling_timesteps"])
     grid = times.visited(process, options)
-    x = SAMPLERS["ddim"](denoise, process, inputs["z"], grid, noises(inputs.get("step_noises")), options)
+    x = SAMPLERS["ddim"](
+        denoise, process, inputs["z"], grid, noises(inputs.get("step_noises")), options
+    )
     return {"sample": (x + 1) / 2}
 
 
@@ -187,9 +257,9 @@ def run_maskdm_q(case: Case, call: dict[str, Any]) -> Outputs:
         "x_t": x_t,
         "posterior_mean": process.posterior_mean(x0, x_t, t),
         "posterior_log_variance": log_variance,
-        "v_target": build(ProcessConfig(schedule=schedule, timesteps=process.timesteps, prediction="v")).target(
-            x0, eps, t
-        ),
+        "v_target": build(
+            ProcessConfig(schedule=schedule, timesteps=process.timesteps, prediction="v")
+        ).target(x0, eps, t),
         "x_from_eps": process.split(eps, x_t, t).x0[:count],
     }
 
@@ -200,7 +270,9 @@ def run_ema(case: Case, call: dict[str, Any]) -> Outputs:
         module = nn.Linear(1, 1, bias=False)
         nn.init.zeros_(module.weight)
         decay = case.data["ema_decay"]["beta"]
-        averages = Averages(module, EmaConfig(decays=[decay], update_every=int(name.removeprefix("every"))))
+        averages = Averages(
+            module, EmaConfig(decays=[decay], update_every=int(name.removeprefix("every")))
+        )
         trajectory = []
         for value in values:
             module.weight.data.fill_(value)
@@ -214,7 +286,9 @@ def run_ema(case: Case, call: dict[str, Any]) -> Outputs:
 
 
 def run_vpsde(case: Case, call: dict[str, Any]) -> Outputs:
-    process = build(ProcessConfig(schedule={"vpsde": "vp_sde", "vpsde_cosine": "vp_cosine"}[call["name"]]))
+    process = build(
+        ProcessConfig(schedule={"vpsde": "vp_sde", "vpsde_cosine": "vp_cosine"}[call["name"]])
+    )
     inputs = case.inputs(call, {"t", "s"})
     t = inputs["t"].double()
     alpha, sigma = process.alpha_sigma(t)
@@ -222,8 +296,12 @@ def run_vpsde(case: Case, call: dict[str, Any]) -> Outputs:
     skipped = (alpha / earlier) ** 2
     ratio = process.log_snr(t).exp()
     if call["name"] == "vpsde_cosine":
-        # The published ratio takes 1 - alpha^2 in float32, whose last digit is within its tolerance of nothing near 0.
-        angle = [(u + CosineProcess.SHIFT) / (1 + CosineProcess.SHIFT) * math.pi / 2 for u in (inputs["t"], 0.0)]
+        # The published ratio takes 1 - alpha^2 in float32, whose last digit is within its tolerance
+        # of nothing near 0.
+        angle = [
+            (u + CosineProcess.SHIFT) / (1 + CosineProcess.SHIFT) * math.pi / 2
+            for u in (inputs["t"], 0.0)
+        ]
         single = torch.cos(angle[0]) ** 2 / math.cos(angle[1]) ** 2
         assert ((ratio * (1 - single) / single - 1).abs() <= 3e-7 / (1 - single) + 2e-5).all()
         ratio = (single / (1 - single)).double()
@@ -245,30 +323,46 @@ def run_euler(case: Case, call: dict[str, Any]) -> Outputs:
     sampler = {"euler_ode": "euler", "euler_sde": "euler_maruyama"}[call["name"]]
     options = SampleConfig(sampler=sampler, steps=call["scalars"]["sample_steps"], grid="uniform")
     denoise, grid = analytic(process, toy["mu"], toy["s"]), times.visited(process, options)
-    return {"sample": SAMPLERS[sampler](denoise, process, inputs["z"], grid, noises(inputs.get("noises")), options)}
+    return {
+        "sample": SAMPLERS[sampler](
+            denoise, process, inputs["z"], grid, noises(inputs.get("noises")), options
+        )
+    }
 
 
 def run_discrete_schedule(case: Case, call: dict[str, Any]) -> Outputs:
     process = build(ProcessConfig(schedule="scaled_linear"))
-    return {"betas": arrays(process)["betas"], "cum_alphas": process.alpha_bar, "cum_betas": 1 - process.alpha_bar}
+    return {
+        "betas": arrays(process)["betas"],
+        "cum_alphas": process.alpha_bar,
+        "cum_betas": 1 - process.alpha_bar,
+    }
 
 
 # ------------------------------------------------------------------ DPM-Solver
 
 SCHEDULES = {"discrete": "scaled_linear", "linear": "vp_sde"}
-SKIPS = {"time_uniform": "uniform", "logSNR": "logsnr", "t2": "quadratic", "time_quadratic": "quadratic"}
+SKIPS = {
+    "time_uniform": "uniform",
+    "logSNR": "logsnr",
+    "t2": "quadratic",
+    "time_quadratic": "quadratic",
+}
 
 
 def single_precision(process: Process) -> Process:
     """The schedule computed as the published float32 code does it.
 
-    Near t = 0 its 1 - alpha^2 has few digits left, and the first error estimates of an adaptive solver are mostly
-    rounding, which decides how it steps from there.
+    Near t = 0 its 1 - alpha^2 has few digits left, and the first error estimates of an adaptive
+    solver are mostly rounding, which decides how it steps from there.
     """
     one = torch.ones((), dtype=torch.float32)
     discrete = type(process) is Process
     betas = (1 - process.alpha_bar[1:] / process.alpha_bar[:-1]).float()
-    table, nodes = 0.5 * torch.log(1 - betas).cumsum(0), torch.linspace(0, 1, process.timesteps + 1)[1:]
+    table, nodes = (
+        0.5 * torch.log(1 - betas).cumsum(0),
+        torch.linspace(0, 1, process.timesteps + 1)[1:],
+    )
 
     def interpolate(x: Tensor, xs: Tensor, ys: Tensor) -> Tensor:
         k = torch.searchsorted(xs, x).clamp(1, len(xs) - 1)
@@ -297,7 +391,12 @@ def run_noise_schedule(case: Case, call: dict[str, Any]) -> Outputs:
     t = case.inputs(call, {"t"})["t"]
     alpha, sigma = process.alpha_sigma(t.double())
     half = process.log_snr(t.double())
-    return {"log_alpha": alpha.log(), "sigma": sigma, "lambda": half / 2, "inverse_lambda": process.time_at(half)}
+    return {
+        "log_alpha": alpha.log(),
+        "sigma": sigma,
+        "lambda": half / 2,
+        "inverse_lambda": process.time_at(half),
+    }
 
 
 def run_solver(case: Case, call: dict[str, Any]) -> Outputs:
@@ -320,12 +419,17 @@ def run_solver(case: Case, call: dict[str, Any]) -> Outputs:
     )
     grid = times.visited(process, options)
     if method == "fast" and call["name"].startswith("pp"):
-        # dpm_solver_pp.py takes fine grids of any spacing here, dpm_solver_pytorch.py cuts equal steps.
+        # dpm_solver_pp.py takes fine grids of any spacing here, dpm_solver_pytorch.py cuts equal
+        # steps.
         grid = times.FREE_GRIDS[options.grid](process, options.steps, scalars["T"], scalars["eps"])
     if method == "adaptive":
         process = single_precision(process)
     denoise = analytic(process, inputs["mu"], inputs["s"])
-    return {"sample": SAMPLERS[options.sampler](denoise, process, inputs["z"], grid, noises(None), options)}
+    return {
+        "sample": SAMPLERS[options.sampler](
+            denoise, process, inputs["z"], grid, noises(None), options
+        )
+    }
 
 
 RUNNERS: dict[str, dict[str, Runner]] = {
@@ -336,9 +440,23 @@ RUNNERS: dict[str, dict[str, Runner]] = {
         "ddim": lambda case, call: one_step(case, call, "ddim"),
         "loop": run_loop,
     },
-    "maskdm_math": {"schedule": run_maskdm_schedule, "ddim": run_maskdm_ddim, "q": run_maskdm_q, "ema": run_ema},
-    "uvit_math": {"vpsde": run_vpsde, "euler": run_euler, "discrete_schedule": run_discrete_schedule},
-    "dpm_solver": {"schedule": run_noise_schedule, "pp": run_solver, "pt": run_solver, "ref": run_solver},
+    "maskdm_math": {
+        "schedule": run_maskdm_schedule,
+        "ddim": run_maskdm_ddim,
+        "q": run_maskdm_q,
+        "ema": run_ema,
+    },
+    "uvit_math": {
+        "vpsde": run_vpsde,
+        "euler": run_euler,
+        "discrete_schedule": run_discrete_schedule,
+    },
+    "dpm_solver": {
+        "schedule": run_noise_schedule,
+        "pp": run_solver,
+        "pt": run_solver,
+        "ref": run_solver,
+    },
 }
 
 
@@ -356,10 +474,16 @@ def check_space_timesteps(case: Case, table: Any) -> None:
 
 def check_time_grids(case: Case, table: Any) -> None:
     for name, expected in table["grids"].items():
-        schedule, skip, *numbers = re.fullmatch(r"(\w+) (\w+) N=(\d+) T=([\d.]+) eps=([\d.e-]+)", name).groups()
+        schedule, skip, *numbers = re.fullmatch(
+            r"(\w+) (\w+) N=(\d+) T=([\d.]+) eps=([\d.e-]+)", name
+        ).groups()
         process = single_precision(build(ProcessConfig(schedule=SCHEDULES[schedule])))
-        grid = times.FREE_GRIDS[SKIPS[skip]](process, int(numbers[0]), float(numbers[1]), float(numbers[2]))
-        torch.testing.assert_close(grid, torch.tensor(expected, dtype=torch.float64), **table["tolerance"])
+        grid = times.FREE_GRIDS[SKIPS[skip]](
+            process, int(numbers[0]), float(numbers[1]), float(numbers[2])
+        )
+        torch.testing.assert_close(
+            grid, torch.tensor(expected, dtype=torch.float64), **table["tolerance"]
+        )
 
 
 def check_fast_orders(case: Case, table: Any) -> None:

@@ -1,4 +1,5 @@
-"""Every call of the golden data: outputs, losses and gradients of the published code, from its own checkpoints.
+"""Every call of the golden data: outputs, losses and gradients of the published code, from its own
+checkpoints.
 
 MSMDIFF_GOLDEN names the folder (default ../shared/golden, beside the repository).
 """
@@ -29,10 +30,30 @@ from msmdiff.core.weights import published
 
 Outputs = dict[str, Tensor]
 
-# What a call may set beside its tensors; another word would mean something that no runner here does. The local and
-# enable_ switches are implied by amm_blocks and by the tensors given; EDT's enable_input_mask never did anything.
-SCALARS = {"first_samples", "t", "dtype", "cfg_scale", "scale_pow", "diffusion_steps", "scale", "p", "u", "ratio"}
-SCALARS |= {"len_keep", "mask", "block_size", "masked_tokens", "approx_ratio", "detail_ratio", "beta_schedule"}
+# What a call may set beside its tensors; another word would mean something that no runner here
+# does. The local and enable_ switches are implied by amm_blocks and by the tensors given; EDT's
+# enable_input_mask never did anything.
+SCALARS = {
+    "first_samples",
+    "t",
+    "dtype",
+    "cfg_scale",
+    "scale_pow",
+    "diffusion_steps",
+    "scale",
+    "p",
+    "u",
+    "ratio",
+}
+SCALARS |= {
+    "len_keep",
+    "mask",
+    "block_size",
+    "masked_tokens",
+    "approx_ratio",
+    "detail_ratio",
+    "beta_schedule",
+}
 SCALARS |= {"loss_type", "schedule_sampler_weights", "amm_blocks", "amm_formula", "local"}
 SCALARS |= {"rescale_learned_sigmas", "predict_xstart", "use_kl", "learn_sigma", "timesteps"}
 SCALARS |= {"lr", "max_grad_norm", "weight_decay", "no_prox"}
@@ -41,7 +62,14 @@ SCALARS |= {"enable_mask", "enable_down_mask", "enable_input_mask"} | golden_sam
 # ------------------------------------------------------------------ forward passes
 
 FORWARD_INPUTS = {"x", "t", "timesteps", "y", "context", "label_drop_uniform", "mask"}
-MASK_INPUTS = {"mask_noise", "ids_keep", "ids_restore", "down0_uniform", "down1_uniform", "mid_uniform"}
+MASK_INPUTS = {
+    "mask_noise",
+    "ids_keep",
+    "ids_restore",
+    "down0_uniform",
+    "down1_uniform",
+    "mid_uniform",
+}
 
 
 def set_amm(case: Case, network: Any, scalars: dict[str, Any]) -> None:
@@ -56,7 +84,11 @@ def set_amm(case: Case, network: Any, scalars: dict[str, Any]) -> None:
 
 
 def drop_labels(case: Case, network: Any, y: Tensor, uniform: Tensor | None) -> Tensor:
-    return y if uniform is None else torch.where(uniform < case.hyper["class_dropout_prob"], network.num_classes, y)
+    return (
+        y
+        if uniform is None
+        else torch.where(uniform < case.hyper["class_dropout_prob"], network.num_classes, y)
+    )
 
 
 def hidden_tokens(case: Case, network: Any, inputs: Outputs, scalars: dict[str, Any]) -> Any:
@@ -124,7 +156,9 @@ def run_adm_guidance(case: Case, call: dict[str, Any]) -> Outputs:
         scale = scalars["cfg_scale"]
         if "scale_pow" in scalars:
             scale = power_cosine(scale, scalars["scale_pow"], scalars["diffusion_steps"])(t[:half])
-        guided = combine(network, x[:half], t[:half], y[:half], network.num_classes, scale, channels=3)
+        guided = combine(
+            network, x[:half], t[:half], y[:half], network.num_classes, scale, channels=3
+        )
         rest = network(x[:half], t[half:], y[half:])[:, 3:]
     return {"output": torch.cat([guided, torch.cat([guided[:, :3], rest], dim=1)])}
 
@@ -148,7 +182,9 @@ def run_adm_step(case: Case, call: dict[str, Any]) -> Outputs:
     marks = [f"_{name}" if name else "" for name in passes]
     known = {f"{name}{mark}" for name in ("noise", "label_drop_uniform") for mark in marks}
     inputs = case.inputs(call, known | MASK_INPUTS | {"x_start", "t", "y", "u", "weights"})
-    weights = inputs.get("weights", torch.tensor(call["scalars"].get("schedule_sampler_weights", 1.0)))
+    weights = inputs.get(
+        "weights", torch.tensor(call["scalars"].get("schedule_sampler_weights", 1.0))
+    )
     network, noise = case.published().build().train(), case.process()
     x0, t = inputs["x_start"], (inputs["t"] + 1) / noise.timesteps
     assert torch.equal(noise.model_time(t).long(), inputs["t"])
@@ -174,19 +210,33 @@ def run_losses(case: Case, call: dict[str, Any]) -> Outputs:
     steps = case.hyper["diffusion_steps"]
     noise = process.build(
         ProcessConfig(
-            schedule=case.hyper["noise_schedule"], timesteps=steps, prediction=prediction, weighting=weighting
+            schedule=case.hyper["noise_schedule"],
+            timesteps=steps,
+            prediction=prediction,
+            weighting=weighting,
         )
     )
     x0, output = inputs["x_start"], inputs["model_output"]
     if not scalars.get("learn_sigma", True):
         output = output[:, : x0.shape[1]]
-    variational = "kl" if scalars.get("use_kl") else "rescaled" if scalars.get("rescale_learned_sigmas") else "hybrid"
-    return hybrid.terms(noise, output, x0, inputs["noise"], (inputs["t"] + 1) / steps, variational=variational)
+    variational = (
+        "kl"
+        if scalars.get("use_kl")
+        else "rescaled"
+        if scalars.get("rescale_learned_sigmas")
+        else "hybrid"
+    )
+    return hybrid.terms(
+        noise, output, x0, inputs["noise"], (inputs["t"] + 1) / steps, variational=variational
+    )
 
 
 def run_loss_second_moment(case: Case, call: dict[str, Any]) -> Outputs:
     inputs, steps = case.inputs(call, {"t1", "loss1", "t2", "loss2"}), call["scalars"]["timesteps"]
-    assert case.hyper == {"history_per_term": time_sampling.RECORDED, "uniform_prob": time_sampling.UNIFORM}
+    assert case.hyper == {
+        "history_per_term": time_sampling.RECORDED,
+        "uniform_prob": time_sampling.UNIFORM,
+    }
     history, got = time_sampling.LossSecondMoment(steps), {}
     for phase in ("1", "2"):
         history.update((inputs[f"t{phase}"] + 1) / steps, inputs[f"loss{phase}"])
@@ -242,7 +292,10 @@ def run_uvit_loss(case: Case, call: dict[str, Any]) -> Outputs:
 def run_maskdm_loss(case: Case, call: dict[str, Any]) -> Outputs:
     inputs = case.inputs(call, {"img", "noise", "t", "mask", "y"})
     scalars = call["scalars"]
-    network, noise = case.published().build().train(), case.process(schedule=scalars["beta_schedule"])
+    network, noise = (
+        case.published().build().train(),
+        case.process(schedule=scalars["beta_schedule"]),
+    )
     x0, t = 2 * inputs["img"] - 1, (inputs["t"] + 1) / noise.timesteps
     keep = hidden_tokens(case, network, inputs, {})
     distance = ObjectiveConfig(loss={"l1": "l1", "l2": "mse"}[scalars["loss_type"]])
@@ -256,17 +309,28 @@ def run_maskdwt_loss(case: Case, call: dict[str, Any]) -> Outputs:
     inputs = case.inputs(call, {"img", "dwt", "noise", "t", "mask"})
     network, noise = case.published().build().train(), case.process()
     approx, detail = inputs["dwt"].split([3, inputs["dwt"].shape[1] - 3], dim=1)
-    x0, eps, t = torch.cat([2 * approx - 1, detail], dim=1), inputs["noise"], (inputs["t"] + 1) / noise.timesteps
+    x0, eps, t = (
+        torch.cat([2 * approx - 1, detail], dim=1),
+        inputs["noise"],
+        (inputs["t"] + 1) / noise.timesteps,
+    )
     keep = hidden_tokens(case, network, inputs, {})
     outputs = network(noise.add_noise(x0, t, eps), noise.model_time(t), None, keep)
     targets = patchify(eps[:, :3], network.patch_size), patchify(eps[:, 3:], network.detail_patch)
-    parts = [(o - gather_tokens(e, k)).square().mean() for o, e, k in zip(outputs, targets, keep, strict=True)]
+    parts = [
+        (o - gather_tokens(e, k)).square().mean()
+        for o, e, k in zip(outputs, targets, keep, strict=True)
+    ]
     sum(parts).backward()
-    return {"loss": sum(parts), "approx_loss": parts[0], "detail_loss": parts[1]} | gradients(case, network)
+    return {"loss": sum(parts), "approx_loss": parts[0], "detail_loss": parts[1]} | gradients(
+        case, network
+    )
 
 
 def run_dwt(case: Case, call: dict[str, Any]) -> Outputs:
-    """The recognised codec transforms as the network was trained, and its scaling is the published mapping."""
+    """The recognised codec transforms as the network was trained, and its scaling is the published
+    mapping.
+    """
     image = case.inputs(call, {"img"})["img"]
     sections = case.published().sections
     codec = codecs.build(CodecConfig(**sections["codec"]), sections["data"]["image_size"])
@@ -274,7 +338,9 @@ def run_dwt(case: Case, call: dict[str, Any]) -> Outputs:
     coefficients = codec.transform(image)
     fed = coefficients.clone()
     fed[:, :3] = 2 * fed[:, :3] - 1
-    torch.testing.assert_close((codec.transform(2 * image - 1) - codec._mean) / codec._std, fed, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        (codec.transform(2 * image - 1) - codec._mean) / codec._std, fed, atol=1e-5, rtol=0
+    )
     return {"dwt": coefficients, "idwt": codec.inverse(coefficients)}
 
 
@@ -297,40 +363,73 @@ RUNNERS: dict[str, dict[str, Callable[[Case, dict[str, Any]], Outputs]]] = {
 
 
 def parameters(owned: Callable[[Case], list[Any]]) -> Any:
-    """A test over (case, item) for what `owned` lists of each case; skipped where there is no golden data."""
-    rows = [pytest.param(case, item, id=f"{case.name}-{item}") for case in cases() for item in owned(case)]
+    """A test over (case, item) for what `owned` lists of each case; skipped where there is no
+    golden data.
+    """
+    rows = [
+        pytest.param(case, item, id=f"{case.name}-{item}")
+        for case in cases()
+        for item in owned(case)
+    ]
     missing = pytest.mark.skip(reason=f"no golden data in {FOLDER}: set MSMDIFF_GOLDEN")
-    return pytest.mark.parametrize(("case", "item"), rows or [pytest.param(None, None, marks=missing)])
+    return pytest.mark.parametrize(
+        ("case", "item"), rows or [pytest.param(None, None, marks=missing)]
+    )
 
 
 @parameters(lambda case: ["family"])
 def test_family(case: Case, item: str) -> None:
     """No case is left out in silence."""
-    assert case.family in RUNNERS or case.family in ("maskdm_masks", "metrics") or case.name == "manifests"
+    assert (
+        case.family in RUNNERS
+        or case.family in ("maskdm_masks", "metrics")
+        or case.name == "manifests"
+    )
 
 
 @parameters(lambda case: list(case.calls))
 def test_call(case: Case, item: str) -> None:
     call = case.calls[item]
-    runner = next((run for start, run in RUNNERS.get(case.family or "", {}).items() if item.startswith(start)), None)
+    runner = next(
+        (
+            run
+            for start, run in RUNNERS.get(case.family or "", {}).items()
+            if item.startswith(start)
+        ),
+        None,
+    )
     assert case.family in RUNNERS, f"no runner for the family {case.family}"
     assert runner is not None, f"no runner for the call {item} of the family {case.family}"
     assert not (odd := set(call["scalars"]) - SCALARS), f"unknown settings {odd}"
     got = runner(case, call)
     compare(call, case, got)
     norms = case.data.get("gradient_norms")
-    if norms and item == norms.get("of_call", item) and any(at.startswith("grad/") for at in call["outputs"].values()):
+    if (
+        norms
+        and item == norms.get("of_call", item)
+        and any(at.startswith("grad/") for at in call["outputs"].values())
+    ):
         compare_norms(case, {name: got[name] for name in gradient_names(got)})
 
 
 def gradient_names(got: Outputs) -> list[str]:
     terms = {"loss", "mse", "vb", "total", "xn", "approx_loss", "detail_loss"}
-    return [name for name in got if name not in terms and not name.startswith(("plain_", "masked_"))]
+    return [
+        name for name in got if name not in terms and not name.startswith(("plain_", "masked_"))
+    ]
 
 
-# ------------------------------------------------------------------ tables, checkpoints, masks, manifests
+# ------------------------------------------------------------------ tables, checkpoints, masks, man
 
-TABLES = ("guidance_table", "len_keep_table", "amm_tables", "table", "dwt_table", "statistics", *golden_sampling.TABLES)
+TABLES = (
+    "guidance_table",
+    "len_keep_table",
+    "amm_tables",
+    "table",
+    "dwt_table",
+    "statistics",
+    *golden_sampling.TABLES,
+)
 
 
 @parameters(lambda case: [t for t in TABLES if t in case.data])
@@ -339,15 +438,23 @@ def test_table(case: Case, item: str) -> None:
     if item in golden_sampling.TABLES:
         golden_sampling.TABLES[item](case, table)
         return
-    rows = [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]] if "rows" in table else []
+    rows = (
+        [dict(zip(table["columns"], row, strict=True)) for row in table["rows"]]
+        if "rows" in table
+        else []
+    )
     if item == "guidance_table":
         for name, expected in table["strength"].items():
             scale, power = (float(part.split("=")[1]) for part in name.split(","))
             torch.testing.assert_close(
-                power_cosine(scale, power)(torch.tensor(table["t"])), torch.tensor(expected), **table["tolerance"]
+                power_cosine(scale, power)(torch.tensor(table["t"])),
+                torch.tensor(expected),
+                **table["tolerance"],
             )
     elif item == "len_keep_table":
-        assert [mdt_kept(r["tokens"], r["mask_ratio"], r["u"]) for r in rows] == [r["len_keep"] for r in rows]
+        assert [mdt_kept(r["tokens"], r["mask_ratio"], r["u"]) for r in rows] == [
+            r["len_keep"] for r in rows
+        ]
     elif item == "amm_tables":
         for side, facts in table["grids"].items():
             n = int(side)
@@ -364,7 +471,10 @@ def test_table(case: Case, item: str) -> None:
             assert mask.tokens - mask.kept == r["masked_tokens"], r
     elif item == "dwt_table":
         for r in rows:
-            for part, side in (("approx", r["grid_side"]), ("detail", r["grid_side"] // r["scale"])):
+            for part, side in (
+                ("approx", r["grid_side"]),
+                ("detail", r["grid_side"] // r["scale"]),
+            ):
                 mask = Mask((side, side), r[f"{part}_ratio"], "block", r["block_size"])
                 assert mask.tokens - mask.kept == r[f"masked_{part}"], r
     else:
@@ -375,7 +485,9 @@ def test_table(case: Case, item: str) -> None:
 
 @parameters(lambda case: [n for n in case.data.get("tensors", {}) if n.startswith("example/")])
 def test_example_masks(case: Case, item: str) -> None:
-    """A published mask of each kind has the structure that ours has: whole blocks, one window, as many tokens."""
+    """A published mask of each kind has the structure that ours has: whole blocks, one window, as
+    many tokens.
+    """
     for hidden in case.tensors[item].bool():
         side = math.isqrt(len(hidden))
         kind, number = item.removeprefix("example/").split("_")[0], item.rsplit("_", 1)[1]
@@ -384,7 +496,13 @@ def test_example_masks(case: Case, item: str) -> None:
             mask = Mask((side, side), 0.0, "crop", crop=window)
         else:
             block = int(kind.removeprefix("block") or 1) if kind != "patch" else 1
-            mask = Mask((side, side), float(number), "block" if block > 1 else "patch", block, rounding="floor")
+            mask = Mask(
+                (side, side),
+                float(number),
+                "block" if block > 1 else "patch",
+                block,
+                rounding="floor",
+            )
             blocks = hidden.view(side // block, block, side // block, block)
             assert torch.equal(blocks, blocks[:, :1, :, :1].expand_as(blocks))
         assert int((~hidden).sum()) == mask.kept
@@ -412,7 +530,9 @@ def test_metrics(case: Case, item: str) -> None:
 
 @parameters(lambda case: sorted(p.name for p in case.folder.glob("*.json.gz")))
 def test_manifest(case: Case, item: str) -> None:
-    """Every published size, built on the meta device from the registry, has the published keys and shapes."""
+    """Every published size, built on the meta device from the registry, has the published keys and
+    shapes.
+    """
     for entry in json.loads(gzip.decompress((case.folder / item).read_bytes()))["models"]:
         keys = {name: tuple(shape) for name, shape in entry["state_dict"].items()}
         theirs = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
@@ -445,5 +565,7 @@ def test_manifest(case: Case, item: str) -> None:
         frozen = {name for name, p in ours.named_parameters() if not p.requires_grad}
         assert len(frozen) == len(entry["frozen_parameters"])
         back = published.export(dict(ours.named_parameters()), model, network.shape, layout)
-        trainable = entry["parameters"] - sum(back[name].numel() for name in entry["frozen_parameters"])
+        trainable = entry["parameters"] - sum(
+            back[name].numel() for name in entry["frozen_parameters"]
+        )
         assert trainable == entry["trainable_parameters"]

@@ -31,7 +31,9 @@ def imports(path: Path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.ImportFrom) and node.module:
             yield from (
-                [f"{node.module}.{a.name}" for a in node.names] if node.module == "msmdiff.core" else [node.module]
+                [f"{node.module}.{a.name}" for a in node.names]
+                if node.module == "msmdiff.core"
+                else [node.module]
             )
         elif isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
@@ -61,4 +63,7 @@ def test_everything_torch_loads_is_weights_only():
     for path in ROOT.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Call) and ast.unparse(node.func) == "torch.load":
-                assert any(k.arg == "weights_only" and ast.unparse(k.value) == "True" for k in node.keywords), path
+                assert any(
+                    k.arg == "weights_only" and ast.unparse(k.value) == "True"
+                    for k in node.keywords
+                ), path

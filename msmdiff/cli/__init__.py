@@ -1,4 +1,6 @@
-"""The command line: parse, call core, show. Heavy imports happen inside the commands, so that `--help` is instant."""
+"""The command line: parse, call core, show. Heavy imports happen inside the commands, so that
+`--help` is instant.
+"""
 
 import sys
 
@@ -27,7 +29,9 @@ def _version(asked: bool) -> None:
 
 @app.callback()
 def _root(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Show the version."),
+    version: bool = typer.Option(
+        False, "--version", callback=_version, is_eager=True, help="Show the version."
+    ),
 ) -> None:
     pass
 

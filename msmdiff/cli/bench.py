@@ -8,7 +8,8 @@ import typer
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
-        epilog="Examples: `msmdiff bench` · `msmdiff bench --model MaskDM-S/4 --image-size 64 --batch-size 16` · "
+        epilog="Examples: `msmdiff bench` · `msmdiff bench --model MaskDM-S/4 --image-size 64 "
+        "--batch-size 16` · "
         "`msmdiff bench --config digits-pretrain --mask 0.5 --mask 0.9 --json`"
     )(bench)
 
@@ -17,14 +18,20 @@ def bench(
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
     model: Annotated[str | None, typer.Option(help="Size by name.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    codec: Annotated[Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")] = None,
-    mask: Annotated[list[float] | None, typer.Option(help="A ratio to compare with no mask; may be repeated.")] = None,
+    codec: Annotated[
+        Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")
+    ] = None,
+    mask: Annotated[
+        list[float] | None, typer.Option(help="A ratio to compare with no mask; may be repeated.")
+    ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     steps: Annotated[int, typer.Option(min=1, help="Measured steps, after two of warm-up.")] = 10,
     precision: Annotated[
         Literal["auto", "fp32", "bf16"] | None, typer.Option(help="Default: the configuration's.")
     ] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Any other key: `--set train.compile=true`.")] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other key: `--set train.compile=true`.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
     """Time whole training steps on random images: without a mask, and with each of the given ones.
@@ -54,7 +61,9 @@ def bench(
     asked: list[tuple[float, str]] = [(0.0, "dsm")]
     for ratio, objective in asked:
         masked = {"mask": {"ratio": ratio}, "objective": {"name": objective}}
-        chosen = configuration.build(preset, configuration.nest(flags), masked, configuration.parse_sets(sets or []))
+        chosen = configuration.build(
+            preset, configuration.nest(flags), masked, configuration.parse_sets(sets or [])
+        )
         chosen = road.resolve(chosen, data_classes=10)
         if not rows:  # MDT and EDT have masks of their own
             own = [0.0] if chosen.model.family in road.TWO_PASSES else [0.9]
@@ -63,7 +72,11 @@ def bench(
         dtype = torch.bfloat16 if chosen.train.precision == "bf16" else torch.float32
         peak = peak or timing.matmul_peak(device, dtype)
         rows.append(timing.training_step(chosen, device, steps, peak))
-    name = torch.cuda.get_device_name() if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     if as_json:
         print_json(
             {
@@ -78,7 +91,8 @@ def bench(
         )
         return
     title = (
-        f"{chosen.model.name}, {chosen.data.image_size} px, batch {chosen.train.batch_size}, {chosen.train.precision}, "
+        f"{chosen.model.name}, {chosen.data.image_size} px, batch {chosen.train.batch_size}, "
+        f"{chosen.train.precision}, "
         f"{name}, matrix peak {peak / 1e12:.2f} TFLOP/s"
     )
     header = ("tokens seen", "images/s", "ratio", "ms/step", "TFLOP/s", "of peak", "memory")

@@ -17,7 +17,9 @@ PLAIN_LINE_EVERY = 5.0
 
 @contextmanager
 def sentences() -> Iterator[None]:
-    """Turn what a user can meet into one line on stderr and an exit code: 2 for usage, 1 for failure."""
+    """Turn what a user can meet into one line on stderr and an exit code: 2 for usage, 1 for
+    failure.
+    """
     try:
         yield
     except MsmdiffError as error:
@@ -25,7 +27,9 @@ def sentences() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: nothing more to say
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
+        )  # the reader left: nothing more to say
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
@@ -35,7 +39,9 @@ def sentences() -> Iterator[None]:
         if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
             raise
         _fail(
-            "out of memory: lower train.micro_batch_size (or --batch-size), or set train.gradient_checkpointing=true", 1
+            "out of memory: lower train.micro_batch_size (or --batch-size), or set "
+            "train.gradient_checkpointing=true",
+            1,
         )
 
 
@@ -117,7 +123,8 @@ class Console:
         self._rich.print(title, markup=False)
         for row in [list(header), *rows]:
             cells = [
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+                cell.ljust(w) if i == 0 else cell.rjust(w)
+                for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
             self._rich.print("  " + "  ".join(cells), markup=False)
 

@@ -6,38 +6,65 @@ from typing import Annotated, Any, Literal
 import typer
 
 Labels = Annotated[str | None, typer.Option(help="Classes: auto, folders, adm or none.")]
-Sets = Annotated[list[str] | None, typer.Option("--set", help="Keys of data and codec: `--set codec.tile=true`.")]
-Skip = Annotated[bool, typer.Option("--skip-unreadable", help="Leave unreadable images out instead of stopping.")]
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Keys of data and codec: `--set codec.tile=true`.")
+]
+Skip = Annotated[
+    bool, typer.Option("--skip-unreadable", help="Leave unreadable images out instead of stopping.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group of commands."""
-    group = typer.Typer(help="Data sets: encode to packed latents, inspect, pack into a zip.", no_args_is_help=True)
+    group = typer.Typer(
+        help="Data sets: encode to packed latents, inspect, pack into a zip.", no_args_is_help=True
+    )
     group.command(
-        epilog="Examples: `msmdiff data encode imagenet/ -o latents --vae stabilityai/sd-vae-ft-ema --mirror` · "
-        "`msmdiff data encode train2014/ -o coco --vae sd-vae/ --captions captions_train2014.json --text clip/` · "
+        epilog="Examples: `msmdiff data encode imagenet/ -o latents --vae "
+        "stabilityai/sd-vae-ft-ema --mirror` · "
+        "`msmdiff data encode train2014/ -o coco --vae sd-vae/ --captions captions_train2014.json "
+        "--text clip/` · "
         "`torchrun --nproc_per_node 8 -m -- msmdiff data encode imagenet/ -o latents --vae sd-vae/`"
     )(encode)
     group.command(
-        epilog="Examples: `msmdiff data inspect photos/ --sheet sheet.png` · `msmdiff data inspect latents --speed`"
+        epilog="Examples: `msmdiff data inspect photos/ --sheet sheet.png` · `msmdiff data "
+        "inspect latents --speed`"
     )(inspect)
-    group.command(epilog="Example: `msmdiff data pack photos/ -o photos.zip --image-size 256`")(pack)
+    group.command(epilog="Example: `msmdiff data pack photos/ -o photos.zip --image-size 256`")(
+        pack
+    )
     app.add_typer(group, name="data")
 
 
 def encode(
-    source: Annotated[str, typer.Argument(help="Images: a folder, a zip, ...; or the latents of another project.")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="Folder of the packed set. The same command goes on in it.")],
+    source: Annotated[
+        str, typer.Argument(help="Images: a folder, a zip, ...; or the latents of another project.")
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            "-o", "--out", help="Folder of the packed set. The same command goes on in it."
+        ),
+    ],
     vae: Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id.")] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 256,
-    codec: Annotated[Literal["vae", "pixel"], typer.Option(help="pixel: cropped images, also for dwt.")] = "vae",
-    mirror: Annotated[bool, typer.Option("--mirror", help="Also the mirrored images, for data.hflip.")] = False,
+    codec: Annotated[
+        Literal["vae", "pixel"], typer.Option(help="pixel: cropped images, also for dwt.")
+    ] = "vae",
+    mirror: Annotated[
+        bool, typer.Option("--mirror", help="Also the mirrored images, for data.hflip.")
+    ] = False,
     captions: Annotated[
-        str | None, typer.Option(help="`txt`: NAME.txt beside each image, a caption a line; or a JSON file.")
+        str | None,
+        typer.Option(help="`txt`: NAME.txt beside each image, a caption a line; or a JSON file."),
     ] = None,
-    text: Annotated[str, typer.Option(help="CLIP text encoder: folder or hub id.")] = "openai/clip-vit-large-patch14",
+    text: Annotated[
+        str, typer.Option(help="CLIP text encoder: folder or hub id.")
+    ] = "openai/clip-vit-large-patch14",
     labels: Labels = None,
-    dtype: Annotated[Literal["float16", "float32"], typer.Option(help="Of stored moments.")] = "float16",
+    dtype: Annotated[
+        Literal["float16", "float32"], typer.Option(help="Of stored moments.")
+    ] = "float16",
     batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 8,
     shard: Annotated[int, typer.Option(min=1, help="Images written and resumed as one.")] = 1024,
     skip_unreadable: Skip = False,
@@ -45,7 +72,8 @@ def encode(
 ) -> None:
     """Encode images once, for training: `--data OUT` then reads them at the speed of memory.
 
-    The mean and the deviation of every latent are kept, so that training draws a fresh sample at each visit.
+    The mean and the deviation of every latent are kept, so that training draws a fresh sample at
+    each visit.
     """
     import os
 
@@ -60,29 +88,50 @@ def encode(
 
     machine.prepare()
     console = Console(prefix=f"[{os.environ['RANK']}] " if "RANK" in os.environ else "")
-    flags = {"source": source, "image_size": image_size, "labels": labels, "skip_unreadable": skip_unreadable}
+    flags = {
+        "source": source,
+        "image_size": image_size,
+        "labels": labels,
+        "skip_unreadable": skip_unreadable,
+    }
     config = _configure(flags, {"name": codec, "vae": vae}, sets)
     images = open_training(config.data, console.note)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     texts = Captions.read(images, captions, TextEncoder(text, device)) if captions else None
     made = codecs.build(config.codec, config.data.image_size)
-    options: dict[str, Any] = dict(mirror=mirror, dtype=dtype, batch_size=batch_size, shard=shard, device=device)
-    count = encoding.encode(images, made, config.data, out, console.progress, captions=texts, **options)
+    options: dict[str, Any] = dict(
+        mirror=mirror, dtype=dtype, batch_size=batch_size, shard=shard, device=device
+    )
+    count = encoding.encode(
+        images, made, config.data, out, console.progress, captions=texts, **options
+    )
     console.finish()
-    console.note(f"{out}: {count:,} images encoded now, of {len(images):,}; next: msmdiff train --data {out}")
+    console.note(
+        f"{out}: {count:,} images encoded now, of {len(images):,}; next: msmdiff train --data {out}"
+    )
 
 
 def inspect(
-    source: Annotated[str, typer.Argument(help="Images, a packed set, or the latents of another project.")],
-    sheet: Annotated[Path | None, typer.Option(help="Write a contact sheet (PNG) of images chosen at random.")] = None,
+    source: Annotated[
+        str, typer.Argument(help="Images, a packed set, or the latents of another project.")
+    ],
+    sheet: Annotated[
+        Path | None, typer.Option(help="Write a contact sheet (PNG) of images chosen at random.")
+    ] = None,
     count: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 64,
-    vae: Annotated[str | None, typer.Option(help="To decode latents for the sheet; default: what made them.")] = None,
-    speed: Annotated[bool, typer.Option("--speed", help="Time reading a shuffled epoch as training does.")] = False,
+    vae: Annotated[
+        str | None, typer.Option(help="To decode latents for the sheet; default: what made them.")
+    ] = None,
+    speed: Annotated[
+        bool, typer.Option("--speed", help="Time reading a shuffled epoch as training does.")
+    ] = False,
     labels: Labels = None,
     sets: Sets = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """What a data set holds: counts, classes, sizes, files that cannot be read; exit code 1 if there are any."""
+    """What a data set holds: counts, classes, sizes, files that cannot be read; exit code 1 if
+    there are any.
+    """
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core.data import inspection, sources
     from msmdiff.core.errors import UsageError
@@ -107,7 +156,10 @@ def pack(
     source: Annotated[str, typer.Argument(help="Images: a folder, LMDB, ...")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The zip archive.")],
     image_size: Annotated[
-        int | None, typer.Option(min=2, help="Crop and resize to PNGs of this side; default: the files as they are.")
+        int | None,
+        typer.Option(
+            min=2, help="Crop and resize to PNGs of this side; default: the files as they are."
+        ),
     ] = None,
     labels: Labels = None,
     skip_unreadable: Skip = False,
@@ -118,7 +170,9 @@ def pack(
     from msmdiff.core.data.loader import open_training
 
     console = Console()
-    config = _configure({"source": source, "labels": labels, "skip_unreadable": skip_unreadable}, {}, None)
+    config = _configure(
+        {"source": source, "labels": labels, "skip_unreadable": skip_unreadable}, {}, None
+    )
     images = open_training(config.data, console.note)
     inspection.pack(images, out, image_size, console.progress)
     console.finish()
@@ -132,7 +186,9 @@ def _configure(data: dict[str, Any], codec: dict[str, Any], sets: list[str] | No
 
     changes = configuration.parse_sets(sets or [])
     if set(changes) - {"data", "codec"}:
-        raise UsageError(f"--set: only keys of data and codec apply here, not {', '.join(sorted(changes))}")
+        raise UsageError(
+            f"--set: only keys of data and codec apply here, not {', '.join(sorted(changes))}"
+        )
     if changes.get("data", {}).get("crop") == "random":
         raise UsageError("--set data.crop=random: images are cropped once here, in the centre")
     given = [{k: v for k, v in flags.items() if v is not None} for flags in (data, codec)]
@@ -143,5 +199,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{name}: {_shown(v)}" for name, v in value.items())
     if isinstance(value, list):
-        return ", ".join(map(_shown, value[:20])) + (f" and {len(value) - 20} more" if len(value) > 20 else "")
+        return ", ".join(map(_shown, value[:20])) + (
+            f" and {len(value) - 20} more" if len(value) > 20 else ""
+        )
     return f"{value:,.{0 if value >= 1000 else 3}f}" if isinstance(value, float) else str(value)

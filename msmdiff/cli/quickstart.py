@@ -12,7 +12,9 @@ SAMPLES = 500
 """Images per arm for the distance."""
 
 PRETRAINING_SHARE = 1 / 6
-"""Of an arm's seconds: what the masked arm spends on its primer, whose loss is flat after some seconds of it."""
+"""Of an arm's seconds: what the masked arm spends on its primer, whose loss is flat after some
+seconds of it.
+"""
 
 
 @dataclass
@@ -29,22 +31,34 @@ class Stage:
 
     def figures(self) -> dict[str, float | int | None]:
         """For the JSON file."""
-        return {name: getattr(self, name) for name in ("steps", "seconds", "images_per_s", "distance")}
+        return {
+            name: getattr(self, name) for name in ("steps", "seconds", "images_per_s", "distance")
+        }
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
-    app.command(epilog="Examples: `msmdiff quickstart` · `msmdiff quickstart --minutes 20 --out demo`")(quickstart)
+    app.command(
+        epilog="Examples: `msmdiff quickstart` · `msmdiff quickstart --minutes 20 --out demo`"
+    )(quickstart)
 
 
 def quickstart(
-    minutes: Annotated[float, typer.Option(min=0.5, help="For everything; from 15 on, three seeds.")] = 6.0,
-    out: Annotated[Path, typer.Option(help="Folder for the runs and pictures.")] = Path("quickstart"),
-    fresh: Annotated[bool, typer.Option("--fresh", help="Remove what an earlier quickstart left there.")] = False,
+    minutes: Annotated[
+        float, typer.Option(min=0.5, help="For everything; from 15 on, three seeds.")
+    ] = 6.0,
+    out: Annotated[Path, typer.Option(help="Folder for the runs and pictures.")] = Path(
+        "quickstart"
+    ),
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Remove what an earlier quickstart left there.")
+    ] = False,
 ) -> None:
-    """Pretrain on a tenth of the tokens, fine-tune, sample; and train from scratch for the same seconds beside it.
+    """Pretrain on a tenth of the tokens, fine-tune, sample; and train from scratch for the same
+    seconds beside it.
 
-    Everything runs on scikit-learn's 1,797 real digits: four fifths to train on, one fifth to measure against.
+    Everything runs on scikit-learn's 1,797 real digits: four fifths to train on, one fifth to
+    measure against.
     """
     from msmdiff.cli.console import Console
     from msmdiff.core.errors import UsageError
@@ -54,12 +68,17 @@ def quickstart(
     if fresh:
         _remove_results(out)
     if (out / "quickstart.json").is_file():
-        raise UsageError(f"{out} holds a finished quickstart: see its pictures, or give --fresh or another --out")
+        raise UsageError(
+            f"{out} holds a finished quickstart: see its pictures, or give --fresh or another --out"
+        )
     console = Console()
     seeds = 3 if minutes >= 15 else 1
     # What is not training: imports and set-up, and per seed the samples of both arms.
     arm_seconds = max(5.0, (minutes * 60 - 15 - 20 * seeds) / seeds / 2)
-    console.note(f"two arms of {arm_seconds:.0f} s training each, {seeds} seed{'s' if seeds > 1 else ''}, in {out}/")
+    console.note(
+        f"two arms of {arm_seconds:.0f} s training each, {seeds} "
+        f"seed{'s' if seeds > 1 else ''}, in {out}/"
+    )
     results = [_both_arms(seed, arm_seconds, out / f"seed{seed}", console) for seed in range(seeds)]
     floor = _floor()
     _show(results, floor, console)
@@ -73,10 +92,12 @@ def quickstart(
         },
     )
     console.note(
-        f"pictures: {out}/samples.png, scratch.png, masked.png, curves.png ({time.perf_counter() - started:.0f} s)"
+        f"pictures: {out}/samples.png, scratch.png, masked.png, curves.png "
+        f"({time.perf_counter() - started:.0f} s)"
     )
     console.note(
-        f"next: msmdiff sample {out}/seed0/finetuned --cfg 2, or msmdiff pretrain --data YOUR_IMAGES --dry-run"
+        f"next: msmdiff sample {out}/seed0/finetuned --cfg 2, or msmdiff pretrain --data "
+        "YOUR_IMAGES --dry-run"
     )
 
 
@@ -90,10 +111,14 @@ def _remove_results(out: Path) -> None:
 
 def _both_arms(seed: int, seconds: float, out: Path, console: Any) -> list[Stage]:
     primer_seconds = seconds * PRETRAINING_SHARE
-    primer = _train("masked primer", "digits-pretrain", seed, primer_seconds, out / "primer", console)
+    primer = _train(
+        "masked primer", "digits-pretrain", seed, primer_seconds, out / "primer", console
+    )
     start = out / "primer" / "weights.safetensors"
     rest = seconds - primer_seconds
-    finetuned = _train("fine-tuned", "digits-finetune", seed, rest, out / "finetuned", console, start)
+    finetuned = _train(
+        "fine-tuned", "digits-finetune", seed, rest, out / "finetuned", console, start
+    )
     finetuned.curve = [(primer.seconds + x, y) for x, y in finetuned.curve]
     scratch = _train("from scratch", "digits-finetune", seed, seconds, out / "scratch", console)
     for stage in (finetuned, scratch):
@@ -102,7 +127,13 @@ def _both_arms(seed: int, seconds: float, out: Path, console: Any) -> list[Stage
 
 
 def _train(
-    name: str, preset: str, seed: int, seconds: float, run: Path, console: Any, start: Path | None = None
+    name: str,
+    preset: str,
+    seed: int,
+    seconds: float,
+    run: Path,
+    console: Any,
+    start: Path | None = None,
 ) -> Stage:
     """Train a preset for so many seconds; the number of steps is what fits."""
     from msmdiff.core import config as configuration
@@ -155,7 +186,9 @@ class _Budget:
 
 
 def _distance(run: Path, out: Path, seed: int) -> float:
-    """Pixel Fréchet distance of SAMPLES images, classes in turn, to the held-out digits; keeps a grid of 100."""
+    """Pixel Fréchet distance of SAMPLES images, classes in turn, to the held-out digits; keeps a
+    grid of 100.
+    """
     import torch
 
     from msmdiff.core import weights
@@ -183,14 +216,19 @@ def _digits(part: str, config: Any) -> Any:
 
 
 def _floor() -> float:
-    """What the real training digits score against the held-out ones: no model should be expected to do better."""
+    """What the real training digits score against the held-out ones: no model should be expected to
+    do better.
+    """
     from msmdiff.core import config as configuration
     from msmdiff.core import presets
     from msmdiff.core.metrics import evaluate
     from msmdiff.core.metrics.features import PixelFeatures
 
     config, features = configuration.build(presets.read("digits-finetune")), PixelFeatures()
-    a, b = (evaluate.of_images(_digits(part, config), features) for part in ("digits:train", "digits:test"))
+    a, b = (
+        evaluate.of_images(_digits(part, config), features)
+        for part in ("digits:train", "digits:test")
+    )
     return evaluate.compare(a, b, features).value
 
 
@@ -209,11 +247,15 @@ def _show(results: list[list[Stage]], floor: float, console: Any) -> None:
         )
     rows.append(("real training digits", "-", "-", "-", f"{floor:.2f}"))
     header = ("stage", "steps", "seconds", "images/s", "pixel Fréchet distance")
-    console.table("Distance of 500 samples to the held-out digits (lower is better; not FID)", header, rows)
+    console.table(
+        "Distance of 500 samples to the held-out digits (lower is better; not FID)", header, rows
+    )
     primer, finetuned, scratch = results[0]
     ratio, masked = primer.images_per_s / scratch.images_per_s, primer.seconds + finetuned.seconds
     console.note(f"a masked step sees {ratio:.1f} times as many images a second as a full one")
-    console.note(f"seconds of training: masked arm {masked:.0f}, from scratch {scratch.seconds:.0f}")
+    console.note(
+        f"seconds of training: masked arm {masked:.0f}, from scratch {scratch.seconds:.0f}"
+    )
 
 
 def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
@@ -244,7 +286,9 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
     for number, stages in enumerate(results):
         for stage in stages:
             label = stage.name if number == 0 else None
-            left.plot(*zip(*stage.curve, strict=True), color=colours[stage.name], label=label, linewidth=1)
+            left.plot(
+                *zip(*stage.curve, strict=True), color=colours[stage.name], label=label, linewidth=1
+            )
     left.set(xlabel="training seconds of the arm", ylabel="loss", yscale="log")
     left.legend(frameon=False)
     arms = ("fine-tuned", "from scratch")
@@ -253,7 +297,11 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
         right.bar(x, sum(values) / len(values), color=colours[arm], width=0.6)
         right.plot([x] * len(values), values, "k.", markersize=4)
     right.axhline(floor, color="grey", linestyle=":", label="real digits")
-    right.set(xticks=range(2), xticklabels=["masked +\nfine-tuned", "from\nscratch"], ylabel="pixel Fréchet distance")
+    right.set(
+        xticks=range(2),
+        xticklabels=["masked +\nfine-tuned", "from\nscratch"],
+        ylabel="pixel Fréchet distance",
+    )
     right.set_ylim(top=1.25 * right.get_ylim()[1])  # room for the legend
     right.legend(frameon=False)
     figure.tight_layout()

@@ -5,62 +5,102 @@ from typing import Annotated, Literal
 
 import typer
 
-Samplers = Literal["ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"]
+Samplers = Literal[
+    "ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
     app.command(
-        epilog="Examples: `msmdiff sample` · `msmdiff sample runs/faces --n 100 --cfg 1.5 --classes 0-9` · "
+        epilog="Examples: `msmdiff sample` · `msmdiff sample runs/faces --n 100 --cfg 1.5 "
+        "--classes 0-9` · "
         "`msmdiff sample primer --seeds 0-49999 --sampler ddpm --steps 250 --npz samples.npz` · "
-        "`torchrun --nproc_per_node 8 -m -- msmdiff sample DiT-XL-2.pt --preset dit --n 50000 --no-png --stats s.npz`"
+        "`torchrun --nproc_per_node 8 -m -- msmdiff sample DiT-XL-2.pt --preset dit --n 50000 "
+        "--no-png --stats s.npz`"
     )(sample)
 
 
 def sample(
     source: Annotated[
-        list[str] | None, typer.Argument(help="Runs, their names, or weights files; default: newest.")
+        list[str] | None,
+        typer.Argument(help="Runs, their names, or weights files; default: newest."),
     ] = None,
     n: Annotated[int | None, typer.Option(help="How many images: seeds 0 to n - 1.")] = None,
     seeds: Annotated[
-        str | None, typer.Option(help="Seeds as A-B, inclusive, or one seed. One seed is one image.")
+        str | None,
+        typer.Option(help="Seeds as A-B, inclusive, or one seed. One seed is one image."),
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="As 3, 0-9 or 0,4,7, or balanced (all): dealt to the seeds in turn; or random, by the seed."),
+        typer.Option(
+            help="As 3, 0-9 or 0,4,7, or balanced (all): dealt to the seeds in turn; or random, "
+            "by the seed."
+        ),
     ] = None,
     prompts: Annotated[
-        Path | None, typer.Option(help="Text to image: a file, one prompt a line, dealt to the seeds in turn.")
+        Path | None,
+        typer.Option(help="Text to image: a file, one prompt a line, dealt to the seeds in turn."),
     ] = None,
-    steps: Annotated[str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")] = None,
-    sampler: Annotated[Samplers | None, typer.Option(help="Default: the run's, normally ddim.")] = None,
+    steps: Annotated[
+        str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")
+    ] = None,
+    sampler: Annotated[
+        Samplers | None, typer.Option(help="Default: the run's, normally ddim.")
+    ] = None,
     preset: Annotated[
-        str | None, typer.Option(help="A paper's evaluation settings: dit, mdtv2, edt, uvit, maskdm, ...")
+        str | None,
+        typer.Option(help="A paper's evaluation settings: dit, mdtv2, edt, uvit, maskdm, ..."),
     ] = None,
-    eta: Annotated[float | None, typer.Option(help="ddim: 0 deterministic, 1 as noisy as ddpm.")] = None,
+    eta: Annotated[
+        float | None, typer.Option(help="ddim: 0 deterministic, 1 as noisy as ddpm.")
+    ] = None,
     cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
-    guide: Annotated[str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")] = None,
-    ema: Annotated[float | None, typer.Option(help="Which of a run's averages, by its decay.")] = None,
+    guide: Annotated[
+        str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")
+    ] = None,
+    ema: Annotated[
+        float | None, typer.Option(help="Which of a run's averages, by its decay.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 64,
-    precision: Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")
+    ] = None,
     png: Annotated[
-        bool, typer.Option("--png/--no-png", help="Write the images; whole ones are not made again.")
+        bool,
+        typer.Option("--png/--no-png", help="Write the images; whole ones are not made again."),
     ] = True,
-    npz: Annotated[Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")] = None,
-    stats: Annotated[Path | None, typer.Option(help="Also write the statistics that `fid` takes.")] = None,
+    npz: Annotated[
+        Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")
+    ] = None,
+    stats: Annotated[
+        Path | None, typer.Option(help="Also write the statistics that `fid` takes.")
+    ] = None,
     features: Annotated[
         Literal["inception", "pixel"] | None, typer.Option(help="Of --stats; default: inception.")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Inception weights of --stats.")] = None,
-    grid: Annotated[bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")] = True,
-    interpolate: Annotated[str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")] = None,
-    inpaint: Annotated[
-        tuple[Path, Path] | None, typer.Option(help="IMAGE MASK: fill in IMAGE where MASK is white, n times.")
+    grid: Annotated[
+        bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")
+    ] = True,
+    interpolate: Annotated[
+        str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")
     ] = None,
-    trajectory: Annotated[bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")] = False,
+    inpaint: Annotated[
+        tuple[Path, Path] | None,
+        typer.Option(help="IMAGE MASK: fill in IMAGE where MASK is white, n times."),
+    ] = None,
+    trajectory: Annotated[
+        bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")
+    ] = False,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Other keys of sample, codec or model: `--set sample.clip=false`.")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Other keys of sample, codec or model: `--set sample.clip=false`."
+        ),
     ] = None,
 ) -> None:
     """Sample images from trained weights."""
@@ -81,7 +121,11 @@ def sample(
     picture = interpolate is not None or inpaint is not None or trajectory
     texts = read_prompts(prompts) if prompts else []
     count = n if n is not None else len(texts) or (8 if picture else 40)
-    chosen = list(dict.fromkeys(parse_range(seeds, "--seeds"))) if seeds is not None else list(range(count))
+    chosen = (
+        list(dict.fromkeys(parse_range(seeds, "--seeds")))
+        if seeds is not None
+        else list(range(count))
+    )
     if not chosen:
         raise UsageError(f"--n {n}: give at least one image")
     if not (png or npz or stats or picture):
@@ -97,14 +141,26 @@ def sample(
     sources = source or [str(stored.newest())]
     for option, path in (("--npz", npz), ("--stats", stats)):
         if len(sources) > 1 and path is not None:
-            raise UsageError(f"{option} takes one SOURCE: several would overwrite each other's file")
+            raise UsageError(
+                f"{option} takes one SOURCE: several would overwrite each other's file"
+            )
     changes = configuration.parse_sets(sets or [])
     if set(changes) - {"sample", "codec", "model"}:
-        raise UsageError(f"--set {' '.join(sets or [])}: only keys of sample, codec and model apply here")
+        raise UsageError(
+            f"--set {' '.join(sets or [])}: only keys of sample, codec and model apply here"
+        )
     if preset is not None and preset not in PRESETS:
         near = nearest(preset, list(PRESETS))
         raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}{near}")
-    flags = dict(sampler=sampler, steps=steps, eta=eta, cfg_scale=cfg, ema=ema, guide=guide, precision=precision)
+    flags = dict(
+        sampler=sampler,
+        steps=steps,
+        eta=eta,
+        cfg_scale=cfg,
+        ema=ema,
+        guide=guide,
+        precision=precision,
+    )
     given = {"sample": {k: v for k, v in flags.items() if v is not None}}
     # A preset is complete: what the weights' own settings say beyond it does not apply.
     base = configuration.SampleConfig(**PRESETS[preset]).model_dump() if preset else {}

@@ -17,24 +17,45 @@ import typer
 
 def _training_options(
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
-    data: Annotated[str | None, typer.Option(help="Folder or zip of images, or `digits[:train|:test]`.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder or zip of images, or `digits[:train|:test]`.")
+    ] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    codec: Annotated[Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")] = None,
-    mask: Annotated[float | None, typer.Option(help="Share of hidden tokens, 0 to below 1.")] = None,
-    mask_kind: Annotated[Literal["patch", "block", "crop"] | None, typer.Option(help="What is hidden as one.")] = None,
+    codec: Annotated[
+        Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")
+    ] = None,
+    mask: Annotated[
+        float | None, typer.Option(help="Share of hidden tokens, 0 to below 1.")
+    ] = None,
+    mask_kind: Annotated[
+        Literal["patch", "block", "crop"] | None, typer.Option(help="What is hidden as one.")
+    ] = None,
     mask_block: Annotated[int | None, typer.Option(help="Side of a block, in tokens.")] = None,
-    model: Annotated[str | None, typer.Option(help="Size by name: tiny, MaskDM-S/4, U-ViT-L/2, ...")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Size by name: tiny, MaskDM-S/4, U-ViT-L/2, ...")
+    ] = None,
     conditional: Annotated[
-        bool | None, typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none.")
+        bool | None,
+        typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none."),
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     images: Annotated[int | None, typer.Option(help="Images to see, instead of --steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Images per optimiser step, over all processes.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Images per optimiser step, over all processes.")
+    ] = None,
     seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
-    run: Annotated[str | None, typer.Option(help="Name under runs/, or a path. The same command resumes it.")] = None,
-    sets: Annotated[list[str] | None, typer.Option("--set", help="Any other key: `--set optim.lr=1e-4`.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the configuration and its cost; stop.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="End with a JSON summary on stdout.")] = False,
+    run: Annotated[
+        str | None, typer.Option(help="Name under runs/, or a path. The same command resumes it.")
+    ] = None,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other key: `--set optim.lr=1e-4`.")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Show the configuration and its cost; stop.")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="End with a JSON summary on stdout.")
+    ] = False,
 ) -> None:
     """The options that every training verb has."""
 
@@ -52,7 +73,8 @@ def register(app: typer.Typer) -> None:
     """Add the three verbs."""
     app.command(
         epilog="Examples: `msmdiff pretrain --mask 0.9` · "
-        "`msmdiff pretrain --data celeba/ --image-size 64 --model MaskDM-S/4 --mask 0.9 --mask-kind block` · "
+        "`msmdiff pretrain --data celeba/ --image-size 64 --model MaskDM-S/4 --mask 0.9 "
+        "--mask-kind block` · "
         "`msmdiff pretrain --codec dwt --mask 0.5 --dry-run`"
     )(pretrain)
     app.command(
@@ -62,7 +84,8 @@ def register(app: typer.Typer) -> None:
     )(finetune)
     app.command(
         epilog="Examples: `msmdiff train --conditional` · "
-        "`msmdiff train --config digits-finetune` · `torchrun --nproc_per_node 2 -m -- msmdiff train --data photos/`"
+        "`msmdiff train --config digits-finetune` · `torchrun --nproc_per_node 2 -m -- msmdiff "
+        "train --data photos/`"
     )(train)
 
 
@@ -78,13 +101,19 @@ def pretrain(**options: Any) -> None:
 
 @_with_training_options
 def finetune(
-    ckpt: Annotated[str, typer.Option(help="A run, its name, or a weights file to start from (its EMA).")],
-    allow_partial: Annotated[bool, typer.Option("--allow-partial", help="Start even if little of it fits.")] = False,
+    ckpt: Annotated[
+        str, typer.Option(help="A run, its name, or a weights file to start from (its EMA).")
+    ],
+    allow_partial: Annotated[
+        bool, typer.Option("--allow-partial", help="Start even if little of it fits.")
+    ] = False,
     **options: Any,
 ) -> None:
-    """Start from weights and train on, by default without a mask, with the configuration they were trained with.
+    """Start from weights and train on, by default without a mask, with the configuration they were
+    trained with.
 
-    Image size, classes and codec may change: positions are interpolated, new parts start fresh, all of it is named.
+    Image size, classes and codec may change: positions are interpolated, new parts start fresh, all
+        of it is named.
     """
     from msmdiff.cli.weights import model_fields
     from msmdiff.core import weights
@@ -96,16 +125,23 @@ def finetune(
     changes: dict[str, Any] = {
         "mask": {"ratio": 0.0, "kind": "patch", "crop": None},
         "objective": {"name": "dsm"},
-        "train": {"init_from": str(path), "precision": "auto"},  # what is fastest here, not where it came from
+        "train": {
+            "init_from": str(path),
+            "precision": "auto",
+        },  # what is fastest here, not where it came from
     }
     if stored.optim.lr == derived_rate(stored.model):
         changes["optim"] = {"lr": None}  # derived again, should the width change
     config = _configure(options, stored.as_dict(), changes)
     statistics = {"mean": None, "std": None}
     dwt = "dwt" in (config.codec.name, stored.codec.name)
-    bands_changed = dwt and config.codec.model_copy(update=statistics) != stored.codec.model_copy(update=statistics)
+    bands_changed = dwt and config.codec.model_copy(update=statistics) != stored.codec.model_copy(
+        update=statistics
+    )
     if bands_changed and config.codec.std == stored.codec.std:
-        config.codec = config.codec.model_copy(update=statistics)  # other bands: measured again from the data
+        config.codec = config.codec.model_copy(
+            update=statistics
+        )  # other bands: measured again from the data
     _train("finetune", options, config, allow_partial)
 
 
@@ -116,7 +152,9 @@ def train(**options: Any) -> None:
 
 
 def _with_preset(options: dict[str, Any], name: str) -> dict[str, Any]:
-    """The bare command takes the preset that suits what it trains: the tiny network on the embedded digits."""
+    """The bare command takes the preset that suits what it trains: the tiny network on the embedded
+    digits.
+    """
     bare = not (options["config"] or options["data"] or options["model"])
     return {**options, "config": name} if bare else options
 
@@ -138,17 +176,23 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
 
     console = Console(to_stderr=options["as_json"])
     try:
-        summary = fit(config, path, console, allow_partial=allow_partial, command=shlex.join(sys.argv))
+        summary = fit(
+            config, path, console, allow_partial=allow_partial, command=shlex.join(sys.argv)
+        )
     finally:
         console.finish()
     if summary.interrupted:
         if summary.writes:
-            console.note(f"interrupted at image {summary.images_seen:,} and saved: the same command resumes {path}")
+            console.note(
+                f"interrupted at image {summary.images_seen:,} and saved: the same command "
+                f"resumes {path}"
+            )
         raise typer.Exit(128 + signal.Signals(summary.interrupted))
     if not summary.writes:
         return
     console.note(
-        f"{path}: {summary.images_seen:,} images in {summary.steps:,} steps, {summary.seconds:.1f} s; "
+        f"{path}: {summary.images_seen:,} images in {summary.steps:,} steps, "
+        f"{summary.seconds:.1f} s; "
         f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
     )
     if options["as_json"]:
@@ -176,7 +220,8 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
         "data.image_size": options["image_size"],
         "codec.name": options["codec"],
         "mask.ratio": options["mask"],
-        # A mask asks for a masked objective, whichever suits the network, unless --set says otherwise.
+        # A mask asks for a masked objective, whichever suits the network, unless --set says
+        # otherwise.
         "objective.name": None if options["mask"] is None else "auto",
         "mask.kind": options["mask_kind"],
         "mask.block": options["mask_block"],
@@ -193,11 +238,14 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
     for option in ("mask_kind", "mask_block"):
         if options[option] is not None and not (mask.ratio or mask.crop):
             flag = "--" + option.replace("_", "-")
-            raise UsageError(f"{flag} {options[option]} has no effect without a mask: give --mask RATIO too")
+            raise UsageError(
+                f"{flag} {options[option]} has no effect without a mask: give --mask RATIO too"
+            )
     if options["images"] is not None:
         if options["steps"] is not None:
             raise UsageError(
-                f"--images {options['images']} and --steps {options['steps']} say the same thing: give one"
+                f"--images {options['images']} and --steps {options['steps']} say the same "
+                "thing: give one"
             )
         config.train.steps = max(1, -(-options["images"] // config.train.batch_size))
     return config
@@ -208,7 +256,9 @@ def _default_name(verb: str, config: Any) -> str:
     from msmdiff.core import config as configuration
 
     flat = configuration.flatten(config.as_dict())
-    identity = {key: value for key, value in flat.items() if not configuration.MUTABLE.fullmatch(key)}
+    identity = {
+        key: value for key, value in flat.items() if not configuration.MUTABLE.fullmatch(key)
+    }
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     data = re.sub(r"\W+", "-", Path(config.data.source).stem)
     model = re.sub(r"\W+", "-", config.model.name or "custom")
@@ -229,19 +279,26 @@ def _show_plan(config: Any, as_json: bool) -> None:
     source.check(config)
     counted = cost.measure(config)
     if as_json:
-        print_json({"config": config.as_dict(), "images": len(source), **dataclasses.asdict(counted)})
+        print_json(
+            {"config": config.as_dict(), "images": len(source), **dataclasses.asdict(counted)}
+        )
         return
     typer.echo(config.to_yaml().rstrip())
-    classes = {None: "labels in the files", 0: "no labels"}.get(source.num_classes, f"{source.num_classes} classes")
+    classes = {None: "labels in the files", 0: "no labels"}.get(
+        source.num_classes, f"{source.num_classes} classes"
+    )
     full, masked = (
-        3 * flops * config.train.batch_size / 1e9 for flops in (counted.forward_flops, counted.masked_flops)
+        3 * flops * config.train.batch_size / 1e9
+        for flops in (counted.forward_flops, counted.masked_flops)
     )
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     memory = counted.memory_bytes(config, processes, sharding.asked())
     typer.echo(
         f"\n# data            {len(source):,} images, {classes}"
         f"\n# parameters      {counted.parameters:,}"
-        f"\n# tokens          {counted.kept} of {counted.tokens} seen, {1 - counted.kept / counted.tokens:.2%} hidden"
-        f"\n# per step        {masked:,.2f} GFLOP with the mask, {full:,.2f} without ({masked / full:.1%})"
+        f"\n# tokens          {counted.kept} of {counted.tokens} seen, "
+        f"{1 - counted.kept / counted.tokens:.2%} hidden"
+        f"\n# per step        {masked:,.2f} GFLOP with the mask, {full:,.2f} without "
+        f"({masked / full:.1%})"
         f"\n# memory          about {memory / 2**30:.2f} GiB per process"
     )

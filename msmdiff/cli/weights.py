@@ -19,17 +19,23 @@ def _group() -> None:
 
 
 @group.command(
-    epilog="Examples: `msmdiff weights show runs/primer` · `msmdiff weights show DiT-XL-2-256x256.pt --keys`"
+    epilog="Examples: `msmdiff weights show runs/primer` · `msmdiff weights show "
+    "DiT-XL-2-256x256.pt --keys`"
 )
 def show(
-    source: Annotated[str, typer.Argument(help="A weights file (ours or published), a run, or a run's name.")],
+    source: Annotated[
+        str, typer.Argument(help="A weights file (ours or published), a run, or a run's name.")
+    ],
     keys: Annotated[bool, typer.Option("--keys", help="List the tensors.")] = False,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`.")
+        list[str] | None,
+        typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
 ) -> None:
-    """Show what a weights file holds: network, cost, space, noise, how long it was trained, its checksum."""
+    """Show what a weights file holds: network, cost, space, noise, how long it was trained, its
+    checksum.
+    """
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core import build as road
     from msmdiff.core import weights
@@ -41,7 +47,10 @@ def show(
     config = stored.config
     console = Console()
     if keys:
-        rows = [(name, " x ".join(map(str, v.shape)), str(v.dtype)[6:]) for name, v in stored.tensors.items()]
+        rows = [
+            (name, " x ".join(map(str, v.shape)), str(v.dtype)[6:])
+            for name, v in stored.tensors.items()
+        ]
         console.table(f"{len(rows)} tensors in {path}", ("name", "shape", "type"), rows)
         return
     counted = cost.measure(road.resolve(config))
@@ -52,7 +61,10 @@ def show(
                 "path": str(path),
                 "sha256": checksum(file),
                 "parameters": counted.parameters,
-                "multiply_adds": {"full": counted.forward_flops // 2, "masked": counted.masked_flops // 2},
+                "multiply_adds": {
+                    "full": counted.forward_flops // 2,
+                    "masked": counted.masked_flops // 2,
+                },
                 "tensors": {name: list(v.shape) for name, v in stored.tensors.items()},
                 "notes": stored.notes,
                 "config": config.as_dict(),
@@ -63,20 +75,39 @@ def show(
     codec = config.codec.name
     if codec == "dwt":
         codec += f" {config.codec.wavelet} level {config.codec.level}"
-    masked = f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen" if counted.kept < counted.tokens else ""
-    origin = f"published by {stored.notes['layout']}, {stored.notes['weights']}" if "layout" in stored.notes else ""
+    masked = (
+        f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen"
+        if counted.kept < counted.tokens
+        else ""
+    )
+    origin = (
+        f"published by {stored.notes['layout']}, {stored.notes['weights']}"
+        if "layout" in stored.notes
+        else ""
+    )
     trained = f"{int(stored.notes.get('images_seen', 0)):,} images ({stored.notes.get('weights', 'model')})"
     size = config.model.name or stored.notes.get("size") or "no published size"
     rows = [
         ("file", f"{path} ({file.stat().st_size / 2**20:.1f} MiB)"),
         ("sha256", checksum(file)),
         ("network", f"{size} ({config.model.family}), {counted.parameters:,} parameters"),
-        ("forward", f"{counted.forward_flops / 2e9:,.2f} G multiply-adds, {counted.tokens} tokens{masked}"),
+        (
+            "forward",
+            f"{counted.forward_flops / 2e9:,.2f} G multiply-adds, {counted.tokens} tokens{masked}",
+        ),
         ("dimensions", ", ".join(f"{k} {v}" for k, v in model.items())),
         ("classes", str(config.model.num_classes or "unconditional")),
         ("space", f"{codec}, images of {config.data.image_size} pixels"),
-        ("noise", f"{config.process.schedule}, {config.process.timesteps} steps, predicts {config.process.prediction}"),
-        ("trained", origin or f"{trained}, {config.objective.name}, mask {config.mask.ratio:g} {config.mask.kind}"),
+        (
+            "noise",
+            f"{config.process.schedule}, {config.process.timesteps} steps, predicts "
+            f"{config.process.prediction}",
+        ),
+        (
+            "trained",
+            origin
+            or f"{trained}, {config.objective.name}, mask {config.mask.ratio:g} {config.mask.kind}",
+        ),
     ]
     if not origin:
         rows.append(("data", config.data.source))
@@ -89,14 +120,22 @@ def show(
     "`msmdiff weights convert mine.pth --set model.num_heads=6`"
 )
 def convert(
-    file: Annotated[str, typer.Argument(help="A checkpoint that DiT, MDT, EDT, U-ViT or MaskDM wrote.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")] = None,
+    file: Annotated[
+        str, typer.Argument(help="A checkpoint that DiT, MDT, EDT, U-ViT or MaskDM wrote.")
+    ],
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")
+    ] = None,
     family: Annotated[
-        Literal["auto", "dit", "mdt", "edt", "uvit", "maskdm"], typer.Option(help="auto: recognised by the keys.")
+        Literal["auto", "dit", "mdt", "edt", "uvit", "maskdm"],
+        typer.Option(help="auto: recognised by the keys."),
     ] = "auto",
-    ema: Annotated[bool, typer.Option("--ema/--no-ema", help="The averaged weights, where the file has them.")] = True,
+    ema: Annotated[
+        bool, typer.Option("--ema/--no-ema", help="The averaged weights, where the file has them.")
+    ] = True,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`.")
+        list[str] | None,
+        typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
 ) -> None:
     """Convert a published checkpoint into one self-describing weights file."""
@@ -106,7 +145,9 @@ def convert(
 
     path = Path(file)
     if weights.is_ours(path):
-        raise UsageError(f"{file} is msmdiff's already: `msmdiff weights export` writes a published layout")
+        raise UsageError(
+            f"{file} is msmdiff's already: `msmdiff weights export` writes a published layout"
+        )
     target = out or path.with_suffix(".safetensors")
     if target.exists() and target.samefile(path):
         raise UsageError(f"{target} would replace the file it is read from: give another --out")
@@ -114,7 +155,8 @@ def convert(
     weights.save(target, stored.tensors, stored.config, **stored.notes)
     size = stored.notes["size"] or "no published size"
     Console().note(
-        f"{target}: {stored.config.model.family}, {size}, {sum(v.numel() for v in stored.tensors.values()):,} numbers, "
+        f"{target}: {stored.config.model.family}, {size}, "
+        f"{sum(v.numel() for v in stored.tensors.values()):,} numbers, "
         f"from {stored.notes['weights']}"
     )
 
@@ -129,9 +171,12 @@ def export(
         Literal["dit", "mdt", "edt", "uvit", "maskdm", "diffusers"],
         typer.Option("--format", help="Whose layout to write."),
     ],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="Default: SOURCE's name with .FORMAT.pt.")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", help="Default: SOURCE's name with .FORMAT.pt.")
+    ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`.")
+        list[str] | None,
+        typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
 ) -> None:
     """Write weights in a published project's layout: a torch file, or diffusers' folder of a DiT."""
@@ -158,18 +203,25 @@ def export(
     else:
         state = published.export(stored.tensors, config.model, parts.codec.shape, layout)
         with files.whole(target) as part:
-            torch.save(maskdm.checkpoint(state, parts.process.alpha_bar) if layout == "maskdm" else state, part)
+            torch.save(
+                maskdm.checkpoint(state, parts.process.alpha_bar) if layout == "maskdm" else state,
+                part,
+            )
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
     if layout == "diffusers":
         Console().note(f"note: {diffusers.CAVEAT}")
 
 
 def model_fields(sets: list[str] | None) -> dict[str, Any]:
-    """`["model.num_heads=16"]` -> `{"num_heads": 16}`. Raises UsageError for keys of other sections."""
+    """`["model.num_heads=16"]` -> `{"num_heads": 16}`. Raises UsageError for keys of other
+    sections.
+    """
     from msmdiff.core import config as configuration
     from msmdiff.core.errors import UsageError
 
     changes = configuration.parse_sets(sets or [])
     if set(changes) - {"model"}:
-        raise UsageError(f"--set: only keys of the model section apply here, not {', '.join(sorted(changes))}")
+        raise UsageError(
+            f"--set: only keys of the model section apply here, not {', '.join(sorted(changes))}"
+        )
     return changes.get("model", {})

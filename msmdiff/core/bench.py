@@ -24,7 +24,8 @@ class Timing:
         kept, tokens: what the network sees of an image.
         images_per_s, ms_per_step: from the median step.
         flops_per_s: of forward and backward, counted on the meta device.
-        peak_fraction: flops_per_s over the machine's measured matrix-product peak in the same precision.
+        peak_fraction: flops_per_s over the machine's measured matrix-product peak in the same
+            precision.
         peak_memory_bytes: of the process so far (CPU) or of the device.
     """
 
@@ -40,8 +41,12 @@ class Timing:
         return asdict(self)
 
 
-def training_step(config: Config, device: torch.device, steps: int, peak: float, warmup: int = 2) -> Timing:
-    """Time whole optimiser steps (loss, backward, update, averages) of a resolved configuration on random images."""
+def training_step(
+    config: Config, device: torch.device, steps: int, peak: float, warmup: int = 2
+) -> Timing:
+    """Time whole optimiser steps (loss, backward, update, averages) of a resolved configuration on
+    random images.
+    """
     machine.prepare(config.train.threads)
     parts = road.build(config)
     parts.process.to(device)
@@ -53,7 +58,9 @@ def training_step(config: Config, device: torch.device, steps: int, peak: float,
         network.compile()
     batch, size = config.train.batch_size, config.data.image_size
     images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-    if isinstance(parts.codec, VaeCodec):  # as training reads them: means and deviations, packed before
+    if isinstance(
+        parts.codec, VaeCodec
+    ):  # as training reads them: means and deviations, packed before
         channels, height, width = parts.codec.shape
         images = torch.rand(batch, 2 * channels, height, width, dtype=torch.float16, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device) if network.num_classes else None

@@ -1,4 +1,5 @@
-"""The configuration: typed sections, how layers of them are merged, and what may change when a run is resumed.
+"""The configuration: typed sections, how layers of them are merged, and what may change when a run
+is resumed.
 
 Precedence: defaults < preset or YAML file < named flags < `--set section.key=value`.
 """
@@ -8,7 +9,15 @@ import re
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StrictBool,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 
 from msmdiff.core.errors import UsageError, nearest
 from msmdiff.core.presets import parse_yaml
@@ -19,58 +28,86 @@ class Section(BaseModel):
 
 
 class DataConfig(Section):
-    source: str = Field("digits", description="`digits[:train|:test]`, or any folder or file of docs/data.md")
+    source: str = Field(
+        "digits", description="`digits[:train|:test]`, or any folder or file of docs/data.md"
+    )
     image_size: int = Field(16, ge=2, description="side of the square images, in pixels")
     labels: Literal["auto", "folders", "adm", "none"] = Field(
-        "auto", description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none"
+        "auto",
+        description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none",
     )
     crop: Literal["center", "random"] = Field("center", description="ADM's centre or random crop")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
-    verify: StrictBool = Field(True, description="decode every image once before the first training on this data")
-    skip_unreadable: StrictBool = Field(False, description="leave unreadable images out instead of stopping")
+    verify: StrictBool = Field(
+        True, description="decode every image once before the first training on this data"
+    )
+    skip_unreadable: StrictBool = Field(
+        False, description="leave unreadable images out instead of stopping"
+    )
     workers: int | None = Field(None, ge=0, description="loader processes; null: as many as help")
 
 
 class CodecConfig(Section):
     name: Literal["pixel", "dwt", "vae"] = "pixel"
-    wavelet: str = Field("haar", description="dwt: any orthogonal or biorthogonal PyWavelets filter")
+    wavelet: str = Field(
+        "haar", description="dwt: any orthogonal or biorthogonal PyWavelets filter"
+    )
     level: int = Field(1, ge=1, description="dwt: decomposition levels")
     mean: list[float] | None = Field(
-        None, description="dwt: mean of each sub-band, null: measured; vae: of each channel, null: 0"
+        None,
+        description="dwt: mean of each sub-band, null: measured; vae: of each channel, null: 0",
     )
     std: list[float] | None = Field(
-        None, description="dwt: standard deviation of each sub-band, null: measured; vae: of each channel, null: 1"
+        None,
+        description="dwt: standard deviation of each sub-band, null: measured; vae: of each "
+        "channel, null: 1",
     )
     vae: str | None = Field(
-        None, description="vae: folder, file or hub id of an AutoencoderKL; null: what packed data was encoded with"
+        None,
+        description="vae: folder, file or hub id of an AutoencoderKL; null: what packed data was "
+        "encoded with",
     )
     vae_config: str | None = Field(
-        None, description="vae: folder or hub id with the config.json of a single file; null: Stable Diffusion's"
+        None,
+        description="vae: folder or hub id with the config.json of a single file; null: "
+        "Stable Diffusion's",
     )
     scale: float = Field(0.18215, gt=0, description="vae: x0 = scale (latent - mean) / std")
     channels: int = Field(4, ge=1, description="vae: channels of a latent")
     factor: int = Field(8, ge=1, description="vae: pixels per latent, along a side")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="vae: of its network")
-    tile: StrictBool = Field(False, description="vae: large images in tiles: less memory, slightly other latents")
+    tile: StrictBool = Field(
+        False, description="vae: large images in tiles: less memory, slightly other latents"
+    )
     text: str | None = Field(
-        None, description="folder or hub id of the CLIP text encoder; null: what packed data was encoded with"
+        None,
+        description="folder or hub id of the CLIP text encoder; null: what packed data was "
+        "encoded with",
     )
 
 
 class ModelConfig(Section):
-    """`name` is a published size; every other key is an argument of that family's network and overrides the size."""
+    """`name` is a published size; every other key is an argument of that family's network and
+    overrides the size.
+    """
 
     model_config = ConfigDict(extra="allow", validate_assignment=True)
 
     name: str | None = "tiny"
     family: str | None = None
-    num_classes: int | Literal["auto"] = Field(0, description="0: unconditional; auto: as many as the data has")
+    num_classes: int | Literal["auto"] = Field(
+        0, description="0: unconditional; auto: as many as the data has"
+    )
 
 
 class ProcessConfig(Section):
-    schedule: Literal["linear", "cosine", "shifted_cosine", "scaled_linear", "vp_sde", "vp_cosine"] = "cosine"
+    schedule: Literal[
+        "linear", "cosine", "shifted_cosine", "scaled_linear", "vp_sde", "vp_cosine"
+    ] = "cosine"
     timesteps: int = Field(1000, ge=2)
-    shift_size: int = Field(64, ge=1, description="shifted_cosine: image side the schedule is shifted to")
+    shift_size: int = Field(
+        64, ge=1, description="shifted_cosine: image side the schedule is shifted to"
+    )
     prediction: Literal["eps", "x0", "v"] = "eps"
     weighting: Literal["uniform", "min_snr"] = "uniform"
     min_snr_gamma: float = Field(5.0, gt=0)
@@ -81,106 +118,170 @@ class MaskConfig(Section):
     ratio: float = Field(0.0, ge=0, lt=1, description="share of hidden tokens; 0: no mask")
     kind: Literal["patch", "block", "crop"] = "patch"
     block: int = Field(4, ge=1, description="block: side of a block, in tokens")
-    crop: int | None = Field(None, ge=1, description="crop: side of the visible window, in tokens; null: from ratio")
-    spread: float | None = Field(
-        None, ge=0, lt=1, description="mdt: each step hides up to so much more than ratio; null: as published"
+    crop: int | None = Field(
+        None, ge=1, description="crop: side of the visible window, in tokens; null: from ratio"
     )
-    rounding: Literal["nearest", "floor"] = Field("nearest", description="patch: floor is the MaskDM code's rule")
+    spread: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="mdt: each step hides up to so much more than ratio; null: as published",
+    )
+    rounding: Literal["nearest", "floor"] = Field(
+        "nearest", description="patch: floor is the MaskDM code's rule"
+    )
 
 
 class ObjectiveConfig(Section):
     name: Literal["auto", "dsm", "msm", "mdt", "edt"] = Field(
-        "auto", description="all tokens, visible ones, MDT's and EDT's two passes; auto: as the network was published"
+        "auto",
+        description="all tokens, visible ones, MDT's and EDT's two passes; auto: as the network "
+        "was published",
     )
     loss: Literal["mse", "l1"] = "mse"
     variational: Literal["hybrid", "rescaled", "kl"] = Field(
         "hybrid", description="with a learned variance: mse + vb, mse + vb T / 1000, or vb T alone"
     )
     channel_groups: list[int] | None = Field(
-        None, description="average the error within each group of channels and add: [3, 9] for MaskDM's wavelets"
+        None,
+        description="average the error within each group of channels and add: [3, 9] for "
+        "MaskDM's wavelets",
     )
-    label_dropout: float = Field(0.1, ge=0, le=1, description="share of labels replaced by the null class")
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels replaced by the null class"
+    )
 
 
 class OptimConfig(Section):
     name: Literal["adamw", "adan", "adan-pytorch"] = "adamw"
     lr: float | None = Field(None, gt=0, description="null: 2e-4 x 512 / hidden_size, at most 1e-3")
-    betas: list[float] | None = Field(None, description="null: adamw (0.99, 0.99), adan (0.98, 0.92, 0.99)")
+    betas: list[float] | None = Field(
+        None, description="null: adamw (0.99, 0.99), adan (0.98, 0.92, 0.99)"
+    )
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.03, ge=0)
     warmup_steps: int = Field(0, ge=0)
-    no_prox: StrictBool = Field(False, description="adan: weight decay before the step instead of proximal")
+    no_prox: StrictBool = Field(
+        False, description="adan: weight decay before the step instead of proximal"
+    )
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     final_lr: float = Field(0.0, ge=0, description="where a linear or cosine schedule ends")
-    decay_steps: int | None = Field(None, ge=1, description="length of the decay; null: the whole training")
+    decay_steps: int | None = Field(
+        None, ge=1, description="length of the decay; null: the whole training"
+    )
     clip_grad_norm: float | None = Field(1.0, gt=0)
 
 
 class EmaConfig(Section):
-    decays: list[float] = Field(default=[0.999], description="one average per decay, the first one is sampled from")
+    decays: list[float] = Field(
+        default=[0.999], description="one average per decay, the first one is sampled from"
+    )
     warmup: Literal["power", "constant"] = Field(
-        "power", description="power: ema-pytorch's min(1 - (1 + k)^-power, decay); constant: the decay from step one"
+        "power",
+        description="power: ema-pytorch's min(1 - (1 + k)^-power, decay); constant: the decay "
+        "from step one",
     )
     power: float = Field(2 / 3, gt=0)
     update_after_step: int = Field(100, ge=0, description="power: plain copies until then")
-    update_every: int = Field(1, ge=1, description="optimiser steps between updates; the decay is not rescaled")
+    update_every: int = Field(
+        1, ge=1, description="optimiser steps between updates; the decay is not rescaled"
+    )
 
 
 class TrainConfig(Section):
     steps: int = Field(2000, ge=1, description="optimiser steps")
-    max_seconds: float | None = Field(None, gt=0, description="stop after this much time spent in training steps")
+    max_seconds: float | None = Field(
+        None, gt=0, description="stop after this much time spent in training steps"
+    )
     batch_size: int = Field(128, ge=1, description="images per optimiser step, over all processes")
-    micro_batch_size: int | None = Field(None, ge=1, description="images per forward pass and process")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images per forward pass and process"
+    )
     seed: int = Field(0, ge=0)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     compile: StrictBool = False
     gradient_checkpointing: StrictBool = False
-    init_from: str | None = Field(None, description="weights to start from; set by `finetune --ckpt`")
+    init_from: str | None = Field(
+        None, description="weights to start from; set by `finetune --ckpt`"
+    )
     on_nonfinite: Literal["stop", "skip"] = "stop"
     log_every: int = Field(50, ge=1)
     checkpoint_every: int = Field(1000, ge=1)
     keep_checkpoints: int = Field(2, ge=1)
     preview_every: int = Field(1000, ge=0, description="0: none")
     trackers: list[Literal["tensorboard", "wandb"]] = []
-    threads: int | None = Field(None, ge=1, description="CPU threads of a process; null: its share of the cores")
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a process; null: its share of the cores"
+    )
 
 
 class SampleConfig(Section):
-    sampler: Literal["ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"] = "ddim"
-    steps: int | str = Field(50, description="network evaluations, heun: two each; or ADM's spacing: ddim25, 10,20,30")
+    sampler: Literal[
+        "ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"
+    ] = "ddim"
+    steps: int | str = Field(
+        50, description="network evaluations, heun: two each; or ADM's spacing: ddim25, 10,20,30"
+    )
     grid: Literal["even", "maskdm", "adm", "uniform", "quadratic", "logsnr"] | None = Field(
         None,
-        description="training steps (even, maskdm, adm) or free times to visit; null: the sampler's own, see times",
+        description="training steps (even, maskdm, adm) or free times to visit; null: the "
+        "sampler's own, see times",
     )
-    end: float | None = Field(None, gt=0, lt=1, description="free times: the last one; null: the process's first step")
+    end: float | None = Field(
+        None, gt=0, lt=1, description="free times: the last one; null: the process's first step"
+    )
     eta: float = Field(0.0, ge=0, description="ddim: 0 deterministic, 1 as noisy as ddpm")
-    variance: Literal["small", "large"] = Field("small", description="ddpm: posterior variance or beta")
+    variance: Literal["small", "large"] = Field(
+        "small", description="ddpm: posterior variance or beta"
+    )
     order: Literal[1, 2, 3] = Field(2, description="dpm_solver, dpm_solver++, unipc")
     method: Literal["multistep", "singlestep", "fast", "adaptive"] = Field(
-        "multistep", description="dpm_solver(++); singlestep: steps // order intervals; fast: mixed orders, all steps"
+        "multistep",
+        description="dpm_solver(++); singlestep: steps // order intervals; fast: mixed "
+        "orders, all steps",
     )
     taylor: StrictBool = Field(False, description="dpm_solver(++): differences by Taylor expansion")
-    lower_order_final: StrictBool = Field(True, description="multistep: lower the order at the end of under 10 steps")
-    denoise_to_zero: StrictBool = Field(False, description="dpm_solver(++), unipc: one more evaluation gives x0")
-    clip: StrictBool = Field(True, description="clip x0 to the codec's range at every step")
-    threshold: float | None = Field(None, gt=0, le=1, description="clip x0 to this quantile of its own size (Imagen)")
-    eps_after_clip: Literal["derived", "raw"] = Field(
-        "derived", description="the noise estimate after clipping x0: derived again (ADM) or as predicted (MaskDM)"
+    lower_order_final: StrictBool = Field(
+        True, description="multistep: lower the order at the end of under 10 steps"
     )
-    cfg_scale: float = Field(1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance")
+    denoise_to_zero: StrictBool = Field(
+        False, description="dpm_solver(++), unipc: one more evaluation gives x0"
+    )
+    clip: StrictBool = Field(True, description="clip x0 to the codec's range at every step")
+    threshold: float | None = Field(
+        None, gt=0, le=1, description="clip x0 to this quantile of its own size (Imagen)"
+    )
+    eps_after_clip: Literal["derived", "raw"] = Field(
+        "derived",
+        description="the noise estimate after clipping x0: derived again (ADM) or as "
+        "predicted (MaskDM)",
+    )
+    cfg_scale: float = Field(
+        1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance"
+    )
     cfg_channels: Literal["all", "first3"] = Field(
-        "all", description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth one unguided"
+        "all",
+        description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth "
+        "one unguided",
     )
     cfg_schedule: Literal["constant", "linear", "power_cosine"] = Field(
-        "constant", description="of the scale over time: from 1 at pure noise to cfg_scale at the image"
+        "constant",
+        description="of the scale over time: from 1 at pure noise to cfg_scale at the image",
     )
     cfg_power: float | None = Field(None, gt=0, description="power_cosine's exponent (MDT: 4)")
     cfg_interval: list[float] | None = Field(
-        None, min_length=2, max_length=2, description="guide at noise levels sigma / alpha from .. to, else not at all"
+        None,
+        min_length=2,
+        max_length=2,
+        description="guide at noise levels sigma / alpha from .. to, else not at all",
     )
-    guide: str | None = Field(None, description="autoguidance: a weaker run or file in the unconditional one's place")
+    guide: str | None = Field(
+        None, description="autoguidance: a weaker run or file in the unconditional one's place"
+    )
     guide_ema: float | None = Field(None, description="which average of the guide's run")
-    amm: Literal["off", "default"] | list[int] | None = Field(None, description="null: as the model section says")
+    amm: Literal["off", "default"] | list[int] | None = Field(
+        None, description="null: as the model section says"
+    )
     rounding: Literal["half_even", "half_up", "truncate"] = Field(
         "half_even", description="to uint8; half_up: as DiT, U-ViT and MaskDM; truncate: as MDT"
     )
@@ -208,10 +309,14 @@ class SampleConfig(Section):
 
 
 class EvalConfig(Section):
-    every: int = Field(0, ge=0, description="steps between measurements of the samples' distance; 0: none")
+    every: int = Field(
+        0, ge=0, description="steps between measurements of the samples' distance; 0: none"
+    )
     n: int = Field(5000, ge=2, description="samples drawn for each")
     features: Literal["inception", "dinov2", "pixel"] = "inception"
-    weights: str | None = Field(None, description="the features' weights file; null: as `msmdiff fid` finds them")
+    weights: str | None = Field(
+        None, description="the features' weights file; null: as `msmdiff fid` finds them"
+    )
     reference: str | None = Field(None, description="images or statistics; null: the training data")
 
 
@@ -238,7 +343,8 @@ class Config(Section):
         return json.dumps(self.as_dict())
 
 
-# Keys that may differ when a run is resumed: they change when things are shown or saved, never what is computed.
+# Keys that may differ when a run is resumed: they change when things are shown or saved, never what
+# is computed.
 MUTABLE = re.compile(
     r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers)"
     r"|data\.workers|sample\..*|eval\..*"
@@ -256,8 +362,11 @@ def build(*layers: dict[str, Any]) -> Config:
         layer = {name: content for name, content in layer.items() if content is not None}
         model = layer.get("model") or {}
         if model.get("name") not in (None, merged.get("model", {}).get("name")):
-            # Another size: what an earlier layer said of the old one's dimensions no longer applies.
-            merged["model"] = {k: v for k, v in merged.get("model", {}).items() if k == "num_classes"}
+            # Another size: what an earlier layer said of the old one's dimensions no longer
+            # applies.
+            merged["model"] = {
+                k: v for k, v in merged.get("model", {}).items() if k == "num_classes"
+            }
         optimiser = (layer.get("optim") or {}).get("name")
         if optimiser not in (None, merged.get("optim", {}).get("name", optimiser)):
             merged["optim"].pop("betas", None)  # they were the other optimiser's
@@ -290,13 +399,17 @@ def parse_sets(items: list[str]) -> dict[str, Any]:
     for item in items:
         dotted, equals, text = item.partition("=")
         if not equals or "." not in dotted:
-            raise UsageError(f"--set {item}: write section.key=value, for example --set optim.lr=1e-4")
+            raise UsageError(
+                f"--set {item}: write section.key=value, for example --set optim.lr=1e-4"
+            )
         node = out
         *parents, leaf = dotted.strip().split(".")
         for name in parents:
             node = node.setdefault(name, {})
             if not isinstance(node, dict):
-                raise UsageError(f"--set {item}: {name} was given a value before, it cannot hold {leaf}")
+                raise UsageError(
+                    f"--set {item}: {name} was given a value before, it cannot hold {leaf}"
+                )
         node[leaf] = parse_yaml(text, f"--set {item}")
     return out
 
@@ -305,7 +418,11 @@ def flatten(nested: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """`{"a": {"b": 1}}` -> `{"a.b": 1}`."""
     out: dict[str, Any] = {}
     for name, value in nested.items():
-        out |= flatten(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        out |= (
+            flatten(value, f"{prefix}{name}.")
+            if isinstance(value, dict)
+            else {prefix + name: value}
+        )
     return out
 
 

@@ -1,4 +1,6 @@
-"""The two errors a user may meet. Each carries one finished sentence; the command line prints it and exits."""
+"""The two errors a user may meet. Each carries one finished sentence; the command line prints it
+and exits.
+"""
 
 import difflib
 

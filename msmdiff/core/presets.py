@@ -15,16 +15,21 @@ class _Yaml12Loader(yaml.SafeLoader):
 
 
 _Yaml12Loader.yaml_implicit_resolvers = {
-    first: [(tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float", ":timestamp"))]
+    first: [
+        (tag, rule) for tag, rule in rules if not tag.endswith((":bool", ":float", ":timestamp"))
+    ]
     for first, rules in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Yaml12Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF"))
+_Yaml12Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:bool", re.compile(r"true|false|True|False"), list("tTfF")
+)
 _Yaml12Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d+\.\d*|\.\d+|\d+)([eE][-+]?\d+)?|[-+]?\.inf|\.nan"),
     list("-+.0123456789"),
 )
-# Resolvers are tried in the order they were added: integers must keep winning over the float rule above.
+# Resolvers are tried in the order they were added: integers must keep winning over the float rule
+# above.
 for _first, _rules in _Yaml12Loader.yaml_implicit_resolvers.items():
     _rules.sort(key=lambda rule: not rule[0].endswith(":int"))
 
@@ -59,7 +64,10 @@ def read(name_or_path: str) -> dict[str, Any]:
         path = folder() / f"{name_or_path}.yaml"
         if not path.is_file():
             near = nearest(name_or_path, names())
-            raise UsageError(f"--config {name_or_path}: no such file and no such preset{near}; presets: {names()}")
+            raise UsageError(
+                f"--config {name_or_path}: no such file and no such preset{near}; "
+                f"presets: {names()}"
+            )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

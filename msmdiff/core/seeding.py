@@ -1,8 +1,8 @@
 """Random numbers without state.
 
-Every draw names what it is for: a stream is a pure function of (seed, purpose, position). Nothing depends on what was
-drawn before, so a run that is stopped and resumed draws the same numbers as one that was not, and a second process
-never needs the first one's generator.
+Every draw names what it is for: a stream is a pure function of (seed, purpose, position). Nothing
+depends on what was drawn before, so a run that is stopped and resumed draws the same numbers as one
+that was not, and a second process never needs the first one's generator.
 """
 
 import hashlib
@@ -30,21 +30,27 @@ def numpy_stream(seed: int, purpose: str, *position: int) -> np.random.Generator
 
 
 class SeedNoise:
-    """Gaussian noise in which every image of a batch has a generator of its own, so that one seed is one image.
+    """Gaussian noise in which every image of a batch has a generator of its own, so that one seed
+    is one image.
 
-    Calling it gives the next [B, *shape] float32 noise on `device`. Sample i depends on `seeds[i]` and on the number
-    of calls only, never on the rest of the batch. The numbers are drawn on the CPU: a seed means the same noise on
-    every device.
+    Calling it gives the next [B, *shape] float32 noise on `device`. Sample i depends on `seeds[i]`
+    and on the number of calls only, never on the rest of the batch. The numbers are drawn on the
+    CPU: a seed means the same noise on every device.
     """
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str) -> None:
-        # The seed itself, not a hash: the CPU generator keeps 32 bits, where hashes of 50,000 seeds may collide.
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str
+    ) -> None:
+        # The seed itself, not a hash: the CPU generator keeps 32 bits, where hashes of 50,000 seeds
+        # may collide.
         self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         self._shape = shape
         self._device = device
 
     def __call__(self) -> Tensor:
-        pinned = torch.device(self._device).type == "cuda"  # else the copy would wait for the device
+        pinned = (
+            torch.device(self._device).type == "cuda"
+        )  # else the copy would wait for the device
         noise = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)

@@ -24,7 +24,16 @@ COMMANDS = [
     ["weights", "show"],
     ["quickstart"],
 ]
-TINY = ["--batch-size", "8", "--set", "model.hidden_size=16", "--set", "model.num_heads=2", "--set", "model.depth=3"]
+TINY = [
+    "--batch-size",
+    "8",
+    "--set",
+    "model.hidden_size=16",
+    "--set",
+    "model.num_heads=2",
+    "--set",
+    "model.depth=3",
+]
 TINY += ["--set", "train.preview_every=0"]
 
 
@@ -34,7 +43,11 @@ def test_help_has_examples_and_imports_nothing_heavy(cli, command):
     assert "Usage: " in shown.stdout
     if command and command != ["weights"]:
         assert "Examples: " in shown.stdout
-    imported = {line.rpartition("|")[2].strip() for line in shown.stderr.splitlines() if line.startswith("import time")}
+    imported = {
+        line.rpartition("|")[2].strip()
+        for line in shown.stderr.splitlines()
+        if line.startswith("import time")
+    }
     assert "typer" in imported
     assert not imported & {"torch", "numpy", "accelerate", "PIL", "sklearn"}
 
@@ -45,7 +58,9 @@ def test_the_whole_road(cli, tmp_path):
     primer = tmp_path / "runs" / "primer"
     assert "ratio: 0.9" in (primer / "config.yaml").read_text()
 
-    done = cli("finetune", "--ckpt", "primer", "--conditional", "--steps", "5", "--run", "tuned", "--json")
+    done = cli(
+        "finetune", "--ckpt", "primer", "--conditional", "--steps", "5", "--run", "tuned", "--json"
+    )
     assert "loaded" in done.stderr
     assert "missing 1: label_emb.weight" in done.stderr
     summary = json.loads(done.stdout)
@@ -58,10 +73,14 @@ def test_the_whole_road(cli, tmp_path):
     cli("sample", "--n", "12", "--steps", "3")  # the newest run
     cli("sample", "primer", "--seeds", "5-14", "--steps", "3", "--batch-size", "4")
     assert len(list((tmp_path / "samples" / "tuned").glob("*.png"))) == 12
-    assert sorted(p.name for p in (tmp_path / "samples" / "primer").glob("*.png"))[0] == "000005.png"
+    assert (
+        sorted(p.name for p in (tmp_path / "samples" / "primer").glob("*.png"))[0] == "000005.png"
+    )
     assert (tmp_path / "samples" / "tuned.grid.png").is_file()
 
-    done = cli("fid", "samples/tuned", "samples/primer", "--features", "pixel", "--json", "score.json")
+    done = cli(
+        "fid", "samples/tuned", "samples/primer", "--features", "pixel", "--json", "score.json"
+    )
     assert "pixel Fréchet distance" in done.stdout
     assert "FID" not in done.stdout
     score = json.loads((tmp_path / "score.json").read_text())
@@ -111,7 +130,9 @@ def test_npz_is_adms_and_a_seed_is_an_image(cli, tmp_path):
     assert content["arr_1"].tolist() == [3, 5] * 5
     alone = np.asarray(Image.open(tmp_path / "one" / "000007.png")).astype(int)
     assert np.abs(alone - content["arr_0"][7]).max() <= 1
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "samples" / "r" / "000007.png")), content["arr_0"][7])
+    assert np.array_equal(
+        np.asarray(Image.open(tmp_path / "samples" / "r" / "000007.png")), content["arr_0"][7]
+    )
     done = cli("sample", "r", "--steps", "5", code=2)
     assert "samples/r holds images sampled with other settings" in done.stderr
     assert "sample.steps: 4 there, 5 now; classes: '3,5' there, None now" in done.stderr
@@ -123,7 +144,9 @@ def test_npz_is_adms_and_a_seed_is_an_image(cli, tmp_path):
 
 
 def test_dry_run_shows_the_plan_and_trains_nothing(cli, tmp_path):
-    shown = cli("pretrain", "--model", "MaskDM-S/4", "--image-size", "64", "--mask", "0.9", "--dry-run").stdout
+    shown = cli(
+        "pretrain", "--model", "MaskDM-S/4", "--image-size", "64", "--mask", "0.9", "--dry-run"
+    ).stdout
     assert "# parameters      44,292,144" in shown
     assert "26 of 256 seen, 89.84% hidden" in shown
     assert "GFLOP with the mask" in shown
@@ -131,7 +154,18 @@ def test_dry_run_shows_the_plan_and_trains_nothing(cli, tmp_path):
 
 
 def test_bench_names_what_scripts_rely_on(cli):
-    command = ["bench", "--batch-size", "4", "--steps", "2", "--mask", "0.5", "--mask", "0.9", "--json"]
+    command = [
+        "bench",
+        "--batch-size",
+        "4",
+        "--steps",
+        "2",
+        "--mask",
+        "0.5",
+        "--mask",
+        "0.9",
+        "--json",
+    ]
     report = json.loads(cli(*command).stdout)
     assert [row["kept"] for row in report["results"]] == [64, 32, 6]
     for row in report["results"]:
@@ -163,7 +197,11 @@ def test_bench_names_what_scripts_rely_on(cli):
         (["fid", "photos"], 2, "fid compares two sets"),
         (["fid", "photos", "nowhere"], 2, "'nowhere' does not exist"),
         (["fid", "photos/cat/1.png", "photos"], 2, "a file of no known kind"),
-        (["weights", "show", "broken.safetensors"], 1, "broken.safetensors is truncated or damaged"),
+        (
+            ["weights", "show", "broken.safetensors"],
+            1,
+            "broken.safetensors is truncated or damaged",
+        ),
     ],
 )
 def test_mistakes_get_one_sentence(cli, tmp_path, photos, arguments, code, message):
@@ -189,9 +227,23 @@ def test_a_conditional_model_needs_labels(cli, tmp_path):
 
 def test_ctrl_c_with_loader_workers_saves(tmp_path, photos):
     """A terminal's Ctrl-C reaches the workers too."""
-    command = [sys.executable, "-m", "msmdiff", "train", "--data", "photos", "--steps", "100000", "--run", "r", *TINY]
+    command = [
+        sys.executable,
+        "-m",
+        "msmdiff",
+        "train",
+        "--data",
+        "photos",
+        "--steps",
+        "100000",
+        "--run",
+        "r",
+        *TINY,
+    ]
     command += ["--set", "data.workers=2", "--set", "train.log_every=1"]
-    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+    )
     log = tmp_path / "runs" / "r" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
@@ -242,20 +294,39 @@ def test_training_on_photos_in_wavelet_space(cli, tmp_path, photos):
     assert "sub-bands" in done.stdout
     config = (tmp_path / "runs" / "w" / "config.yaml").read_text()
     assert "std:\n  - " in config
-    cli("finetune", "--ckpt", "w", "--set", "codec.level=2", "--steps", "2", "--run", "w2", "--allow-partial")
+    cli(
+        "finetune",
+        "--ckpt",
+        "w",
+        "--set",
+        "codec.level=2",
+        "--steps",
+        "2",
+        "--run",
+        "w2",
+        "--allow-partial",
+    )
     cli("sample", "w2", "--n", "2", "--steps", "2")
     assert Image.open(tmp_path / "samples" / "w2" / "000001.png").size == (32, 32)
 
 
 def test_quickstart_tells_the_whole_story(cli, tmp_path):
     done = cli("quickstart", "--minutes", "0.5", "--out", "demo")
-    for part in ("masked primer", "fine-tuned", "from scratch", "real training digits", "pixel Fréchet distance"):
+    for part in (
+        "masked primer",
+        "fine-tuned",
+        "from scratch",
+        "real training digits",
+        "pixel Fréchet distance",
+    ):
         assert part in done.stdout
     for name in ("samples", "scratch", "masked", "curves"):
         assert Image.open(tmp_path / "demo" / f"{name}.png").width > 200
     story = json.loads((tmp_path / "demo" / "quickstart.json").read_text())
     assert story["real_train_to_held_out"] == pytest.approx(1.21, abs=0.01)
-    arms = {name: stage for name, stage in story["seeds"][0].items() if stage["distance"] is not None}
+    arms = {
+        name: stage for name, stage in story["seeds"][0].items() if stage["distance"] is not None
+    }
     assert set(arms) == {"fine-tuned", "from scratch"}
     assert all(stage["distance"] > story["real_train_to_held_out"] for stage in arms.values())
     (tmp_path / "demo" / "thesis.txt").write_text("mine")

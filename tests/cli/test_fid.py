@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-TINY = ["--batch-size", "8", "--set", "model.hidden_size=16", "--set", "model.num_heads=2", "--set", "model.depth=3"]
+TINY = [
+    "--batch-size",
+    "8",
+    "--set",
+    "model.hidden_size=16",
+    "--set",
+    "model.num_heads=2",
+    "--set",
+    "model.depth=3",
+]
 TINY += ["--set", "train.preview_every=0", "--set", "sample.steps=3"]
 PIXEL = ["--features", "pixel"]
 
@@ -33,25 +42,44 @@ def test_inputs_agree(cli, tmp_path, photos):
         assert score["count_b"] == 12
     assert "image_size 40x24 against 8x8" in cli("fid", "photos", "digits", *PIXEL).stdout
     done = cli("fid", "photos", "stats.npz", "--weights", "x.pth", code=2)
-    assert "stats.npz holds statistics of pixel-8x8: it needs --features pixel, not inception" in done.stderr
+    assert (
+        "stats.npz holds statistics of pixel-8x8: it needs --features pixel, not inception"
+        in done.stderr
+    )
     done = cli("fid", "photos", "photos.npz", "--weights", "x.pth", code=2)
     assert "--weights x.pth does not exist" in done.stderr
 
 
-def test_every_inception_metric_with_settings_and_a_picture(cli, tmp_path, photos, random_inception):
+def test_every_inception_metric_with_settings_and_a_picture(
+    cli, tmp_path, photos, random_inception
+):
     rng = np.random.default_rng(1)
     np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (9, 24, 40, 3), np.uint8))
     weights = ["--weights", str(random_inception)]
     metrics = ["--metrics", "fid,sfid,is,kid,prdc"]
-    done = cli("fid", "samples.npz", "photos", *weights, *metrics, "--json", "s.json", "--plot", "p.png")
+    done = cli(
+        "fid", "samples.npz", "photos", *weights, *metrics, "--json", "s.json", "--plot", "p.png"
+    )
     report = json.loads((tmp_path / "s.json").read_text())
-    assert list(report["scores"]) == ["fid", "sfid", "is", "kid", "precision", "recall", "density", "coverage"]
+    assert list(report["scores"]) == [
+        "fid",
+        "sfid",
+        "is",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ]
     assert report["value"] == report["scores"]["fid"]["value"] > 0
     assert report["measured"][0]["resize"] == "pytorch-fid"
     assert report["settings"]["kid_subsets"] == 100
     assert report["sets"]["photos"]["image_size"] == "40x24"
     assert "not the published ones" in done.stdout
-    assert "note: 9 images: below 10,000 a Fréchet distance is biased upwards, strongly below the 2048" in done.stdout
+    assert (
+        "note: 9 images: below 10,000 a Fréchet distance is biased upwards, strongly below the 2048"
+        in done.stdout
+    )
     assert Image.open(tmp_path / "p.png").width > 300
 
 
@@ -60,10 +88,24 @@ def test_two_processes_give_the_same_numbers(cli, tmp_path, photos):
     np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (301, 24, 40, 3), np.uint8))
     command = ["fid", "samples.npz", "photos", *PIXEL, "--metrics", "fid,kid,prdc", "--json", "-"]
     alone = json.loads(cli(*command).stdout)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--", "msmdiff"]
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "--",
+        "msmdiff",
+    ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     together = subprocess.run(
-        [*torchrun, *command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [*torchrun, *command],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert together.returncode == 0, together.stderr
     both = json.loads(together.stdout)
@@ -88,7 +130,14 @@ def test_distances_along_a_run(cli, tmp_path):
         "--set",
         "eval.features=pixel",
     ]
-    train += ["--set", "train.checkpoint_every=2", "--set", "train.keep_checkpoints=3", "--set", "ema.decays=[]"]
+    train += [
+        "--set",
+        "train.checkpoint_every=2",
+        "--set",
+        "train.keep_checkpoints=3",
+        "--set",
+        "ema.decays=[]",
+    ]
     done = cli(*train, "--steps", "4")
     assert "measuring 1,797 reference images" in done.stdout
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -100,7 +149,9 @@ def test_distances_along_a_run(cli, tmp_path):
     assert (run / best["checkpoint"] / "model.safetensors").is_file()
     assert Image.open(run / "previews" / "best.png").width > 300
 
-    done = cli(*train, "--steps", "6", "--set", "eval.n=23")  # what is measured may change, and the reference is kept
+    done = cli(
+        *train, "--steps", "6", "--set", "eval.n=23"
+    )  # what is measured may change, and the reference is kept
     assert "measuring" not in done.stdout
     assert "of 23 samples" in done.stdout
     assert "(2 earlier, with other settings of eval or sample, do not count)" in done.stdout
@@ -112,14 +163,31 @@ def test_distances_along_a_run(cli, tmp_path):
     assert list(found) == ["img-000000016", "img-000000032", "img-000000048"]
     for images, value in measured.items():
         assert found[f"img-{images:09d}"] == pytest.approx(value, rel=1e-6)
-    assert json.loads((run / "every-checkpoint-fd_pixel.json").read_text())["value"] == min(found.values())
+    assert json.loads((run / "every-checkpoint-fd_pixel.json").read_text())["value"] == min(
+        found.values()
+    )
 
-    command = ["fid", "r", "digits", "--crop", "16", *PIXEL, "--n", "24", "--set", "sample.eta=0", "--json", "-"]
+    command = [
+        "fid",
+        "r",
+        "digits",
+        "--crop",
+        "16",
+        *PIXEL,
+        "--n",
+        "24",
+        "--set",
+        "sample.eta=0",
+        "--json",
+        "-",
+    ]
     one = json.loads(cli(*command).stdout)
     assert one["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
     assert (one["sets"]["r"]["n"], one["sets"]["r"]["sample"]["steps"]) == (24, 3)
 
-    run.rename(tmp_path / "runs" / "digits")  # a name that the embedded data has, which the reference must remain
+    run.rename(
+        tmp_path / "runs" / "digits"
+    )  # a name that the embedded data has, which the reference must remain
     named = json.loads(cli("fid", "--run", "digits", *PIXEL, "--n", "24", "--json", "-").stdout)
     assert (named["count_a"], named["count_b"]) == (24, 1797)
     assert named["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
@@ -127,25 +195,52 @@ def test_distances_along_a_run(cli, tmp_path):
     config = tmp_path / "runs" / "gone" / "config.yaml"
     config.write_text(config.read_text().replace("source: digits", "source: gone"))
     done = cli("fid", "--run", "gone", *PIXEL, code=2)
-    assert "--run gone: the data it was trained on, gone, is not there: name the other side" in done.stderr
+    assert (
+        "--run gone: the data it was trained on, gone, is not there: name the other side"
+        in done.stderr
+    )
 
 
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
         (["photos", "photos/cat"], 2, "lies in the other"),
-        (["photos", "photos", "--metrics", "fid,nope"], 2, "--metrics nope: choose from fid, sfid, is"),
+        (
+            ["photos", "photos", "--metrics", "fid,nope"],
+            2,
+            "--metrics nope: choose from fid, sfid, is",
+        ),
         (["photos", "photos", "--metrics", "is"], 2, "are for --features inception, not pixel"),
         (["photos", "photos", "--resize", "clean"], 2, "are for --features inception, not pixel"),
-        (["photos", "photos", "--bootstrap", "1"], 2, "--bootstrap 1: one drawing has no spread; give at least 2"),
-        (["photos", "digits", "--weights", "x.pth"], 2, "--weights x.pth: pixel features have no weights"),
-        (["photos", "digits", "--n", "30"], 2, "--n 30: nothing is drawn, for no side is a run or weights"),
-        (["photos", "digits", "--set", "sample.steps=3"], 2, "--set sample.steps=3: nothing is drawn"),
+        (
+            ["photos", "photos", "--bootstrap", "1"],
+            2,
+            "--bootstrap 1: one drawing has no spread; give at least 2",
+        ),
+        (
+            ["photos", "digits", "--weights", "x.pth"],
+            2,
+            "--weights x.pth: pixel features have no weights",
+        ),
+        (
+            ["photos", "digits", "--n", "30"],
+            2,
+            "--n 30: nothing is drawn, for no side is a run or weights",
+        ),
+        (
+            ["photos", "digits", "--set", "sample.steps=3"],
+            2,
+            "--set sample.steps=3: nothing is drawn",
+        ),
         (["--run", "none"], 2, "--run none: no run with a config.yaml"),
         (["photos", "photos", "--every-checkpoint"], 2, "--every-checkpoint goes with --run RUN"),
         (["empty", "photos"], 2, "empty holds no images"),
         (["stats", "photos"], 2, "needs a file to write: -o reference.npz"),
-        (["stats", "photos", "-o", "images.npz"], 2, "images.npz holds other things than statistics"),
+        (
+            ["stats", "photos", "-o", "images.npz"],
+            2,
+            "images.npz holds other things than statistics",
+        ),
         (["weights.safetensors", "photos"], 2, "neither a weights file nor a run"),
     ],
 )

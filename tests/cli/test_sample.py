@@ -66,7 +66,20 @@ def test_a_killed_sampling_is_completed_and_whole_images_stay(cli, tmp_path, mod
 
 def test_straight_into_statistics(cli, tmp_path, model):
     cli("sample", model, "--n", "12", *FAST, "--out", "a")
-    cli("sample", model, "--n", "12", *FAST, "--no-png", "--stats", "s.npz", "--features", "pixel", "--out", "none")
+    cli(
+        "sample",
+        model,
+        "--n",
+        "12",
+        *FAST,
+        "--no-png",
+        "--stats",
+        "s.npz",
+        "--features",
+        "pixel",
+        "--out",
+        "none",
+    )
     assert not (tmp_path / "none").exists()
     got = statistics.load(tmp_path / "s.npz")
     expected = evaluate.of_input(inputs.open_input(str(tmp_path / "a")), PixelFeatures())
@@ -82,7 +95,17 @@ def test_straight_into_statistics(cli, tmp_path, model):
 def test_several_processes_make_the_same_set(cli, tmp_path, model):
     options = ["--n", "7", *FAST, "--classes", "random", "--features", "pixel"]
     cli("sample", model, *options, "--out", "one", "--npz", "one.npz", "--stats", "one-stats.npz")
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "-m", "--", "msmdiff", "sample"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "--",
+        "msmdiff",
+        "sample",
+    ]
     done = subprocess.run(
         [*command, model, *options, "--out", "two", "--npz", "two.npz", "--stats", "two-stats.npz"],
         cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
@@ -93,7 +116,9 @@ def test_several_processes_make_the_same_set(cli, tmp_path, model):
     assert all(np.abs(one[name] - two[name]).max() <= 1 for name in one)
     first, second = np.load(tmp_path / "one.npz"), np.load(tmp_path / "two.npz")
     assert first["arr_1"].tolist() == second["arr_1"].tolist()
-    assert first["arr_1"].tolist() == [int(numpy_stream(seed, "class").integers(10)) for seed in range(7)]
+    assert first["arr_1"].tolist() == [
+        int(numpy_stream(seed, "class").integers(10)) for seed in range(7)
+    ]
     assert np.abs(first["arr_0"].astype(int) - second["arr_0"]).max() <= 1
     a, b = (statistics.load(tmp_path / f"{name}-stats.npz") for name in ("one", "two"))
     assert a.count == b.count == 7
@@ -102,15 +127,41 @@ def test_several_processes_make_the_same_set(cli, tmp_path, model):
 
 def test_several_sources_presets_and_a_guide(cli, tmp_path, model):
     save(tmp_path / "weak.safetensors", 1)
-    cli("sample", model, "weak.safetensors", "--n", "2", *FAST, "--preset", "maskdm", "--cfg", "1.5")
+    cli(
+        "sample", model, "weak.safetensors", "--n", "2", *FAST, "--preset", "maskdm", "--cfg", "1.5"
+    )
     for name in ("r", "weak"):
         settings = json.loads((tmp_path / "samples" / name / "sample.json").read_text())["sample"]
         assert (settings["eps_after_clip"], settings["eta"], settings["steps"]) == ("raw", 1.0, 3)
         assert (settings["cfg_scale"], settings["rounding"]) == (1.5, "half_up")
-    cli("sample", model, "--n", "2", *FAST, "--guide", "weak.safetensors", "--cfg", "2", "--out", "g")
+    cli(
+        "sample",
+        model,
+        "--n",
+        "2",
+        *FAST,
+        "--guide",
+        "weak.safetensors",
+        "--cfg",
+        "2",
+        "--out",
+        "g",
+    )
     assert len(json.loads((tmp_path / "g" / "sample.json").read_text())["guide_sha256"]) == 64
     save(tmp_path / "other.safetensors", 1, process={"prediction": "v"})
-    done = cli("sample", model, "--n", "1", "--guide", "other.safetensors", "--cfg", "2", "--out", "h", code=2)
+    done = cli(
+        "sample",
+        model,
+        "--n",
+        "1",
+        "--guide",
+        "other.safetensors",
+        "--cfg",
+        "2",
+        "--out",
+        "h",
+        code=2,
+    )
     assert "has process.prediction v, not eps" in done.stderr
     done = cli("sample", model, "--preset", "maskdn", "--out", "h", code=2)
     assert "did you mean 'maskdm'?" in done.stderr
@@ -122,7 +173,10 @@ def test_several_sources_presets_and_a_guide(cli, tmp_path, model):
         done = cli("sample", model, "--sampler", "ddpm", *eta, "--out", "e", code=2)
         assert "sample.eta 0.5 has no effect on the sampler ddpm, only on ddim" in done.stderr
     done = cli("sample", model, "--set", "sample.order=3", "--out", "e", code=2)
-    assert "sample.order 3 has no effect on the sampler ddim, only on dpm_solver, dpm_solver++, unipc" in done.stderr
+    assert (
+        "sample.order 3 has no effect on the sampler ddim, only on dpm_solver, dpm_solver++, unipc"
+        in done.stderr
+    )
     assert not (tmp_path / "e").exists()
 
 
@@ -131,13 +185,52 @@ def test_pictures(cli, tmp_path, model):
     mask[:, 8:] = 255
     Image.fromarray(image).save(tmp_path / "image.png")
     Image.fromarray(mask).save(tmp_path / "mask.png")
-    cli("sample", model, *FAST, "--n", "3", "--interpolate", "4,9", "--out", "a", "--sampler", "ddpm")
-    cli("sample", model, *FAST, "--n", "3", "--inpaint", "image.png", "mask.png", "--out", "a", "--sampler", "unipc")
+    cli(
+        "sample",
+        model,
+        *FAST,
+        "--n",
+        "3",
+        "--interpolate",
+        "4,9",
+        "--out",
+        "a",
+        "--sampler",
+        "ddpm",
+    )
+    cli(
+        "sample",
+        model,
+        *FAST,
+        "--n",
+        "3",
+        "--inpaint",
+        "image.png",
+        "mask.png",
+        "--out",
+        "a",
+        "--sampler",
+        "unipc",
+    )
     cli("sample", model, *FAST, "--n", "2", "--trajectory", "--out", "a")
-    cli("sample", model, *FAST, "--seeds", "4", "--classes", "4", "--out", "alone", "--sampler", "ddpm")
+    cli(
+        "sample",
+        model,
+        *FAST,
+        "--seeds",
+        "4",
+        "--classes",
+        "4",
+        "--out",
+        "alone",
+        "--sampler",
+        "ddpm",
+    )
     strip = np.asarray(Image.open(tmp_path / "a.interpolate.png"))
     zoom = 3  # 16-pixel images are shown at 48
-    tiles = [strip[2 : 2 + 48 : zoom, 2 + i * 50 : 50 + i * 50 : zoom].astype(int) for i in range(3)]
+    tiles = [
+        strip[2 : 2 + 48 : zoom, 2 + i * 50 : 50 + i * 50 : zoom].astype(int) for i in range(3)
+    ]
     alone = np.asarray(Image.open(tmp_path / "alone" / "000004.png")).astype(int)
     assert np.abs(tiles[0] - alone).max() <= 1
     assert np.abs(tiles[1] - alone).max() > 1
@@ -165,19 +258,33 @@ def test_pictures(cli, tmp_path, model):
         (["--classes", "3,10"], "--classes 3,10: the classes of r.safetensors are 0 to 9"),
         (["--set", "model.hidden_size=32"], "r.safetensors says itself what its network is (16)"),
         (["--set", "codec.level=2"], "codec.level 2 has no effect on the codec pixel, only on dwt"),
-        (["--preset", "uvit-continuous"], "sample.end 0.0001 is free of noise in this process: end at 0.001 or later"),
-        (["--no-png", "--npz", "precious.npz"], "precious.npz is there already and was not sampled here"),
-        (["--no-png", "--features", "pixel", "--stats", "precious.npz"], "precious.npz is there already"),
+        (
+            ["--preset", "uvit-continuous"],
+            "sample.end 0.0001 is free of noise in this process: end at 0.001 or later",
+        ),
+        (
+            ["--no-png", "--npz", "precious.npz"],
+            "precious.npz is there already and was not sampled here",
+        ),
+        (
+            ["--no-png", "--features", "pixel", "--stats", "precious.npz"],
+            "precious.npz is there already",
+        ),
         (["--trajectory", "--out", "keep"], "keep.trajectory.png is there already"),
         (["--out", "keep"], "keep.grid.png is there without its images"),
-        (["--inpaint", "image.png", "small.png"], "small.png is 16x9, and must be 16x16 like image.png"),
+        (
+            ["--inpaint", "image.png", "small.png"],
+            "small.png is 16x9, and must be 16x16 like image.png",
+        ),
         (["--inpaint", "image.png", "black.png"], "black.png is black"),
     ],
 )
 def test_what_would_be_lost_or_ignored_is_refused(cli, tmp_path, model, options, words):
     (tmp_path / "precious.npz").write_bytes(b"mine")
     for name, size in (("image", (16, 16)), ("small", (16, 9)), ("black", (16, 16))):
-        Image.new("RGB", size, (0, 0, 0) if name == "black" else (255, 255, 255)).save(tmp_path / f"{name}.png")
+        Image.new("RGB", size, (0, 0, 0) if name == "black" else (255, 255, 255)).save(
+            tmp_path / f"{name}.png"
+        )
     for kind in ("grid", "trajectory"):
         (tmp_path / f"keep.{kind}.png").write_bytes(b"mine")
     count = [] if {"--n", "--seeds"} & set(options) else ["--n", "2"]
@@ -188,6 +295,10 @@ def test_what_would_be_lost_or_ignored_is_refused(cli, tmp_path, model, options,
 
 
 def test_a_scale_for_an_unconditional_network_names_the_option(cli, tmp_path):
-    save(tmp_path / "u.safetensors", 0, model={"num_classes": 0, "hidden_size": 16, "num_heads": 2, "depth": 3})
+    save(
+        tmp_path / "u.safetensors",
+        0,
+        model={"num_classes": 0, "hidden_size": 16, "num_heads": 2, "depth": 3},
+    )
     done = cli("sample", "u.safetensors", "--cfg", "2", "--n", "1", code=2)
     assert "sample.cfg_scale 2 (--cfg): u.safetensors is unconditional" in done.stderr

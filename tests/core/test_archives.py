@@ -38,7 +38,9 @@ def test_lsun(lsun, quiet):
     usable = loader.open_training(config, quiet.note)
     assert "left out: 1 of 6 images" in quiet.notes[-1]
     assert "key3" in quiet.notes[-1]
-    dataset = loader.TrainingImages(usable, config, seed=0)  # in worker processes, each with its own environment
+    dataset = loader.TrainingImages(
+        usable, config, seed=0
+    )  # in worker processes, each with its own environment
     stream = loader.batches(dataset, Chunks(0, 5, 5), pin_memory=False)
     assert next(stream).images.shape == (5, 3, 16, 16)
     with pytest.raises(UsageError, match=r"data.labels 'folders' is for folders"):
@@ -62,7 +64,9 @@ def cifar(tmp_path):
         rows = rng.integers(0, 256, (3, 3073), np.uint8)
         rows[:, 0] = [i, 9, 0]
         (folder / name).write_bytes(rows.tobytes())
-    (folder / "batches.meta.txt").write_text("airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n")
+    (folder / "batches.meta.txt").write_text(
+        "airplane\nautomobile\nbird\ncat\ndeer\ndog\nfrog\nhorse\nship\ntruck\n\n"
+    )
     return folder
 
 
@@ -75,7 +79,11 @@ def test_cifar_10(cifar, tmp_path):
         assert source.class_names[9] == "truck"
         row = np.frombuffer((cifar / "data_batch_2.bin").read_bytes(), np.uint8)[3073 : 2 * 3073]
         picture = np.asarray(source.read(4))
-        assert picture[1, 2].tolist() == [row[1 + 32 + 2], row[1 + 1024 + 32 + 2], row[1 + 2048 + 32 + 2]]
+        assert picture[1, 2].tolist() == [
+            row[1 + 32 + 2],
+            row[1 + 1024 + 32 + 2],
+            row[1 + 2048 + 32 + 2],
+        ]
         assert len(sources.open_source(f"{path}:test")) == 3
     assert sources.open_source(str(cifar), "none").labels is None
 
@@ -91,5 +99,7 @@ def test_damaged_or_missing_cifar_files_are_named(cifar, tmp_path):
     with pytest.raises(MsmdiffError, match=r"c.tar.gz cannot be read"):
         sources.open_source(str(tmp_path / "c.tar.gz"))
     (tmp_path / "batches.meta").write_bytes(b"")
-    with pytest.raises(UsageError, match=r"Python version, which are pickles: give cifar-10-binary"):
+    with pytest.raises(
+        UsageError, match=r"Python version, which are pickles: give cifar-10-binary"
+    ):
         sources.open_source(str(tmp_path))

@@ -18,12 +18,20 @@ WAVELETS = ["haar", "db2", "db4", "sym5", "coif1", "bior1.3", "bior4.4", "rbio3.
 
 
 def images(n=4, size=32, seed=0):
-    return torch.from_numpy(np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), np.uint8))
+    return torch.from_numpy(
+        np.random.default_rng(seed).integers(0, 256, (n, 3, size, size), np.uint8)
+    )
 
 
 def oracle(x, wavelet, level):
-    approximation, *details = pywt.wavedec2(x.double().numpy(), wavelet, mode="periodization", level=level)
-    folded = [F.pixel_unshuffle(torch.from_numpy(b), 2**i) for i, bands in enumerate(details) for b in bands]
+    approximation, *details = pywt.wavedec2(
+        x.double().numpy(), wavelet, mode="periodization", level=level
+    )
+    folded = [
+        F.pixel_unshuffle(torch.from_numpy(b), 2**i)
+        for i, bands in enumerate(details)
+        for b in bands
+    ]
     return torch.cat([torch.from_numpy(approximation), *folded], 1)
 
 
@@ -74,7 +82,9 @@ def test_clip_leaves_real_images_alone_and_bounds_the_rest(wavelet):
     assert torch.allclose(codec.clip(z), z, atol=1e-5)
     wild = codec.clip(z * 1000)
     assert wild.abs().max() < z.abs().max() * 200
-    assert torch.equal(PixelCodec(8).clip(torch.tensor([-3.0, 0.5, 2.0])), torch.tensor([-1.0, 0.5, 1.0]))
+    assert torch.equal(
+        PixelCodec(8).clip(torch.tensor([-3.0, 0.5, 2.0])), torch.tensor([-1.0, 0.5, 1.0])
+    )
 
 
 def test_uint8_rounds_and_clamps():
@@ -116,7 +126,9 @@ def test_a_vae_from_a_folder_or_one_file_is_the_same(vae, tmp_path):
     save_file(tensors, tmp_path / "vae.safetensors")
     torch.save(tensors, tmp_path / "vae.pt")
     save_file({k: v.contiguous() for k, v in ldm.items()}, tmp_path / "ldm.safetensors")
-    torch.save({"state_dict": {f"first_stage_model.{k}": v for k, v in ldm.items()}}, tmp_path / "ldm.ckpt")
+    torch.save(
+        {"state_dict": {f"first_stage_model.{k}": v for k, v in ldm.items()}}, tmp_path / "ldm.ckpt"
+    )
     packed, whole = images(2, 16), vae_codec(vae)
     for name in ("vae.safetensors", "vae.pt", "ldm.safetensors", "ldm.ckpt"):
         one = vae_codec(tmp_path / name, vae_config=str(vae))
@@ -128,17 +140,26 @@ def test_a_vae_file_that_lacks_tensors_or_is_another_one_is_refused(vae, tmp_pat
     tensors = load_file(vae / "diffusion_pytorch_model.safetensors")
     del tensors["encoder.conv_in.bias"]
     save_file(tensors, tmp_path / "vae.safetensors")
-    with pytest.raises(MsmdiffError, match=r"lacks 1 of the network's tensors, such as encoder.conv_in.bias"):
+    with pytest.raises(
+        MsmdiffError, match=r"lacks 1 of the network's tensors, such as encoder.conv_in.bias"
+    ):
         vae_codec(tmp_path / "vae.safetensors", vae_config=str(vae)).pack(images(1, 16))
-    with pytest.raises(MsmdiffError, match=r"cannot be loaded as an AutoencoderKL: .*size mismatch"):
-        vae_codec(tmp_path / "vae.safetensors").pack(images(1, 16))  # not of Stable Diffusion's sizes
+    with pytest.raises(
+        MsmdiffError, match=r"cannot be loaded as an AutoencoderKL: .*size mismatch"
+    ):
+        vae_codec(tmp_path / "vae.safetensors").pack(
+            images(1, 16)
+        )  # not of Stable Diffusion's sizes
     torch.save({"a": print}, tmp_path / "evil.pt")
     with pytest.raises(MsmdiffError, match="cannot be loaded"):
         vae_codec(tmp_path / "evil.pt").pack(images(1, 16))
 
 
 def test_a_vae_of_another_kind_or_none_is_refused(vae):
-    with pytest.raises(UsageError, match=r"makes 4 channels at a factor of 8: set codec.channels=4 and codec.factor=8"):
+    with pytest.raises(
+        UsageError,
+        match=r"makes 4 channels at a factor of 8: set codec.channels=4 and codec.factor=8",
+    ):
         vae_codec(vae, channels=16).pack(images(1, 16))
     with pytest.raises(UsageError, match=r"--set codec.vae=FOLDER"):
         build(CodecConfig(name="vae"), 16).pack(images(1, 16))

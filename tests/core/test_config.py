@@ -20,8 +20,19 @@ def test_precedence_defaults_preset_flags_sets():
 
 
 def test_yaml_1_2_scalars():
-    values = presets.parse_yaml("{a: no, b: 1e-4, c: 3, d: true, e: null, f: 1e3, g: .5, h: -2.5e+1}", "here")
-    assert values == {"a": "no", "b": 1e-4, "c": 3, "d": True, "e": None, "f": 1000.0, "g": 0.5, "h": -25.0}
+    values = presets.parse_yaml(
+        "{a: no, b: 1e-4, c: 3, d: true, e: null, f: 1e3, g: .5, h: -2.5e+1}", "here"
+    )
+    assert values == {
+        "a": "no",
+        "b": 1e-4,
+        "c": 3,
+        "d": True,
+        "e": None,
+        "f": 1000.0,
+        "g": 0.5,
+        "h": -25.0,
+    }
     assert configuration.build({"train": {"steps": 1e3}}).train.steps == 1000
 
 
@@ -71,8 +82,14 @@ def test_resolve_reports_every_problem():
 @pytest.mark.parametrize(
     ("layers", "message"),
     [
-        ({"data": {"image_size": 18}, "codec": {"name": "dwt"}}, "18 does not divide by 4 .* are 16 and 20"),
-        ({"data": {"image_size": 15}}, "15 does not divide by 2 = model.patch_size; .* are 14 and 16"),
+        (
+            {"data": {"image_size": 18}, "codec": {"name": "dwt"}},
+            "18 does not divide by 4 .* are 16 and 20",
+        ),
+        (
+            {"data": {"image_size": 15}},
+            "15 does not divide by 2 = model.patch_size; .* are 14 and 16",
+        ),
         (
             {"codec": {"name": "dwt", "wavelet": "harr"}},
             "'harr' is not a discrete PyWavelets filter; did you mean 'haar'",
@@ -82,9 +99,15 @@ def test_resolve_reports_every_problem():
             {"objective": {"name": "msm"}, "mask": {"ratio": 0.5, "kind": "block", "block": 3}},
             r"mask.block 3 does not divide the 8x8 token grid; use one of \[1, 2, 4, 8\]",
         ),
-        ({"model": {"name": "tiny", "num_heads": 5}}, "hidden_size 64 does not divide by model.num_heads 5"),
+        (
+            {"model": {"name": "tiny", "num_heads": 5}},
+            "hidden_size 64 does not divide by model.num_heads 5",
+        ),
         ({"model": {"name": "tiny", "depht": 5}}, "'model.depht' .* did you mean 'depth'"),
-        ({"model": {"name": None, "family": "uvit", "depth": 2}}, "model.patch_size: field required"),
+        (
+            {"model": {"name": None, "family": "uvit", "depth": 2}},
+            "model.patch_size: field required",
+        ),
     ],
 )
 def test_cross_checks(layers, message):
@@ -101,7 +124,9 @@ def test_another_size_drops_the_old_dimensions():
 
 def test_difference_ignores_what_may_change():
     a = configuration.build({})
-    b = configuration.build({"train": {"steps": 7, "log_every": 3, "seed": 5}, "sample": {"steps": 9}})
+    b = configuration.build(
+        {"train": {"steps": 7, "log_every": 3, "seed": 5}, "sample": {"steps": 9}}
+    )
     assert configuration.difference(a, b) == {"train.seed": (0, 5)}
 
 
@@ -110,7 +135,9 @@ def test_every_preset_is_valid_and_complete(name):
     content = presets.read(name)
     config = road.resolve(configuration.build(content), data_classes=10)
     assert configuration.build(presets.parse_yaml(config.to_yaml(), name)) == config
-    assert {"data", "model", "process", "mask", "objective", "optim", "ema", "train"} <= set(content)
+    assert {"data", "model", "process", "mask", "objective", "optim", "ema", "train"} <= set(
+        content
+    )
     text = (presets.folder() / f"{name}.yaml").read_text()
     assert text.startswith("#"), "a preset says what it is"
 
@@ -127,7 +154,9 @@ def test_configs_lie_beside_the_package():
 
 def test_another_optimiser_drops_the_old_ones_betas():
     config = road.resolve(
-        configuration.build({"optim": {"name": "adamw", "betas": [0.9, 0.99]}}, {"optim": {"name": "adan"}})
+        configuration.build(
+            {"optim": {"name": "adamw", "betas": [0.9, 0.99]}}, {"optim": {"name": "adan"}}
+        )
     )
     assert config.optim.betas == [0.98, 0.92, 0.99]
     kept = configuration.build({"optim": {"betas": [0.9, 0.99]}}, {"optim": {"name": "adamw"}})

@@ -1,4 +1,6 @@
-"""Counts against the figures that the papers and repositories give (multiply-adds of one forward pass)."""
+"""Counts against the figures that the papers and repositories give (multiply-adds of one forward
+pass).
+"""
 
 import pytest
 
@@ -21,7 +23,11 @@ from msmdiff.core.training import cost
 def test_published_costs(name, classes, codec, size, giga):
     config = road.resolve(
         configuration.build(
-            {"model": {"name": name, "num_classes": classes}, "codec": {"name": codec}, "data": {"image_size": size}}
+            {
+                "model": {"name": name, "num_classes": classes},
+                "codec": {"name": codec},
+                "data": {"image_size": size},
+            }
         )
     )
     assert cost.measure(config).forward_flops / 2e9 == pytest.approx(giga, rel=0.02)

@@ -75,7 +75,9 @@ def test_adm_file_names(tmp_path):
     assert dict(zip(source.names, source.labels.tolist(), strict=True))["n02_x_y.png"] == 1
     Image.new("RGB", (8, 8)).save(tmp_path / "plain.png")
     assert sources.open_source(str(tmp_path)).labels is None
-    with pytest.raises(UsageError, match=r"plain.png, which is not of the form ClassID_anything.jpg"):
+    with pytest.raises(
+        UsageError, match=r"plain.png, which is not of the form ClassID_anything.jpg"
+    ):
         sources.open_source(str(tmp_path), "adm")
 
 
@@ -113,7 +115,11 @@ def test_odd_modes_become_rgb():
     assert np.asarray(images.read_rgb(encoded(clear)))[0, 0].tolist() == [255, 255, 255]
     palette = Image.new("P", (2, 2), 0)
     palette.putpalette([10, 20, 30] + [0] * 765)
-    assert np.asarray(images.read_rgb(encoded(palette, "PNG", transparency=0)))[0, 0].tolist() == [255, 255, 255]
+    assert np.asarray(images.read_rgb(encoded(palette, "PNG", transparency=0)))[0, 0].tolist() == [
+        255,
+        255,
+        255,
+    ]
     assert np.asarray(images.read_rgb(encoded(palette)))[0, 0].tolist() == [10, 20, 30]
     cmyk = images.read_rgb(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG"))
     assert cmyk.mode == "RGB"
@@ -177,7 +183,9 @@ class Stuck(sources.Digits):
 def test_a_worker_that_is_stuck_does_not_outlive_an_error():
     source = Stuck("digits")
     source.first = images_at(0, len(source), [0])[0]
-    dataset = loader.TrainingImages(source, DataConfig(image_size=8, workers=2, crop="random"), seed=0)
+    dataset = loader.TrainingImages(
+        source, DataConfig(image_size=8, workers=2, crop="random"), seed=0
+    )
     before = set(multiprocessing.active_children())
     with pytest.raises(MsmdiffError, match="cannot be read: gone"):
         next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))

@@ -39,7 +39,9 @@ def everything(path):
 
 
 @pytest.mark.parametrize("mirror", [False, True])
-def test_a_packed_set_holds_the_moments_and_training_draws_from_them_afresh(photos, tmp_path, vae, mirror):
+def test_a_packed_set_holds_the_moments_and_training_draws_from_them_afresh(
+    photos, tmp_path, vae, mirror
+):
     codec, encoded = make(photos, tmp_path / "p", vae, mirror=mirror, dtype="float32", shard=5)
     assert encoded == 12
     packed = sources.open_source(str(tmp_path / "p"))
@@ -56,7 +58,10 @@ def test_a_packed_set_holds_the_moments_and_training_draws_from_them_afresh(phot
         assert torch.equal(chosen[0], entries[0, 1])
         assert torch.equal(chosen[1], entries[1, 0])
     mean, std = plain.chunk(2, 1)
-    draws = torch.stack([codec.encode(plain, torch.Generator().manual_seed(i)) for i in range(500)]) / 0.18215
+    draws = (
+        torch.stack([codec.encode(plain, torch.Generator().manual_seed(i)) for i in range(500)])
+        / 0.18215
+    )
     assert ((draws.mean(0) - mean) / std * 500**0.5).abs().max() < 5
     assert (draws.std(0) / std - 1).abs().max() < 0.2
 
@@ -123,8 +128,13 @@ def test_packed_pixels_train_as_the_images_do(photos, tmp_path, quiet, codec):
 def test_packed_moments_train_as_encoding_in_the_loop_does(photos, tmp_path, quiet, vae):
     make(photos, tmp_path / "p", vae, mirror=True, dtype="float32")
     for name, source in (("a", photos), ("b", tmp_path / "p")):
-        layer = {"data": {"source": str(source)}, "codec": {"name": "vae", "vae": str(vae) if name == "a" else None}}
-        train(configuration.build(SMALL, layer, {"model": {"patch_size": 1}}), tmp_path / name, quiet)
+        layer = {
+            "data": {"source": str(source)},
+            "codec": {"name": "vae", "vae": str(vae) if name == "a" else None},
+        }
+        train(
+            configuration.build(SMALL, layer, {"model": {"patch_size": 1}}), tmp_path / name, quiet
+        )
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-3)
     assert Run(tmp_path / "b", writes=False).stored_config().codec.vae == str(vae)  # to sample with
 
@@ -134,7 +144,10 @@ def test_packed_moments_train_as_encoding_in_the_loop_does(photos, tmp_path, qui
     [
         ({"codec": {"name": "pixel"}}, "codec.name is pixel, not vae"),
         ({"data": {"hflip": 0.5}}, "data.hflip needs mirrored latents: encode with --mirror"),
-        ({"data": {"image_size": 32}}, r"data.image_size is 32, not 16; .*codec.factor is 4, not 2"),
+        (
+            {"data": {"image_size": 32}},
+            r"data.image_size is 32, not 16; .*codec.factor is 4, not 2",
+        ),
         ({"codec": {"channels": 16}}, "codec.channels is 16, not 4"),
         ({"data": {"crop": "random"}}, "data.crop is random, not center"),
     ],
@@ -164,7 +177,10 @@ def fast_dit(root, n=11):
     for folder in ("imagenet256_features", "imagenet256_labels"):
         (root / folder).mkdir(parents=True)
     for i in range(n):
-        np.save(root / "imagenet256_features" / f"{i}.npy", rng.standard_normal((1, 4, 2, 2), np.float32))
+        np.save(
+            root / "imagenet256_features" / f"{i}.npy",
+            rng.standard_normal((1, 4, 2, 2), np.float32),
+        )
         np.save(root / "imagenet256_labels" / f"{i}.npy", np.array([i % 3]))
     return root
 
@@ -187,19 +203,27 @@ def test_fast_dit_and_u_vit_caches_are_read_as_they_are(tmp_path):
     assert labels.tolist() == [10 % 3, 2]
     latent = torch.from_numpy(np.load(tmp_path / "f" / "imagenet256_features" / "10.npy"))
     codec = codecs.build(CodecConfig(name="vae"), 16)
-    torch.testing.assert_close(codec.encode(entries, torch.Generator())[:1], latent)  # the sample itself, as scaled
+    torch.testing.assert_close(
+        codec.encode(entries, torch.Generator())[:1], latent
+    )  # the sample itself, as scaled
 
     cache = sources.open_source(str(u_vit(tmp_path / "u")))
     assert cache.names[:3] == ["0.npy", "1.npy", "2.npy"]
     entries, labels = cache.gather(np.array([4]))
-    mean, logvar = torch.from_numpy(np.load(tmp_path / "u" / "4.npy", allow_pickle=True)[0]).chunk(2)
+    mean, logvar = torch.from_numpy(np.load(tmp_path / "u" / "4.npy", allow_pickle=True)[0]).chunk(
+        2
+    )
     assert labels.tolist() == [1]
     torch.testing.assert_close(entries[0], torch.cat([mean, (logvar / 2).exp()]))
 
 
 def test_a_cache_trains_and_packs(tmp_path, quiet):
     data = {"source": str(u_vit(tmp_path / "u")), "hflip": 0, "workers": 0}
-    layers = SMALL, {"data": data, "codec": {"name": "vae"}}, {"model": {"patch_size": 1, "num_classes": 3}}
+    layers = (
+        SMALL,
+        {"data": data, "codec": {"name": "vae"}},
+        {"model": {"patch_size": 1, "num_classes": 3}},
+    )
     train(configuration.build(*layers), tmp_path / "a", quiet)
     config = configuration.build(*layers)
     codec = codecs.build(config.codec, 16)  # of no VAE, which is not asked for
@@ -234,7 +258,9 @@ def test_a_cache_with_other_pickles_is_refused_and_not_executed(tmp_path):
 def test_a_newer_format_is_named(photos, tmp_path):
     make(photos, tmp_path / "p")
     header = json.loads((tmp_path / "p" / "packed.json").read_text())
-    (tmp_path / "p" / "packed.json").write_text(json.dumps({**header, "msmdiff_packed": latents.FORMAT_VERSION + 1}))
+    (tmp_path / "p" / "packed.json").write_text(
+        json.dumps({**header, "msmdiff_packed": latents.FORMAT_VERSION + 1})
+    )
     with pytest.raises(MsmdiffError, match="packed by a newer msmdiff"):
         sources.open_source(str(tmp_path / "p"))
 
@@ -244,7 +270,9 @@ def test_pickles_of_older_numpy_are_read(tmp_path):
     expected = sources.open_source(str(root)).gather(np.array([1]))
     content = (root / "1.npy").read_bytes()
     start = content.index(b"\x80")  # of the pickle
-    old = pickle.dumps(pickle.loads(content[start:]), protocol=3).replace(b"numpy._core", b"numpy.core")
+    old = pickle.dumps(pickle.loads(content[start:]), protocol=3).replace(
+        b"numpy._core", b"numpy.core"
+    )
     (root / "1.npy").write_bytes(content[:start] + old)
     entries, labels = sources.open_source(str(root)).gather(np.array([1]))
     assert torch.equal(entries, expected[0])

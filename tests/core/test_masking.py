@@ -22,7 +22,12 @@ def test_counts_equal_the_published_ones(golden):
         row = dict(zip(table["columns"], values, strict=True))
         side = row["grid_side"]
         mask = Mask(
-            (side, side), row["ratio"] or 0.0, row["type"], row["block_size"] or 1, row["crop_size"], rounding="floor"
+            (side, side),
+            row["ratio"] or 0.0,
+            row["type"],
+            row["block_size"] or 1,
+            row["crop_size"],
+            rounding="floor",
         )
         assert mask.tokens - mask.kept == row["masked_tokens"], row
         assert mask.effective_ratio == pytest.approx(row["masked_fraction"]), row

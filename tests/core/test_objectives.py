@@ -21,7 +21,10 @@ MASKED = {"objective": {"name": "msm"}, "mask": {"ratio": 0.75}}
 
 @pytest.mark.parametrize("loss", ["mse", "l1"])
 def test_masked_loss_is_the_mean_over_visible_tokens(loss):
-    parts = parts_of(MASKED, {"objective": {"loss": loss}, "process": {"prediction": "v", "weighting": "min_snr"}})
+    parts = parts_of(
+        MASKED,
+        {"objective": {"loss": loss}, "process": {"prediction": "v", "weighting": "min_snr"}},
+    )
     x0, eps = torch.randn(2, 5, 3, 16, 16)
     t = parts.process.sample_t(5, draw("time"))
     keep = parts.mask.draw(5, draw("mask"))
@@ -36,7 +39,9 @@ def test_masked_loss_is_the_mean_over_visible_tokens(loss):
     per_image = []
     for i in range(5):
         error = 0.3 - target[i, keep[i]]
-        per_image.append((error.abs() if loss == "l1" else error**2).mean() * parts.process.weight(t)[i])
+        per_image.append(
+            (error.abs() if loss == "l1" else error**2).mean() * parts.process.weight(t)[i]
+        )
     assert got == pytest.approx(sum(per_image).item() / 5, rel=1e-5)
 
 
@@ -53,19 +58,25 @@ def test_hidden_pixels_have_no_gradient(codec):
     parts.objective(parts.backbone, x0, None, draw)["loss"].backward()
     keep = parts.mask.draw(3, draw("mask"))
     touched = patchify(x0.grad, 2).abs().sum(-1) > 0
-    assert torch.equal(touched, torch.zeros(3, parts.mask.tokens, dtype=torch.bool).scatter(1, keep, True))
+    assert torch.equal(
+        touched, torch.zeros(3, parts.mask.tokens, dtype=torch.bool).scatter(1, keep, True)
+    )
 
 
 def test_masked_scores_of_the_full_grid_equal_denoising_score_matching():
     full = parts_of({"model": {"num_classes": 10}})
-    none_hidden = parts_of({"model": {"num_classes": 10}, "objective": {"name": "msm"}, "mask": {"ratio": 0.001}})
+    none_hidden = parts_of(
+        {"model": {"num_classes": 10}, "objective": {"name": "msm"}, "mask": {"ratio": 0.001}}
+    )
     none_hidden.backbone.load_state_dict(full.backbone.state_dict())
     x0, y = torch.randn(3, 3, 16, 16), torch.tensor([1, 2, 3])
     losses = [p.objective(p.backbone, x0, y, draw)["loss"].item() for p in (full, none_hidden)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
-@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 0, 0), (0.25, 200, 300), (1.0, 1000, 1000)])
+@pytest.mark.parametrize(
+    ("rate", "low", "high"), [(0.0, 0, 0), (0.25, 200, 300), (1.0, 1000, 1000)]
+)
 def test_labels_are_dropped_at_their_rate(rate, low, high):
     parts = parts_of({"model": {"num_classes": 10}, "objective": {"label_dropout": rate}})
     seen = []
@@ -92,12 +103,25 @@ def test_an_unconditional_network_gets_no_labels():
 
 
 MDT = {
-    "model": {"name": None, "family": "mdtv2", "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    "model": {
+        "name": None,
+        "family": "mdtv2",
+        "patch_size": 2,
+        "hidden_size": 16,
+        "depth": 4,
+        "num_heads": 2,
+    }
     | {"decode_layers": 2, "learn_sigma": True, "num_classes": 3},
     "process": {"schedule": "linear", "weighting": "min_snr"},
 }
 EDT = {
-    "model": {"name": None, "family": "edt", "patch_size": 2, "hidden_size": 16, "stage_widths": [16] * 5}
+    "model": {
+        "name": None,
+        "family": "edt",
+        "patch_size": 2,
+        "hidden_size": 16,
+        "stage_widths": [16] * 5,
+    }
     | {"stage_depths": [1] * 5, "stage_heads": [2] * 5, "learn_sigma": True, "num_classes": 3},
     "process": {"schedule": "linear", "weighting": "min_snr"},
 }
@@ -131,20 +155,29 @@ def test_two_passes_share_images_and_times_and_nothing_else(layer):
         expected |= {"mask_ratio"}
     assert set(terms) == expected
     for name in ("plain", "masked"):
-        assert terms[f"{name}_loss"] == pytest.approx((terms[f"{name}_mse"] + terms[f"{name}_vb"]).item(), rel=1e-5)
-    assert terms["loss"] == pytest.approx((terms["plain_loss"] + terms["masked_loss"]).item(), rel=1e-5)
+        assert terms[f"{name}_loss"] == pytest.approx(
+            (terms[f"{name}_mse"] + terms[f"{name}_vb"]).item(), rel=1e-5
+        )
+    assert terms["loss"] == pytest.approx(
+        (terms["plain_loss"] + terms["masked_loss"]).item(), rel=1e-5
+    )
 
 
 def test_mdtv2_hides_another_share_in_every_step_and_version_one_the_same():
     objective = parts_of(MDT).objective
     keep = objective.passes["masked"]
-    kept = {keep(2, lambda purpose, device="cpu", i=i: stream(device, 0, purpose, i)).shape[1] for i in range(200)}
+    kept = {
+        keep(2, lambda purpose, device="cpu", i=i: stream(device, 0, purpose, i)).shape[1]
+        for i in range(200)
+    }
     assert min(kept) in (32, 33)  # int(64 * (1 - 0.3 - 0.2 u)) for u close to 1
     assert max(kept) == 44  # int(64 * 0.7)
     assert len(kept) >= 10
     first = {**MDT, "model": {**MDT["model"], "family": "mdt"}}
     keep = parts_of(first).objective.passes["masked"]
-    assert {keep(2, lambda p, device="cpu", i=i: stream(device, 0, p, i)).shape[1] for i in range(20)} == {44}
+    assert {
+        keep(2, lambda p, device="cpu", i=i: stream(device, 0, p, i)).shape[1] for i in range(20)
+    } == {44}
 
 
 @pytest.mark.parametrize(
@@ -159,7 +192,10 @@ def test_mdtv2_hides_another_share_in_every_step_and_version_one_the_same():
         ([{"objective": {"name": "edt"}}], "does not suit model.family uvit"),
         ([{"objective": {"channel_groups": [3, 9]}}], "must add up to the 3 channels"),
         ([{"model": {"num_classes": 3, "null_class": False}}], "needs a null class"),
-        ([EDT, {"process": {"schedule": "vp_sde"}}], "model.learn_sigma needs a schedule of discrete steps"),
+        (
+            [EDT, {"process": {"schedule": "vp_sde"}}],
+            "model.learn_sigma needs a schedule of discrete steps",
+        ),
         (
             [{"process": {"schedule": "vp_cosine", "time_sampling": "loss_second_moment"}}],
             "'loss_second_moment' needs a schedule of discrete steps",
@@ -177,15 +213,23 @@ def test_channel_groups_are_averaged_apart():
     x0 = torch.randn(4, *parts.codec.shape)
     keep, t = parts.mask.draw(4, draw("mask")), torch.full((4,), 0.5)
     eps = torch.zeros_like(x0)
-    error = torch.cat([torch.full((4, 3), 2.0), torch.full((4, 9), 1.0)], dim=1)[:, :, None, None].expand_as(x0)
-    out = parts.objective.terms(lambda *_: patchify(error.contiguous(), 2)[:, : keep.shape[1]], x0, eps, t, None, keep)
+    error = torch.cat([torch.full((4, 3), 2.0), torch.full((4, 9), 1.0)], dim=1)[
+        :, :, None, None
+    ].expand_as(x0)
+    out = parts.objective.terms(
+        lambda *_: patchify(error.contiguous(), 2)[:, : keep.shape[1]], x0, eps, t, None, keep
+    )
     assert out["loss"].tolist() == pytest.approx([5.0] * 4)
 
 
 def test_times_with_large_losses_are_drawn_more_often_and_count_less():
     parts = parts_of(
         {
-            "process": {"schedule": "linear", "timesteps": 25, "time_sampling": "loss_second_moment"},
+            "process": {
+                "schedule": "linear",
+                "timesteps": 25,
+                "time_sampling": "loss_second_moment",
+            },
             "sample": {"steps": 5},
         }
     )

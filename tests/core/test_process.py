@@ -10,13 +10,19 @@ from msmdiff.core.seeding import stream
 
 
 def processes():
-    return [build(ProcessConfig(schedule=s, prediction=p)) for s in ("linear", "cosine") for p in ("eps", "x0", "v")]
+    return [
+        build(ProcessConfig(schedule=s, prediction=p))
+        for s in ("linear", "cosine")
+        for p in ("eps", "x0", "v")
+    ]
 
 
 def test_schedules_against_closed_forms():
     linear = Process(linear_betas(1000))
     assert linear.alpha_bar[1] == pytest.approx(1 - 1e-4, rel=1e-12)
-    assert linear.alpha_bar[-1] == pytest.approx(np.prod(1 - np.linspace(1e-4, 0.02, 1000)), rel=1e-12)
+    assert linear.alpha_bar[-1] == pytest.approx(
+        np.prod(1 - np.linspace(1e-4, 0.02, 1000)), rel=1e-12
+    )
     cosine = Process(cosine_betas(1000))
 
     def f(k):
@@ -29,7 +35,9 @@ def test_schedules_against_closed_forms():
 def test_shift_moves_the_log_snr():
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     plain, shifted = Process(cosine_betas(1000)), Process(cosine_betas(1000, 256))
-    assert torch.allclose(shifted.log_snr(t) - plain.log_snr(t), torch.full_like(t, 2 * math.log(64 / 256)), atol=0.02)
+    assert torch.allclose(
+        shifted.log_snr(t) - plain.log_snr(t), torch.full_like(t, 2 * math.log(64 / 256)), atol=0.02
+    )
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "cosine_shift_d256"])
@@ -37,7 +45,11 @@ def test_schedules_equal_the_published_ones(golden, name):
     from safetensors.numpy import load_file
 
     expected = load_file(golden / "maskdm_math" / "io.safetensors")
-    betas = {"cosine": cosine_betas(1000), "linear": linear_betas(1000), "cosine_shift_d256": cosine_betas(1000, 256)}
+    betas = {
+        "cosine": cosine_betas(1000),
+        "linear": linear_betas(1000),
+        "cosine_shift_d256": cosine_betas(1000, 256),
+    }
     np.testing.assert_allclose(betas[name], expected[f"{name}/betas64"], rtol=1e-5, atol=1e-7)
 
 
@@ -76,7 +88,9 @@ def test_training_times_cover_the_range(kind):
 
 
 def test_min_snr_weights_the_same_x0_error_for_every_prediction():
-    """min(SNR, gamma) |x0 error|^2 is what each weighted loss must come to (Hang et al. 2023, eq. 7)."""
+    """min(SNR, gamma) |x0 error|^2 is what each weighted loss must come to (Hang et al. 2023, eq.
+    7).
+    """
     x0, eps, wrong = torch.randn(3, 100, 1, 1, 1, dtype=torch.float64)
     for prediction in ("eps", "x0", "v"):
         process = build(ProcessConfig(prediction=prediction, weighting="min_snr"))

@@ -1,4 +1,6 @@
-"""Several processes train as one: same parameters, the gradients of one process, noise and masks of their own."""
+"""Several processes train as one: same parameters, the gradients of one process, noise and masks of
+their own.
+"""
 
 import os
 import subprocess
@@ -13,11 +15,25 @@ from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer
 
 STEPS = 10
-UVIT = {"model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3}, "mask": {"ratio": 0.75}}
+UVIT = {
+    "model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3},
+    "mask": {"ratio": 0.75},
+}
 MDT = {
-    "model": {"name": None, "family": "mdtv2", "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    "model": {
+        "name": None,
+        "family": "mdtv2",
+        "patch_size": 2,
+        "hidden_size": 16,
+        "depth": 4,
+        "num_heads": 2,
+    }
     | {"decode_layers": 2, "learn_sigma": True, "num_classes": "auto"},
-    "process": {"schedule": "linear", "weighting": "min_snr", "time_sampling": "loss_second_moment"},
+    "process": {
+        "schedule": "linear",
+        "weighting": "min_snr",
+        "time_sampling": "loss_second_moment",
+    },
 }
 # A fine-tuning without a mask: the side block gets no gradients, which must not stop the processes.
 UNMASKED = {**MDT, "objective": {"name": "dsm"}}
@@ -74,7 +90,16 @@ def train(name, folder, target):
 
 @pytest.mark.parametrize("name", list(CASES))
 def test_two_processes_compute_what_one_does(tmp_path, name):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, name, str(tmp_path)]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        __file__,
+        name,
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ})
     assert done.returncode == 0, done.stderr
     first, second = (torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
@@ -88,7 +113,9 @@ def test_two_processes_compute_what_one_does(tmp_path, name):
         assert torch.equal(value, second["gradients"][key]), key
         torch.testing.assert_close(value, one["gradients"][key], rtol=1e-4, atol=1e-6)
     logged = [Run(tmp_path / run, writes=False).metrics()[0] for run in ("one", "run")]
-    assert logged[1]["loss"] == pytest.approx(logged[0]["loss"], rel=1e-4)  # of all processes, not of the first
+    assert logged[1]["loss"] == pytest.approx(
+        logged[0]["loss"], rel=1e-4
+    )  # of all processes, not of the first
     assert len(one["draws"]) == len(first["draws"]) + len(second["draws"])
     for a, b in zip(first["draws"], second["draws"], strict=True):
         assert not torch.equal(a["eps"], b["eps"])

@@ -37,9 +37,16 @@ SAMPLINGS = {
     "euler_maruyama": dict(sampler="euler_maruyama"),
     "unipc": dict(sampler="unipc", order=3, denoise_to_zero=True),
     **{
-        f"{name} {method} {order}": dict(sampler=name, method=method, order=order, denoise_to_zero=True)
+        f"{name} {method} {order}": dict(
+            sampler=name, method=method, order=order, denoise_to_zero=True
+        )
         for name in ("dpm_solver", "dpm_solver++")
-        for method in ("multistep", "singlestep", "fast", *(["adaptive"] if name == "dpm_solver" else []))
+        for method in (
+            "multistep",
+            "singlestep",
+            "fast",
+            *(["adaptive"] if name == "dpm_solver" else []),
+        )
         for order in ((2, 3) if method == "adaptive" else (1, 2, 3))
     },
 }
@@ -49,7 +56,10 @@ SAMPLINGS = {
 @pytest.mark.parametrize("name", SAMPLINGS)
 def test_an_analytic_gaussian_is_recovered(schedule, name):
     process = build(ProcessConfig(schedule=schedule))
-    mean, variance = torch.tensor([0.5, -1.0], dtype=torch.float64), torch.tensor([0.3, 1.5], dtype=torch.float64)
+    mean, variance = (
+        torch.tensor([0.5, -1.0], dtype=torch.float64),
+        torch.tensor([0.3, 1.5], dtype=torch.float64),
+    )
     generator = torch.Generator().manual_seed(0)
 
     def noise():
@@ -57,9 +67,17 @@ def test_an_analytic_gaussian_is_recovered(schedule, name):
 
     options = SampleConfig(steps=400, **SAMPLINGS[name])
     sampler = SAMPLERS[options.sampler]
-    x = sampler(gaussian_denoiser(process, mean, variance), process, noise(), visited(process, options), noise, options)
+    x = sampler(
+        gaussian_denoiser(process, mean, variance),
+        process,
+        noise(),
+        visited(process, options),
+        noise,
+        options,
+    )
     assert torch.allclose(x.mean(0), mean, atol=0.03)
-    # The adaptive solver is as exact as its published tolerance of 5 % lets it (and with x0 often less).
+    # The adaptive solver is as exact as its published tolerance of 5 % lets it (and with x0 often
+    # less).
     assert torch.allclose(x.var(0), variance, rtol=0.1 if "adaptive" in name else 0.05)
     assert abs(torch.corrcoef(x.T)[0, 1]) < 0.03
 
@@ -78,28 +96,41 @@ ORDERS = [
 
 
 @pytest.mark.parametrize(
-    ("given", "order"), ORDERS, ids=lambda v: " ".join(map(str, v.values())) if isinstance(v, dict) else ""
+    ("given", "order"),
+    ORDERS,
+    ids=lambda v: " ".join(map(str, v.values())) if isinstance(v, dict) else "",
 )
 def test_the_error_falls_as_a_power_of_the_step(given, order):
-    """From t = 0.9 to 0.1 of the VP-SDE, against the exact flow of a Gaussian: errors of N and 2N steps differ 2^p.
+    """From t = 0.9 to 0.1 of the VP-SDE, against the exact flow of a Gaussian: errors of N and 2N
+    steps differ 2^p.
 
-    The published third-order multistep rule is of second order (see dpm_solver); UniPC's corrector adds one.
+    The published third-order multistep rule is of second order (see dpm_solver); UniPC's corrector
+    adds one.
     """
     spread = 0.1 if given.get("order") == 3 and given["sampler"] == "unipc" else 0.04
     process = build(ProcessConfig(schedule="vp_sde"))
-    mean, variance = torch.tensor([0.3], dtype=torch.float64), torch.tensor([spread], dtype=torch.float64)
-    start, ends = torch.tensor([[1.3]], dtype=torch.float64), torch.tensor([0.9, 0.15], dtype=torch.float64)
+    mean, variance = (
+        torch.tensor([0.3], dtype=torch.float64),
+        torch.tensor([spread], dtype=torch.float64),
+    )
+    start, ends = (
+        torch.tensor([[1.3]], dtype=torch.float64),
+        torch.tensor([0.9, 0.15], dtype=torch.float64),
+    )
     alpha, sigma = process.alpha_sigma(ends)
     std = (alpha**2 * variance + sigma**2).sqrt()
     exact = alpha[1] * mean + std[1] / std[0] * (start - alpha[0] * mean)
-    # Where the leading term of the error happens to change sign, no order shows: not at these variances.
+    # Where the leading term of the error happens to change sign, no order shows: not at these
+    # variances.
     options = SampleConfig(lower_order_final=False, **given)
     inner = options.order if options.method == "singlestep" and "dpm" in options.sampler else 1
 
     def error(intervals):
         grid = FREE_GRIDS[options.grid or "logsnr"](process, intervals, *ends.tolist())
         times = subdivide(process, grid, [inner] * intervals) if inner > 1 else grid
-        x = SAMPLERS[options.sampler](gaussian_denoiser(process, mean, variance), process, start, times, None, options)
+        x = SAMPLERS[options.sampler](
+            gaussian_denoiser(process, mean, variance), process, start, times, None, options
+        )
         return (x - exact).abs().item()
 
     errors = [error(n) for n in (48, 96, 192)]
@@ -121,17 +152,30 @@ OTHER_VALUES = {
 @pytest.mark.parametrize("key", TAKEN_BY)
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_a_key_changes_the_samplers_that_are_said_to_take_it_and_no_others(name, key):
-    process, start = build(ProcessConfig(schedule="vp_sde")), torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None]
+    process, start = (
+        build(ProcessConfig(schedule="vp_sde")),
+        torch.linspace(-1, 1, 8, dtype=torch.float64)[:, None],
+    )
     denoise = gaussian_denoiser(process, torch.tensor([0.3]), torch.tensor([0.5]))
 
     def drawn(**given):
         options = SampleConfig(
-            **{"sampler": name, "steps": 7, "order": 2 if key != "lower_order_final" else 3, **given}
+            **{
+                "sampler": name,
+                "steps": 7,
+                "order": 2 if key != "lower_order_final" else 3,
+                **given,
+            }
         )
         noise = torch.Generator().manual_seed(0)
         times = visited(process, options)
         return SAMPLERS[name](
-            denoise, process, start, times, lambda: torch.randn(8, 1, generator=noise, dtype=torch.float64), options
+            denoise,
+            process,
+            start,
+            times,
+            lambda: torch.randn(8, 1, generator=noise, dtype=torch.float64),
+            options,
         )
 
     base = {"method": "singlestep"} if key == "taylor" else {}
@@ -148,18 +192,33 @@ def test_a_key_changes_the_samplers_that_are_said_to_take_it_and_no_others(name,
 @pytest.mark.parametrize(
     ("given", "words"),
     [
-        ({"end": 0.5}, "sample.end 0.5 has no effect on the grid even, only on uniform, quadratic, logsnr"),
-        ({"sampler": "unipc", "steps": "ddim25", "denoise_to_zero": True}, "True has no effect on the grid adm"),
+        (
+            {"end": 0.5},
+            "sample.end 0.5 has no effect on the grid even, only on uniform, quadratic, logsnr",
+        ),
+        (
+            {"sampler": "unipc", "steps": "ddim25", "denoise_to_zero": True},
+            "True has no effect on the grid adm",
+        ),
         (
             {"sampler": "dpm_solver", "method": "adaptive", "steps": 5},
             "steps 5 has no effect with sample.method",
         ),
-        ({"sampler": "dpm_solver", "method": "adaptive", "taylor": True}, "has no effect with sample.method adaptive"),
-        ({"sampler": "dpm_solver", "method": "fast", "lower_order_final": False}, "fast, only with multistep"),
+        (
+            {"sampler": "dpm_solver", "method": "adaptive", "taylor": True},
+            "has no effect with sample.method adaptive",
+        ),
+        (
+            {"sampler": "dpm_solver", "method": "fast", "lower_order_final": False},
+            "fast, only with multistep",
+        ),
         ({"cfg_schedule": "linear"}, "linear has no effect where nothing is guided"),
         ({"guide": "weak"}, "sample.guide weak has no effect where nothing is guided"),
         ({"cfg_scale": 2.0, "guide_ema": 0.9}, "0.9 has no effect without a sample.guide"),
-        ({"cfg_scale": 2.0, "cfg_power": 4.0, "cfg_schedule": "constant"}, "only with power_cosine"),
+        (
+            {"cfg_scale": 2.0, "cfg_power": 4.0, "cfg_schedule": "constant"},
+            "only with power_cosine",
+        ),
         ({"clip": False, "eps_after_clip": "raw"}, "raw has no effect where x0 is not clipped"),
     ],
 )
@@ -175,7 +234,13 @@ def test_keys_that_change_nothing_beside_the_others_are_refused(given, words):
         {"sampler": "heun", "end": 0.5},
         {"sampler": "unipc", "lower_order_final": False},
         {"sampler": "dpm_solver", "method": "adaptive", "order": 3, "end": 0.01},
-        {"cfg_scale": 2.0, "cfg_power": 4.0, "cfg_interval": [0.1, 2.0], "guide": "weak", "guide_ema": 0.9},
+        {
+            "cfg_scale": 2.0,
+            "cfg_power": 4.0,
+            "cfg_interval": [0.1, 2.0],
+            "guide": "weak",
+            "guide_ema": 0.9,
+        },
         {"clip": False, "threshold": 0.9, "eps_after_clip": "raw"},
         {"cfg_scale": 1.0, "guide": None},
     ],
@@ -185,13 +250,18 @@ def test_keys_that_count_are_taken(given):
 
 
 def test_the_reverse_sde_converges_in_distribution():
-    """Euler-Maruyama is linear in x for a Gaussian: its variance follows a recursion, whose error halves with h."""
+    """Euler-Maruyama is linear in x for a Gaussian: its variance follows a recursion, whose error
+    halves with h.
+    """
     process = build(ProcessConfig(schedule="vp_sde"))
     variance = torch.tensor([0.25], dtype=torch.float64)
 
     def error(steps):
         times = FREE_GRIDS["uniform"](process, steps, 1.0, 0.05)
-        denoise, options = gaussian_denoiser(process, 0 * variance, variance), SampleConfig(sampler="euler_maruyama")
+        denoise, options = (
+            gaussian_denoiser(process, 0 * variance, variance),
+            SampleConfig(sampler="euler_maruyama"),
+        )
         spread = torch.ones(1, dtype=torch.float64)
         for pair in itertools.pairwise(times):
             factor, scale = (
@@ -215,7 +285,9 @@ def test_time_is_the_inverse_of_log_snr(schedule):
     assert torch.allclose(process.time_at(process.log_snr(t)), t, atol=1e-7)
     h = 1e-6
     middle = (torch.arange(2, 990, dtype=torch.float64) + 0.5) / 1000
-    slope = (process.alpha_sigma(middle - h)[0].log() - process.alpha_sigma(middle + h)[0].log()) / h
+    slope = (
+        process.alpha_sigma(middle - h)[0].log() - process.alpha_sigma(middle + h)[0].log()
+    ) / h
     assert torch.allclose(process.beta(middle), slope, rtol=1e-4)
 
 
@@ -230,9 +302,15 @@ def test_free_times_say_how_many_evaluations_they_take():
                 return process.split(x, x, t)
 
             options = SampleConfig(
-                sampler="dpm_solver++", steps=12, method=method, order=order, denoise_to_zero=to_zero
+                sampler="dpm_solver++",
+                steps=12,
+                method=method,
+                order=order,
+                denoise_to_zero=to_zero,
             )
-            SAMPLERS["dpm_solver++"](denoise, process, torch.ones(1, 1), visited(process, options), None, options)
+            SAMPLERS["dpm_solver++"](
+                denoise, process, torch.ones(1, 1), visited(process, options), None, options
+            )
             assert len(calls) == 12 + to_zero
             assert calls == sorted(calls, reverse=True)
     with pytest.raises(UsageError, match="is a spacing of the adm grid"):
@@ -305,13 +383,27 @@ def test_guidance_is_linear_in_the_scale():
 def test_an_unconditional_network_refuses_classes(labels, options, message):
     parts = tiny()
     with pytest.raises(UsageError, match=message):
-        list(generate(parts.backbone, parts.process, parts.codec, SampleConfig(**options), [0, 1], labels))
+        list(
+            generate(
+                parts.backbone, parts.process, parts.codec, SampleConfig(**options), [0, 1], labels
+            )
+        )
 
 
 def test_labels_out_of_range_are_refused():
     parts = tiny(10)
     with pytest.raises(UsageError, match=r"0\.\.9"):
-        list(generate(parts.backbone, parts.process, parts.codec, SampleConfig(), [0], [10], num_classes=10))
+        list(
+            generate(
+                parts.backbone,
+                parts.process,
+                parts.codec,
+                SampleConfig(),
+                [0],
+                [10],
+                num_classes=10,
+            )
+        )
 
 
 def test_clipping_keeps_x0_in_range_and_eps_consistent():
@@ -341,7 +433,9 @@ def guided(process, options, t, null=9, guide=None, y=3):
     network = Counting()
     codec = PixelCodec(4)
     denoise = denoiser(network, process, codec, options, torch.tensor([y]), null, guide)
-    return denoise(torch.zeros(1, 3, 4, 4), torch.tensor(t, dtype=torch.float64)).eps.mean().item(), network.seen
+    return denoise(
+        torch.zeros(1, 3, 4, 4), torch.tensor(t, dtype=torch.float64)
+    ).eps.mean().item(), network.seen
 
 
 def test_guidance_follows_its_schedule_and_skips_the_second_pass():
@@ -388,7 +482,11 @@ def test_text_features_are_guided_against_the_empty_text():
 
     words, empty = torch.rand(3, 7, 5), torch.rand(7, 5)
     options = SampleConfig(steps=2, cfg_scale=1.5)
-    batches = list(generate(network, parts.process, parts.codec, options, range(3), words, null=empty, batch_size=2))
+    batches = list(
+        generate(
+            network, parts.process, parts.codec, options, range(3), words, null=empty, batch_size=2
+        )
+    )
     assert [len(b.seeds) for b in batches] == [2, 1]
     assert torch.equal(seen[0], torch.cat([words[:2], empty.expand(2, -1, -1)]))
     with pytest.raises(UsageError, match="features of the empty text"):
@@ -402,13 +500,29 @@ def test_inpainting_keeps_what_is_known_for_every_sampler():
         options = SampleConfig(sampler=name, steps=6)
         inner = gaussian_image_denoiser(process)
         denoise, start = inpainting(process, known, keep)(inner, noise := torch.randn(2, 3, 4, 4))
-        x = SAMPLERS[name](denoise, process, start, visited(process, options), lambda: torch.randn(2, 3, 4, 4), options)
+        x = SAMPLERS[name](
+            denoise,
+            process,
+            start,
+            visited(process, options),
+            lambda: torch.randn(2, 3, 4, 4),
+            options,
+        )
         final = denoise(x, torch.tensor(0.001, dtype=torch.float64)).x0
-        assert torch.equal(torch.where(keep, final, 0), torch.where(keep, known, 0).expand_as(final)), name
-        if name in ("ddim", "dpm_solver", "dpm_solver++", "unipc"):  # exact along the known part's own path
+        assert torch.equal(
+            torch.where(keep, final, 0), torch.where(keep, known, 0).expand_as(final)
+        ), name
+        if name in (
+            "ddim",
+            "dpm_solver",
+            "dpm_solver++",
+            "unipc",
+        ):  # exact along the known part's own path
             t = visited(process, options)[-1]
             expected = process.add_noise(known, t, noise) if t > 0 else known.expand_as(x)
-            torch.testing.assert_close(torch.where(keep, x, 0), torch.where(keep, expected, 0), atol=1e-3, rtol=0)
+            torch.testing.assert_close(
+                torch.where(keep, x, 0), torch.where(keep, expected, 0), atol=1e-3, rtol=0
+            )
 
 
 def gaussian_image_denoiser(process):
@@ -440,7 +554,8 @@ def test_rounding_rules_by_name():
     assert to_uint8(exact, "half_even").tolist() == [0, 2, 1, 128, 255, 255, 0]
     assert to_uint8(exact, "half_up").tolist() == [0, 2, 1, 128, 255, 255, 0]
     assert to_uint8(exact, "truncate").tolist() == [0, 1, 1, 127, 254, 255, 0]
-    # The two ways of rounding part where a value lies halfway, which float32 seldom meets: 0.5 and 2.5 of 255.
+    # The two ways of rounding part where a value lies halfway, which float32 seldom meets: 0.5 and
+    # 2.5 of 255.
     halves = (torch.arange(255) + 0.5) / 127.5 - 1
     exactly = halves.float().add(1).mul(127.5) % 1 == 0.5
     gap = to_uint8(halves, "half_up").int() - to_uint8(halves)
@@ -459,7 +574,15 @@ def test_dynamic_thresholds_clip_at_the_quantile_and_rescale():
 def test_numbers_that_are_not_finite_are_refused():
     parts = tiny()
     with pytest.raises(MsmdiffError, match="not finite"):
-        list(generate(lambda x, t, y: x * torch.nan, parts.process, parts.codec, SampleConfig(steps=2), [0]))
+        list(
+            generate(
+                lambda x, t, y: x * torch.nan,
+                parts.process,
+                parts.codec,
+                SampleConfig(steps=2),
+                [0],
+            )
+        )
 
 
 def test_a_learned_variance_is_not_guided():

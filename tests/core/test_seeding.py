@@ -8,7 +8,9 @@ from msmdiff.core.seeding import SeedNoise, key, stream
 
 
 def test_streams_depend_on_every_key():
-    keys = {key(s, p, i, j) for s in (0, 1) for p in ("noise", "mask") for i in (0, 12) for j in (1, 2)}
+    keys = {
+        key(s, p, i, j) for s in (0, 1) for p in ("noise", "mask") for i in (0, 12) for j in (1, 2)
+    }
     assert len(keys) == 16
     draws = [torch.rand(4, generator=stream("cpu", 3, "noise", 128)) for _ in range(2)]
     assert torch.equal(*draws)
@@ -52,6 +54,8 @@ def test_processes_share_out_each_batch_and_resume_where_they_were(world, micro,
 
 
 def test_order_differs_between_epochs_and_seeds():
-    orders = [tuple(images_at(s, 100, range(e * 100, e * 100 + 100))) for s in (0, 1) for e in (0, 1)]
+    orders = [
+        tuple(images_at(s, 100, range(e * 100, e * 100 + 100))) for s in (0, 1) for e in (0, 1)
+    ]
     assert len(set(orders)) == 4
     assert np.mean([a == b for a, b in zip(orders[0], orders[1], strict=True)]) < 0.1

@@ -1,6 +1,8 @@
-"""Two sharded processes compute what one whole does, and their checkpoints are the ones of a whole training.
+"""Two sharded processes compute what one whole does, and their checkpoints are the ones of a whole
+training.
 
-Accelerate shards on GPUs only. Here its state is told that the two gloo processes had GPUs; all else is its own FSDP 2.
+Accelerate shards on GPUs only. Here its state is told that the two gloo processes had GPUs; all
+else is its own FSDP 2.
 """
 
 import json
@@ -23,11 +25,25 @@ from msmdiff.core.errors import UsageError
 from msmdiff.core.training import checkpoint, sharding
 from msmdiff.core.training.trainer import Trainer
 
-UVIT = {"model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3}, "mask": {"ratio": 0.75}}
+UVIT = {
+    "model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3},
+    "mask": {"ratio": 0.75},
+}
 MDT = {
-    "model": {"name": None, "family": "mdtv2", "patch_size": 2, "hidden_size": 16, "depth": 4, "num_heads": 2}
+    "model": {
+        "name": None,
+        "family": "mdtv2",
+        "patch_size": 2,
+        "hidden_size": 16,
+        "depth": 4,
+        "num_heads": 2,
+    }
     | {"decode_layers": 2, "learn_sigma": True, "num_classes": "auto"},
-    "process": {"schedule": "linear", "weighting": "min_snr", "time_sampling": "loss_second_moment"},
+    "process": {
+        "schedule": "linear",
+        "weighting": "min_snr",
+        "time_sampling": "loss_second_moment",
+    },
     "train": {"gradient_checkpointing": True},
     "ema": {"decays": [0.9, 0.99], "warmup": "constant"},
 }
@@ -41,7 +57,13 @@ CASES = {
 }
 RESUMED = ["uvit", "mdtv2-unmasked"]
 COMMON = {
-    "train": {"batch_size": 8, "micro_batch_size": 2, "preview_every": 5, "checkpoint_every": 3, "precision": "fp32"}
+    "train": {
+        "batch_size": 8,
+        "micro_batch_size": 2,
+        "preview_every": 5,
+        "checkpoint_every": 3,
+        "precision": "fp32",
+    }
     | {"keep_checkpoints": 9, "log_every": 1},
     "optim": {"lr": 1e-3, "clip_grad_norm": 0.1, "warmup_steps": 0},
     "sample": {"steps": 4},
@@ -77,11 +99,18 @@ def train(name, folder, steps=STEPS, sharded=True, **settings):
 
 
 def train_sharded(folder):
-    """Every case, put together by hand at the end; some resumed; and one with a gradient that is not finite."""
+    """Every case, put together by hand at the end; some resumed; and one with a gradient that is
+    not finite.
+    """
     for name in CASES:
         trainer = train(name, folder / name)
-        networks = {"model": trainer.model} | {f"ema-{d}": net for d, net in trainer.averages.networks.items()}
-        gathered = {k: {n: p.full_tensor() for n, p in net.named_parameters()} for k, net in networks.items()}
+        networks = {"model": trainer.model} | {
+            f"ema-{d}": net for d, net in trainer.averages.networks.items()
+        }
+        gathered = {
+            k: {n: p.full_tensor() for n, p in net.named_parameters()}
+            for k, net in networks.items()
+        }
         if trainer.main:
             torch.save(gathered, folder / f"{name}.pt")
     for name in RESUMED:
@@ -109,16 +138,27 @@ def logged(run):
 def sharded(tmp_path_factory):
     """The folder of runs that two processes left.
 
-    In about one run of forty, gathering shards through gloo crashes inside torch (`wait_tensor` of its functional
-    collectives), which no sharded training meets: it has GPUs, and NCCL. That, and no other failure, is tried again.
+    In about one run of forty, gathering shards through gloo crashes inside torch (`wait_tensor` of
+    its functional collectives), which no sharded training meets: it has GPUs, and NCCL. That, and
+    no other failure, is tried again.
     """
     asked = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
     for _ in range(3):
         folder = tmp_path_factory.mktemp("sharded")
         for name in RESUMED:
             train(name, folder / f"{name}-begun-whole", 3, sharded=False)
-        command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", __file__, str(folder)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, **asked})
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            "2",
+            __file__,
+            str(folder),
+        ]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, env={**os.environ, **asked}
+        )
         if not any(signal in done.stderr for signal in ("(SIGABRT)", "(SIGSEGV)")):
             break
     assert done.returncode == 0, done.stderr
@@ -143,11 +183,16 @@ def test_two_sharded_processes_compute_what_one_whole_does(sharded, tmp_path, na
     for i, values in expected["state"].items():
         for key, value in values.items():
             torch.testing.assert_close(state["state"][i][key], value, rtol=1e-4, atol=2e-5)
-    norms = [[line["grad_norm"] for line in logged(run) if "grad_norm" in line] for run in (tmp_path, sharded / name)]
+    norms = [
+        [line["grad_norm"] for line in logged(run) if "grad_norm" in line]
+        for run in (tmp_path, sharded / name)
+    ]
     assert norms[1] == pytest.approx(norms[0], rel=1e-4)
     assert max(norms[0]) > COMMON["optim"]["clip_grad_norm"]
     # Pictures and distances come from a whole copy.
-    pictures = [sorted(p.name for p in (run / "previews").iterdir()) for run in (tmp_path, sharded / name)]
+    pictures = [
+        sorted(p.name for p in (run / "previews").iterdir()) for run in (tmp_path, sharded / name)
+    ]
     assert pictures[0] == pictures[1] != []
     if "eval" in CASES[name]:
         best = [json.loads((run / "best.json").read_text()) for run in (tmp_path, sharded / name)]
@@ -156,18 +201,30 @@ def test_two_sharded_processes_compute_what_one_whole_does(sharded, tmp_path, na
 
 
 def test_autocast_is_on_where_asked_for(sharded):
-    norms = [[line["grad_norm"] for line in logged(sharded / name) if "grad_norm" in line] for name in CASES]
+    norms = [
+        [line["grad_norm"] for line in logged(sharded / name) if "grad_norm" in line]
+        for name in CASES
+    ]
     assert norms[0] != pytest.approx(norms[1], rel=1e-4)
     assert norms[0] == pytest.approx(norms[1], rel=2e-2)
 
 
 @pytest.mark.parametrize("name", RESUMED)
-def test_a_sharded_run_resumes_bit_for_bit_and_goes_on_from_a_whole_one_and_into_one(sharded, tmp_path, name):
-    resumed, through = (checkpoint.load(checkpoint.newest(sharded / run)) for run in (f"{name}-resumed", name))
+def test_a_sharded_run_resumes_bit_for_bit_and_goes_on_from_a_whole_one_and_into_one(
+    sharded, tmp_path, name
+):
+    resumed, through = (
+        checkpoint.load(checkpoint.newest(sharded / run)) for run in (f"{name}-resumed", name)
+    )
     for stem, tensors in through[1].items():
-        assert all(torch.equal(resumed[1][stem][key], value) for key, value in tensors.items()), stem
+        assert all(torch.equal(resumed[1][stem][key], value) for key, value in tensors.items()), (
+            stem
+        )
     for i, values in through[0]["optimizer"]["state"].items():
-        assert all(torch.equal(resumed[0]["optimizer"]["state"][i][key], value) for key, value in values.items())
+        assert all(
+            torch.equal(resumed[0]["optimizer"]["state"][i][key], value)
+            for key, value in values.items()
+        )
     begun_whole = checkpoint.load(checkpoint.newest(sharded / f"{name}-begun-whole"))[1]
     for stem, tensors in through[1].items():
         for key, value in tensors.items():
@@ -175,7 +232,9 @@ def test_a_sharded_run_resumes_bit_for_bit_and_goes_on_from_a_whole_one_and_into
     shutil.copytree(sharded / name, tmp_path / "sharded")
     for run in ("sharded", "whole"):
         train(name, tmp_path / run, STEPS + 1, sharded=False)
-    found, expected = (load_file(tmp_path / run / "weights.safetensors") for run in ("sharded", "whole"))
+    found, expected = (
+        load_file(tmp_path / run / "weights.safetensors") for run in ("sharded", "whole")
+    )
     for key, value in expected.items():
         torch.testing.assert_close(found[key], value, rtol=1e-4, atol=2e-5)
 
@@ -193,7 +252,11 @@ def test_a_gradient_that_is_not_finite_on_one_process_stops_the_step_of_all(shar
         ({"FSDP_VERSION": "1"}, "fp32", "fsdp_version: 2"),
         ({}, "fp32", "fsdp_version: 2"),
         ({"FSDP_VERSION": "2", "FSDP_OFFLOAD_PARAMS": "true"}, "fp32", "fsdp_offload_params"),
-        ({"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "fp32", "train.gradient_checkpointing=true"),
+        (
+            {"FSDP_VERSION": "2", "FSDP_ACTIVATION_CHECKPOINTING": "true"},
+            "fp32",
+            "train.gradient_checkpointing=true",
+        ),
         ({"FSDP_VERSION": "2"}, "fp16", "bf16 or fp32"),
     ],
 )

@@ -29,7 +29,9 @@ def clip(tmp_path_factory):
     """A folder with a tiny CLIP text encoder: letters for a vocabulary, 7 tokens, 16 wide."""
     transformers = pytest.importorskip("transformers")
     vocabulary = {
-        f"{c}{end}": 2 * i + j for i, c in enumerate(map(chr, range(97, 123))) for j, end in enumerate(("", "</w>"))
+        f"{c}{end}": 2 * i + j
+        for i, c in enumerate(map(chr, range(97, 123)))
+        for j, end in enumerate(("", "</w>"))
     }
     vocabulary |= {"<|startoftext|>": 52, "<|endoftext|>": 53}
     folder = tmp_path_factory.mktemp("clip") / "clip"
@@ -63,7 +65,9 @@ def test_features_are_clips_last_hidden_states(clip):
     transformers = pytest.importorskip("transformers")
     encoder = TextEncoder(str(clip))
     network = transformers.CLIPTextModel.from_pretrained(clip)
-    ids = torch.tensor([[52, 1, 4, 0, 39, 53, 53], [52, 53, 53, 53, 53, 53, 53]])  # "a cat" and nothing, padded
+    ids = torch.tensor(
+        [[52, 1, 4, 0, 39, 53, 53], [52, 53, 53, 53, 53, 53, 53]]
+    )  # "a cat" and nothing, padded
     with torch.no_grad():
         expected = network(ids).last_hidden_state
     torch.testing.assert_close(encoder(["a cat", ""]), expected)
@@ -92,7 +96,9 @@ def test_captions_come_from_text_files_or_json(captioned, tmp_path):
     assert read_captions(source, str(tmp_path / "plain.json")) == texts
     (captioned / "dog" / "0.txt").write_text(" \n")
     (captioned / "dog" / "2.txt").unlink()
-    with pytest.raises(UsageError, match=r"2 of 12 images in .* have no caption, such as dog/0.png"):
+    with pytest.raises(
+        UsageError, match=r"2 of 12 images in .* have no caption, such as dog/0.png"
+    ):
         read_captions(source, "txt")
     with pytest.raises(UsageError, match=r"neither `txt` nor a readable JSON"):
         read_captions(source, str(tmp_path / "missing.json"))
@@ -138,14 +144,23 @@ def test_training_feeds_captions_and_the_empty_one(captioned, clip, tmp_path, qu
 
 
 def test_what_does_not_draw_from_text_says_so(photos, captioned, clip, tmp_path, quiet):
-    with pytest.raises(UsageError, match=r"draws from captions \(7 tokens of width 16\), .* has none"):
+    with pytest.raises(
+        UsageError, match=r"draws from captions \(7 tokens of width 16\), .* has none"
+    ):
         train(configuration.build(T2I, {"data": {"source": str(photos)}}), tmp_path / "r", quiet)
     packed = pack(captioned, clip, tmp_path / "p")
-    wide = configuration.build(T2I, {"data": {"source": packed.spec}, "model": {"context_width": 8}})
+    wide = configuration.build(
+        T2I, {"data": {"source": packed.spec}, "model": {"context_width": 8}}
+    )
     with pytest.raises(UsageError, match=r"context_width is \(7, 8\), not \(7, 16\)"):
         train(wide, tmp_path / "r", quiet)
-    classes = {"model": {"name": "tiny", "num_classes": 2}, "data": {"source": packed.spec, "image_size": 16}}
-    train(configuration.build(classes, {"train": T2I["train"]}), tmp_path / "c", quiet)  # its labels, not its captions
+    classes = {
+        "model": {"name": "tiny", "num_classes": 2},
+        "data": {"source": packed.spec, "image_size": 16},
+    }
+    train(
+        configuration.build(classes, {"train": T2I["train"]}), tmp_path / "c", quiet
+    )  # its labels, not its captions
 
 
 def coco_cache(root, n=4):
@@ -163,13 +178,20 @@ def coco_cache(root, n=4):
 def test_u_vits_coco_cache_trains_and_packs(tmp_path, quiet):
     cache = sources.open_source(str(coco_cache(tmp_path / "coco")))
     assert len(cache) == 4
-    config = configuration.build(T2I, {"data": {"source": cache.spec, "workers": 0}, "codec": {"name": "vae"}})
-    config = configuration.build(config.as_dict(), {"model": {"patch_size": 1}, "train": {"preview_every": 0}})
+    config = configuration.build(
+        T2I, {"data": {"source": cache.spec, "workers": 0}, "codec": {"name": "vae"}}
+    )
+    config = configuration.build(
+        config.as_dict(), {"model": {"patch_size": 1}, "train": {"preview_every": 0}}
+    )
     train(config, tmp_path / "r", quiet)
     encode(cache, codecs.PixelCodec(16), config.data, tmp_path / "p", lambda *_: None, shard=3)
     packed = sources.open_source(str(tmp_path / "p"))
     stored = {cache.caption(3, k).half().float().numpy().tobytes() for k in (0, 1)}
-    drawn = {packed.context(np.array([3]), np.random.default_rng(i))[0].numpy().tobytes() for i in range(9)}
+    drawn = {
+        packed.context(np.array([3]), np.random.default_rng(i))[0].numpy().tobytes()
+        for i in range(9)
+    }
     assert drawn == stored
     assert torch.equal(packed.null_context, cache.null_context.half().float())
     dataset = loader.TrainingImages(cache, config.data, 0)
@@ -182,7 +204,11 @@ def test_u_vits_coco_cache_trains_and_packs(tmp_path, quiet):
 def test_sample_from_prompts(cli, captioned, clip, tmp_path, quiet):
     packed = pack(captioned, clip, tmp_path / "p")
     preview = {"train": {"preview_every": 0}}
-    train(configuration.build(T2I, preview, {"data": {"source": packed.spec}}), tmp_path / "runs" / "t", quiet)
+    train(
+        configuration.build(T2I, preview, {"data": {"source": packed.spec}}),
+        tmp_path / "runs" / "t",
+        quiet,
+    )
     (tmp_path / "prompts.txt").write_text("a cat\n\na dog\n")
     options = ("sample", "t", "--steps", "2", "--cfg", "2")
     cli(*options, "--prompts", "prompts.txt", "--out", "s")

@@ -20,7 +20,13 @@ from msmdiff.core.training.trainer import Trainer, train
 
 SMALL = {
     "model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3},
-    "train": {"batch_size": 8, "steps": 8, "log_every": 1, "preview_every": 0, "checkpoint_every": 100},
+    "train": {
+        "batch_size": 8,
+        "steps": 8,
+        "log_every": 1,
+        "preview_every": 0,
+        "checkpoint_every": 100,
+    },
     "objective": {"name": "msm"},
     "mask": {"ratio": 0.75},
     "data": {"hflip": 0.5},
@@ -76,12 +82,30 @@ TINY_MDT = {"family": "mdtv2", "depth": 4, "num_heads": 2, "decode_layers": 2}
 
 @pytest.mark.parametrize("family", [TINY_EDT, TINY_MDT], ids=["edt", "mdtv2"])
 def test_both_passes_and_the_history_of_losses_resume_exactly(tmp_path, quiet, monkeypatch, family):
-    monkeypatch.setattr(time_sampling, "RECORDED", 1)  # so that a short run leaves the uniform phase
-    model = {"name": None, "patch_size": 2, "hidden_size": 16, "learn_sigma": True, "num_classes": "auto", **family}
+    monkeypatch.setattr(
+        time_sampling, "RECORDED", 1
+    )  # so that a short run leaves the uniform phase
+    model = {
+        "name": None,
+        "patch_size": 2,
+        "hidden_size": 16,
+        "learn_sigma": True,
+        "num_classes": "auto",
+        **family,
+    }
     layers = (
-        {"model": model, "objective": {"name": "auto"}, "mask": {"ratio": 0.0}, "data": {"hflip": 0.0}},
         {
-            "process": {"schedule": "linear", "timesteps": 25, "time_sampling": "loss_second_moment"},
+            "model": model,
+            "objective": {"name": "auto"},
+            "mask": {"ratio": 0.0},
+            "data": {"hflip": 0.0},
+        },
+        {
+            "process": {
+                "schedule": "linear",
+                "timesteps": 25,
+                "time_sampling": "loss_second_moment",
+            },
             "sample": {"steps": 5},
         },
     )
@@ -89,7 +113,10 @@ def test_both_passes_and_the_history_of_losses_resume_exactly(tmp_path, quiet, m
     train(small(*layers, {"train": {"steps": 16}}), tmp_path / "resumed", quiet)
     train(small(*layers, {"train": {"steps": 20}}), tmp_path / "resumed", quiet)
     assert_same_bits(tmp_path / "straight", tmp_path / "resumed")
-    states = [checkpoint.load(checkpoint.newest(tmp_path / run))[0]["times"] for run in ("straight", "resumed")]
+    states = [
+        checkpoint.load(checkpoint.newest(tmp_path / run))[0]["times"]
+        for run in ("straight", "resumed")
+    ]
     assert torch.equal(states[0]["losses"], states[1]["losses"])
     assert states[0]["counts"].min() == 1
     last = Run(tmp_path / "straight", writes=False).metrics()[-1]
@@ -121,7 +148,9 @@ def test_a_run_killed_between_checkpoints_ends_with_the_same_bits(tmp_path, quie
 
 
 def test_micro_batches_add_up_to_the_batch(tmp_path, quiet):
-    """Two micro-batches draw their own noise, so compare against gradients averaged by hand over the same chunks."""
+    """Two micro-batches draw their own noise, so compare against gradients averaged by hand over
+    the same chunks.
+    """
     trainer = Trainer(small({"train": {"micro_batch_size": 4}}), tmp_path / "a", quiet, False, "")
     from msmdiff.core.data.loader import batches
 
@@ -162,9 +191,13 @@ def test_a_non_finite_loss_stops_before_the_update(tmp_path, quiet, monkeypatch)
     monkeypatch.setattr(
         objectives.Objective,
         "terms",
-        lambda self, model, x0, *_: {"loss": model(x0, torch.zeros(8)).flatten(1).sum(1) * float("nan")},
+        lambda self, model, x0, *_: {
+            "loss": model(x0, torch.zeros(8)).flatten(1).sum(1) * float("nan")
+        },
     )
-    with pytest.raises(MsmdiffError, match=r"before the update at image 16: loss nan.*img-000000016"):
+    with pytest.raises(
+        MsmdiffError, match=r"before the update at image 16: loss nan.*img-000000016"
+    ):
         train(small(), tmp_path, quiet)
     assert all(torch.equal(before[1][k], v) for k, v in final_state(tmp_path)[1].items())
 
@@ -181,7 +214,9 @@ def test_skipping_is_opt_in_and_counted(tmp_path, quiet, monkeypatch):
     monkeypatch.setattr(objectives.Objective, "terms", sometimes)
     train(small({"train": {"on_nonfinite": "skip", "steps": 4}}), tmp_path, quiet)
     assert [line["skipped_steps"] for line in Run(tmp_path, writes=False).metrics()] == [0, 1, 1, 1]
-    assert all(torch.isfinite(v).all() for v in load_file(tmp_path / "weights.safetensors").values())
+    assert all(
+        torch.isfinite(v).all() for v in load_file(tmp_path / "weights.safetensors").values()
+    )
 
 
 def test_sigterm_saves_and_the_rest_follows(tmp_path, quiet):
@@ -229,7 +264,8 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, quiet, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(
-        MsmdiffError, match=r"image 64 could not be written .*No space left.*earlier checkpoints are intact"
+        MsmdiffError,
+        match=r"image 64 could not be written .*No space left.*earlier checkpoints are intact",
     ):
         train(small(), tmp_path, quiet)
     assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["img-000000016"]
@@ -239,16 +275,24 @@ def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, quiet, monkeypatch):
 def test_weights_are_the_average_and_describe_themselves(tmp_path, quiet):
     train(small({"ema": {"decays": [0.5, 0.9], "warmup": "constant"}}), tmp_path, quiet)
     folder = checkpoint.newest(tmp_path)
-    assert (tmp_path / "weights.safetensors").read_bytes() == (folder / "ema-0.5.safetensors").read_bytes()
+    assert (tmp_path / "weights.safetensors").read_bytes() == (
+        folder / "ema-0.5.safetensors"
+    ).read_bytes()
     loaded = weights.load(weights.locate(tmp_path))
     assert loaded.config == Run(tmp_path, writes=False).stored_config()
     assert loaded.report == {"images_seen": "64", "weights": "ema-0.5"}
-    weights.save(tmp_path / "again.safetensors", loaded.backbone.state_dict(), loaded.config, **loaded.report)
-    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "weights.safetensors").read_bytes()
+    weights.save(
+        tmp_path / "again.safetensors", loaded.backbone.state_dict(), loaded.config, **loaded.report
+    )
+    assert (tmp_path / "again.safetensors").read_bytes() == (
+        tmp_path / "weights.safetensors"
+    ).read_bytes()
     assert weights.locate(tmp_path, ema=0.9) == folder / "ema-0.9.safetensors"
     with pytest.raises(UsageError, match=r"no average with decay 0.99"):
         weights.locate(tmp_path, ema=0.99)
-    assert not torch.equal(load_file(folder / "ema-0.9.safetensors")["norm.weight"], loaded.backbone.norm.weight)
+    assert not torch.equal(
+        load_file(folder / "ema-0.9.safetensors")["norm.weight"], loaded.backbone.norm.weight
+    )
 
 
 @pytest.mark.parametrize("warmup", ["constant", "power"])
@@ -297,7 +341,9 @@ def test_learning_rate_is_a_function_of_images_seen():
 
 
 def test_adan_is_the_published_one_and_adan_pytorch_is_not():
-    """First step of Adan (Xie et al. 2022) on a constant gradient g: lr (g + 0) / |g| by its bias corrections."""
+    """First step of Adan (Xie et al. 2022) on a constant gradient g: lr (g + 0) / |g| by its bias
+    corrections.
+    """
     moved = {}
     for name in ("adan", "adan-pytorch"):
         p = torch.nn.Parameter(torch.tensor([1.0]))
@@ -329,9 +375,13 @@ def test_cost_counts_what_the_mask_saves():
 def test_previews_show_samples_and_what_the_mask_leaves(tmp_path, quiet):
     from PIL import Image
 
-    train(small({"train": {"steps": 2, "preview_every": 1}, "sample": {"steps": 2}}), tmp_path, quiet)
+    train(
+        small({"train": {"steps": 2, "preview_every": 1}, "sample": {"steps": 2}}), tmp_path, quiet
+    )
     names = sorted(p.name for p in (tmp_path / "previews").iterdir())
-    assert names == [f"img-{i * 8:09d}-{kind}.png" for i in range(3) for kind in ("masked", "samples")]
+    assert names == [
+        f"img-{i * 8:09d}-{kind}.png" for i in range(3) for kind in ("masked", "samples")
+    ]
     picture = Image.open(tmp_path / "previews" / names[-2])
     assert picture.width == 8 * (16 * 3 + 2) + 2
 
@@ -339,8 +389,12 @@ def test_previews_show_samples_and_what_the_mask_leaves(tmp_path, quiet):
 @pytest.mark.parametrize("classes", [0, 10])
 def test_previews_do_without_guidance_that_training_cannot_give(classes):
     model = {"num_classes": classes, "hidden_size": 16, "num_heads": 2, "depth": 3}
-    config = road.resolve(small({"model": model, "sample": {"steps": 2, "cfg_scale": 3.0, "guide": "runs/weaker"}}))
-    plain = config.model_copy(update={"sample": config.sample.model_copy(update={"cfg_scale": 1.0, "guide": None})})
+    config = road.resolve(
+        small({"model": model, "sample": {"steps": 2, "cfg_scale": 3.0, "guide": "runs/weaker"}})
+    )
+    plain = config.model_copy(
+        update={"sample": config.sample.model_copy(update={"cfg_scale": 1.0, "guide": None})}
+    )
     guided = config.model_copy(update={"sample": config.sample.model_copy(update={"guide": None})})
     torch.manual_seed(0)
     parts = road.build(config)
@@ -388,7 +442,9 @@ def test_a_missing_tracker_is_an_error_not_a_silence(tmp_path, quiet, monkeypatc
 
 
 def test_options_of_speed_train(tmp_path, quiet):
-    summary = train(small({"train": {"gradient_checkpointing": True, "steps": 2}}), tmp_path / "a", quiet)
+    summary = train(
+        small({"train": {"gradient_checkpointing": True, "steps": 2}}), tmp_path / "a", quiet
+    )
     train(small({"train": {"steps": 2}}), tmp_path / "b", quiet)
     assert summary.images_seen == 16
     a, b = (load_file(tmp_path / n / "weights.safetensors") for n in "ab")
@@ -447,14 +503,19 @@ def test_as_many_other_images_or_classes_are_refused(tmp_path, photos, quiet):
     layers = {"data": {"source": str(photos)}}
     train(small(layers, {"train": {"steps": 2}}), tmp_path / "run", quiet)
     (photos / "cat").rename(photos / "eel")
-    with pytest.raises(UsageError, match=r"was trained on 12 images, .* now has 12 others, or of other classes"):
+    with pytest.raises(
+        UsageError, match=r"was trained on 12 images, .* now has 12 others, or of other classes"
+    ):
         train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
     (photos / "eel").rename(photos / "cat")
     train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
 
 
 def test_what_a_kill_after_a_checkpoint_prevented_is_made_up_for(tmp_path, quiet, monkeypatch):
-    every = {"train": {"steps": 4, "checkpoint_every": 2, "preview_every": 2}, "sample": {"steps": 2}}
+    every = {
+        "train": {"steps": 4, "checkpoint_every": 2, "preview_every": 2},
+        "sample": {"steps": 2},
+    }
     every |= {"eval": {"every": 2, "n": 8, "features": "pixel"}}
     train(small(every), tmp_path / "straight", quiet)
 
@@ -471,15 +532,21 @@ def test_what_a_kill_after_a_checkpoint_prevented_is_made_up_for(tmp_path, quiet
     for run in ("straight", "killed"):
         pictures.append(sorted(path.name for path in (tmp_path / run / "previews").glob("img-*")))
         lines = Run(tmp_path / run, writes=False).metrics()
-        distances.append([(line["images"], line["fd_pixel"]) for line in lines if "fd_pixel" in line])
+        distances.append(
+            [(line["images"], line["fd_pixel"]) for line in lines if "fd_pixel" in line]
+        )
     assert pictures[0] == pictures[1]
     assert len(pictures[0]) >= 3
     assert [images for images, _ in distances[0]] == [16, 32]
     assert distances[0] == distances[1]
 
 
-def test_a_signal_that_another_process_received_counts_as_an_interruption(tmp_path, quiet, monkeypatch):
-    stopped = iter([False, False, False, True])  # pictures and distances of an earlier start, then two steps
+def test_a_signal_that_another_process_received_counts_as_an_interruption(
+    tmp_path, quiet, monkeypatch
+):
+    stopped = iter(
+        [False, False, False, True]
+    )  # pictures and distances of an earlier start, then two steps
     monkeypatch.setattr(Trainer, "_agree", lambda self, stop: next(stopped))
     summary = train(small(), tmp_path, quiet)
     assert (summary.interrupted, summary.steps) == (signal.SIGTERM, 1)
@@ -493,22 +560,31 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     assert rates[0] == 1e-3
     assert rates[4] == pytest.approx(5e-4)
     assert rates[-1] < 1e-4
-    train(small(decaying, {"train": {"steps": 9}}), tmp_path, quiet)  # the run goes on by the schedule that it began
+    train(
+        small(decaying, {"train": {"steps": 9}}), tmp_path, quiet
+    )  # the run goes on by the schedule that it began
     rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics()]
     assert len(rates) == 9
     assert rates[-1] == 0
     with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 12 now"):
-        train(small(decaying, {"train": {"steps": 9}, "optim": {"decay_steps": 12}}), tmp_path, quiet)
+        train(
+            small(decaying, {"train": {"steps": 9}, "optim": {"decay_steps": 12}}), tmp_path, quiet
+        )
 
 
 @pytest.mark.parametrize(
     ("environment", "message"),
     [
-        ({"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"}, "starts one process whatever --num_processes says"),
+        (
+            {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"},
+            "starts one process whatever --num_processes says",
+        ),
         ({"WORLD_SIZE": "2"}, "2 processes were started but would each train alone"),
     ],
 )
-def test_launches_that_would_not_work_together_are_refused(tmp_path, quiet, monkeypatch, environment, message):
+def test_launches_that_would_not_work_together_are_refused(
+    tmp_path, quiet, monkeypatch, environment, message
+):
     for name, value in environment.items():
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):

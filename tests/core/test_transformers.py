@@ -1,4 +1,6 @@
-"""What every backbone promises: masks, gradients, conditions, AMM, and refusals, on networks of a few numbers."""
+"""What every backbone promises: masks, gradients, conditions, AMM, and refusals, on networks of a
+few numbers.
+"""
 
 import pytest
 import torch
@@ -12,7 +14,9 @@ from msmdiff.core.diffusion.objectives import Objective
 from msmdiff.core.errors import UsageError
 
 SHAPE = (4, 16, 16)
-STAGES = dict(stage_widths=[16, 24, 32, 24, 16], stage_depths=[1, 1, 1, 1, 1], stage_heads=[2, 2, 2, 2, 2])
+STAGES = dict(
+    stage_widths=[16, 24, 32, 24, 16], stage_depths=[1, 1, 1, 1, 1], stage_heads=[2, 2, 2, 2, 2]
+)
 SMALL = {
     "uvit": dict(patch_size=2, hidden_size=16, depth=3, num_heads=2),
     "maskdwt": dict(patch_size=2, hidden_size=16, depth=3, num_heads=2),
@@ -40,7 +44,11 @@ def make(family, num_classes=3, **fields):
 
 def batch(n=2):
     generator = torch.Generator().manual_seed(1)
-    return torch.randn(n, *SHAPE, generator=generator), torch.tensor([3.0, 700.0])[:n], torch.tensor([0, 2])[:n]
+    return (
+        torch.randn(n, *SHAPE, generator=generator),
+        torch.tensor([3.0, 700.0])[:n],
+        torch.tensor([0, 2])[:n],
+    )
 
 
 @pytest.mark.parametrize("family", DROPPING)
@@ -49,11 +57,14 @@ def test_all_tokens_kept_equals_the_full_forward(family):
     x, t, y = batch()
     keep = torch.stack([torch.randperm(64), torch.randperm(64)])
     full = patchify(network(x, t, y), 2)
-    torch.testing.assert_close(network(x, t, y, keep), gather_tokens(full, keep), atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(
+        network(x, t, y, keep), gather_tokens(full, keep), atol=1e-4, rtol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
-    ("family", "fields"), [("uvit", {}), ("maskdwt", {}), ("dit", {}), ("dit", {"learn_sigma": True})]
+    ("family", "fields"),
+    [("uvit", {}), ("maskdwt", {}), ("dit", {}), ("dit", {"learn_sigma": True})],
 )
 def test_hidden_pixels_do_not_influence_the_masked_loss(family, fields):
     network = make(family, **fields)
@@ -62,7 +73,9 @@ def test_hidden_pixels_do_not_influence_the_masked_loss(family, fields):
     noise = process.build(Config().process)
     x.requires_grad_()
     objective = Objective(noise, {}, ObjectiveConfig(), 2, 3)
-    objective.terms(network, x, torch.randn_like(x), torch.tensor([0.1, 0.8]), y, keep)["loss"].mean().backward()
+    objective.terms(network, x, torch.randn_like(x), torch.tensor([0.1, 0.8]), y, keep)[
+        "loss"
+    ].mean().backward()
     touched = patchify(x.grad, 2).abs().sum(-1) > 0
     assert torch.equal(touched, torch.zeros(2, 64, dtype=torch.bool).scatter(1, keep, True))
 
@@ -71,11 +84,15 @@ def test_hidden_pixels_do_not_influence_the_masked_loss(family, fields):
 def test_mdt_keeps_the_image_and_fills_hidden_tokens_by_the_side_block(family):
     network = make(family).eval()
     x, t, y = batch()
-    assert torch.allclose(network(x, t, y, torch.randperm(64).expand(2, -1)), network(x, t, y), atol=1e-4)
+    assert torch.allclose(
+        network(x, t, y, torch.randperm(64).expand(2, -1)), network(x, t, y), atol=1e-4
+    )
     keep = torch.tensor([[7, 3, 20], [1, 2, 40]])
     masked = network(x, t, y, keep)
     assert masked.shape == x.shape
-    assert torch.allclose(network(x, t, y, keep.flip(1)), masked, atol=1e-5)  # the order of keep is free
+    assert torch.allclose(
+        network(x, t, y, keep.flip(1)), masked, atol=1e-5
+    )  # the order of keep is free
     torch.nn.init.zeros_(network.side[0].modulation.weight)
     torch.nn.init.zeros_(network.side[0].modulation.bias)
     assert not torch.allclose(network(x, t, y, keep), masked, atol=1e-3)
@@ -84,7 +101,9 @@ def test_mdt_keeps_the_image_and_fills_hidden_tokens_by_the_side_block(family):
 def test_edt_masks_change_the_coarse_stages_only_where_they_hide():
     network = make("edt").eval()
     x, t, y = batch()
-    nothing = TokenMasks((torch.zeros(2, 64, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.bool)))
+    nothing = TokenMasks(
+        (torch.zeros(2, 64, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.bool))
+    )
     assert torch.equal(network(x, t, y, nothing), network(x, t, y))
     drawn = network.draw_masks(2, torch.Generator().manual_seed(0))
     assert drawn.mid is None
@@ -159,7 +178,11 @@ def test_amm_default_follows_depth_and_guidance():
     network = make("edt", stage_depths=[2, 2, 2, 3, 3], amm="default")
 
     def active():
-        return [i for i, (block, _) in enumerate(network.numbered_blocks()) if block.attn.factor is not None]
+        return [
+            i
+            for i, (block, _) in enumerate(network.numbered_blocks())
+            if block.attn.factor is not None
+        ]
 
     assert active() == [7, 10]
     network.set_amm("default", cfg_scale=4.0)
@@ -194,7 +217,9 @@ def test_text_takes_the_place_of_labels():
     x, t, _ = batch()
     keep = torch.arange(64).expand(2, -1)
     text = torch.randn(2, 5, 8)
-    torch.testing.assert_close(network(x, t, text, keep), patchify(network(x, t, text), 2), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(
+        network(x, t, text, keep), patchify(network(x, t, text), 2), atol=1e-5, rtol=1e-5
+    )
     with pytest.raises(UsageError, match="draws from text"):
         network(x, t)
 

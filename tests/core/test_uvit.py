@@ -101,5 +101,7 @@ def test_published_parameter_counts(name, shape, num_classes, parameters):
 
 
 def test_unknown_size_names_the_nearest():
-    with pytest.raises(UsageError, match=r"'MaskDM-S4' is not a known size; did you mean 'MaskDM-S/4'"):
+    with pytest.raises(
+        UsageError, match=r"'MaskDM-S4' is not a known size; did you mean 'MaskDM-S/4'"
+    ):
         backbones.resolve(ModelConfig(name="MaskDM-S4"))

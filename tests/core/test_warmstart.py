@@ -43,7 +43,9 @@ def test_another_image_size_interpolates_positions_and_keeps_the_time_token(tmp_
     report = warmstart.start_from(net, origin)
     assert report.resized == ["pos_embed"]
     assert torch.equal(net.pos_embed[:, 0], origin.tensors["pos_embed"][:, 0])
-    coarse = net.pos_embed[0, 1:, 0].view(16, 16).unflatten(0, (8, 2)).unflatten(2, (8, 2)).mean((1, 3))
+    coarse = (
+        net.pos_embed[0, 1:, 0].view(16, 16).unflatten(0, (8, 2)).unflatten(2, (8, 2)).mean((1, 3))
+    )
     assert torch.allclose(coarse.flatten(), torch.linspace(-1, 1, 64), atol=0.05)
 
 
@@ -56,24 +58,32 @@ def test_another_image_size_interpolates_positions_and_keeps_the_time_token(tmp_
     ],
 )
 def test_every_family_goes_to_another_grid(tmp_path, name, fields):
-    """Fixed positions are those of the new grid, learned ones and bias tables are interpolated, nothing starts anew."""
+    """Fixed positions are those of the new grid, learned ones and bias tables are interpolated,
+    nothing starts anew.
+    """
     model = {"model": {"name": None, "family": name, "patch_size": 2, "hidden_size": 16, **fields}}
     small = road.resolve(configuration.build(model))
     large = road.resolve(configuration.build(model, {"data": {"image_size": 32}}))
     weights.save(tmp_path / "w.safetensors", network(small).state_dict(), small)
     origin, net = weights.read(tmp_path / "w.safetensors"), network(large, seed=1)
-    tables = {k: v for k, v in road.build(large).backbone.state_dict().items() if k.endswith("pos_embed")}
+    tables = {
+        k: v for k, v in road.build(large).backbone.state_dict().items() if k.endswith("pos_embed")
+    }
     net.load_state_dict(tables, strict=False)
     for key in [k for k in origin.tensors if k.endswith("bias_table")]:
         side = int(len(origin.tensors[key]) ** 0.5)
-        origin.tensors[key][: side**2] = torch.linspace(-1, 1, side).repeat(side)[:, None]  # grows with the column
+        origin.tensors[key][: side**2] = torch.linspace(-1, 1, side).repeat(side)[
+            :, None
+        ]  # grows with the column
     report = warmstart.start_from(net, origin)
     assert (report.missing, report.unexpected, report.share) == ([], [], 1.0)
     state = net.state_dict()
     for key in [k for k in state if k.endswith("bias_table")]:
         side = int(len(state[key]) ** 0.5)
         assert side > int(len(origin.tensors[key]) ** 0.5)
-        assert torch.allclose(state[key][: side**2, 0], torch.linspace(-1, 1, side).repeat(side), atol=0.1)
+        assert torch.allclose(
+            state[key][: side**2, 0], torch.linspace(-1, 1, side).repeat(side), atol=0.1
+        )
     if name != "mdtv2":
         assert all(torch.equal(state[k], tables[k]) for k in tables)
     assert ("decoder_pos_embed" in report.resized) == (name == "mdtv2")
@@ -81,7 +91,14 @@ def test_every_family_goes_to_another_grid(tmp_path, name, fields):
 
 @pytest.mark.parametrize("detail_scale", [1, 2])
 def test_a_wavelet_networks_two_grids_are_interpolated_each(tmp_path, detail_scale):
-    model = {"name": None, "family": "maskdwt", "patch_size": 1, "hidden_size": 16, "num_heads": 2, "depth": 3}
+    model = {
+        "name": None,
+        "family": "maskdwt",
+        "patch_size": 1,
+        "hidden_size": 16,
+        "num_heads": 2,
+        "depth": 3,
+    }
     layers = {"model": model | {"detail_scale": detail_scale}, "codec": {"name": "dwt"}}
     origin = stored(tmp_path, layers)
     details = (8 // detail_scale) ** 2
@@ -91,9 +108,14 @@ def test_a_wavelet_networks_two_grids_are_interpolated_each(tmp_path, detail_sca
     assert warmstart.start_from(net, origin).resized == ["pos_embed"]
     time, approx, detail = net.pos_embed[0, :, 0].split([1, 256, 256 // detail_scale**2])
     assert torch.equal(time, origin.tensors["pos_embed"][0, :1, 0])
-    for fine, coarse in ((approx, torch.linspace(-1, 1, 64)), (detail, torch.linspace(1, 5, details))):
+    for fine, coarse in (
+        (approx, torch.linspace(-1, 1, 64)),
+        (detail, torch.linspace(1, 5, details)),
+    ):
         blocks = fine.view(1, 1, int(len(fine) ** 0.5), -1)
-        assert torch.allclose(torch.nn.functional.avg_pool2d(blocks, 2).flatten(), coarse, atol=0.12)
+        assert torch.allclose(
+            torch.nn.functional.avg_pool2d(blocks, 2).flatten(), coarse, atol=0.12
+        )
 
 
 def test_classes_may_be_added(tmp_path):
@@ -137,7 +159,9 @@ def test_another_wavelet_level_keeps_the_trunk(tmp_path):
 def test_another_architecture_is_refused_unless_partial_is_allowed(tmp_path):
     origin = stored(tmp_path)
     wide = network(resolved({"model": {"hidden_size": 32}}), seed=1)
-    with pytest.raises(UsageError, match=r"only \d+% of the network's parameters .*--allow-partial"):
+    with pytest.raises(
+        UsageError, match=r"only \d+% of the network's parameters .*--allow-partial"
+    ):
         warmstart.start_from(wide, origin)
     assert warmstart.start_from(wide, origin, allow_partial=True).share < 0.5
 
@@ -157,7 +181,11 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_file({"a": torch.zeros(1)}, path, {"msmdiff": '{"version": 99, "config": {}}'})
     with pytest.raises(MsmdiffError, match="written by a newer msmdiff"):
         weights.read(path)
-    save_file({"a": torch.zeros(1)}, path, {"msmdiff": f'{{"version": 1, "config": {resolved().to_json()}}}'})
+    save_file(
+        {"a": torch.zeros(1)},
+        path,
+        {"msmdiff": f'{{"version": 1, "config": {resolved().to_json()}}}'},
+    )
     with pytest.raises(MsmdiffError, match="does not hold the network that it describes"):
         weights.load(path)
     with pytest.raises(UsageError, match="neither a weights file nor a run"):
@@ -165,8 +193,13 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
 
 
 def test_the_null_row_is_nobody_elses(tmp_path):
-    """From a network that knows labels only: every class keeps its row, and the null class starts fresh."""
-    labels_only = {"model": {"num_classes": 4, "null_class": False}, "objective": {"label_dropout": 0.0}}
+    """From a network that knows labels only: every class keeps its row, and the null class starts
+    fresh.
+    """
+    labels_only = {
+        "model": {"num_classes": 4, "null_class": False},
+        "objective": {"label_dropout": 0.0},
+    }
     origin = stored(tmp_path, labels_only)
     for classes in (4, 3):  # 3 classes and a null class have as many rows
         net = network(resolved({"model": {"num_classes": classes}}), seed=1)

@@ -1,7 +1,7 @@
 """The registry: families of networks, and their published sizes by name.
 
-A new backbone is one file and one line in FAMILIES. Its constructor is its configuration: every keyword argument is a
-key of the `model` section.
+A new backbone is one file and one line in FAMILIES. Its constructor is its configuration: every
+keyword argument is a key of the `model` section.
 """
 
 import inspect
@@ -55,41 +55,55 @@ class Backbone(Protocol):
     num_classes: int
     gradient_checkpointing: bool
 
-    def __call__(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None) -> Tensor: ...
+    def __call__(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor: ...
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
-    """Fill in a named size, check every key against the family's network, and return the complete section.
+    """Fill in a named size, check every key against the family's network, and return the complete
+    section.
 
-    Raises UsageError for an unknown name, family or key (with the nearest valid one), a wrong type or a missing key.
+    Raises UsageError for an unknown name, family or key (with the nearest valid one), a wrong type
+    or a missing key.
     """
     given = {k: v for k, v in config.model_dump().items() if v is not None}
     name = given.pop("name", None)
     name = ALIASES.get(name, name)
     if name is not None and name not in SIZES:
         raise UsageError(
-            f"model.name '{name}' is not a known size{nearest(name, list(SIZES))}; sizes: {', '.join(SIZES)}"
+            f"model.name '{name}' is not a known size{nearest(name, list(SIZES))}; sizes: "
+            f"{', '.join(SIZES)}"
         )
     fields = {**SIZES.get(name, {}), **given}
     num_classes = fields.pop("num_classes")
     family = fields.pop("family", None)
     if family not in FAMILIES:
-        raise UsageError(f"model.family must be one of {', '.join(FAMILIES)} (or give model.name), not {family!r}")
+        raise UsageError(
+            f"model.family must be one of {', '.join(FAMILIES)} (or give model.name), "
+            f"not {family!r}"
+        )
     schema = _schema(family)
     if unknown := [key for key in fields if key not in schema.model_fields]:
         near = nearest(unknown[0], list(schema.model_fields))
-        raise UsageError(f"unknown configuration key 'model.{unknown[0]}' for family {family}{near}")
+        raise UsageError(
+            f"unknown configuration key 'model.{unknown[0]}' for family {family}{near}"
+        )
     try:
         complete = schema.model_validate(fields).model_dump()
     except ValidationError as error:
-        problems = (f"model.{e['loc'][0]}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors())
+        problems = (
+            f"model.{e['loc'][0]}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
+        )
         raise UsageError("; ".join(problems)) from None
     return ModelConfig(name=name, family=family, num_classes=num_classes, **complete)
 
 
 def build(config: ModelConfig, shape: tuple[int, int, int]) -> Any:
     """A freshly initialised network for inputs [B, *shape], from a resolved section."""
-    fields = {k: v for k, v in config.model_dump().items() if k not in ("name", "family", "num_classes")}
+    fields = {
+        k: v for k, v in config.model_dump().items() if k not in ("name", "family", "num_classes")
+    }
     assert config.family is not None, "resolve the model section first"
     return FAMILIES[config.family](shape, config.num_classes, **fields)
 

@@ -1,4 +1,6 @@
-"""What DiT, MDT and EDT share: norms that are shifted, scaled and gated by time and label (adaLN-zero)."""
+"""What DiT, MDT and EDT share: norms that are shifted, scaled and gated by time and label
+(adaLN-zero).
+"""
 
 import math
 from typing import Any, ClassVar, Literal
@@ -21,10 +23,18 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """adaLN-zero block (Peebles & Xie 2023, figure 3); with `skip`, the concatenated skip is projected down first."""
+    """adaLN-zero block (Peebles & Xie 2023, figure 3); with `skip`, the concatenated skip is
+    projected down first.
+    """
 
     def __init__(
-        self, width: int, num_heads: int, mlp_ratio: float, condition: int, table_rows: int = 0, skip: bool = False
+        self,
+        width: int,
+        num_heads: int,
+        mlp_ratio: float,
+        condition: int,
+        table_rows: int = 0,
+        skip: bool = False,
     ) -> None:
         super().__init__()
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
@@ -40,11 +50,15 @@ class Block(nn.Module):
         keep: Tensor | None = None,
         skip: Tensor | None = None,
     ) -> Tensor:
-        """x [B, L, D] under the condition c [B, C]; index and keep as `Attention` takes them; skip [B, L, D]."""
+        """x [B, L, D] under the condition c [B, C]; index and keep as `Attention` takes them; skip
+        [B, L, D].
+        """
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(6, dim=1)
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(
+            6, dim=1
+        )
         x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a), index, keep)
         return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
 
@@ -64,7 +78,8 @@ class FinalLayer(nn.Module):
 
 
 class AdaLNTransformer(nn.Module):
-    """The ends of such a network: patches in, time and label embedded, patch vectors out. Subclasses add the blocks.
+    """The ends of such a network: patches in, time and label embedded, patch vectors out.
+    Subclasses add the blocks.
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by patch_size.
@@ -72,11 +87,14 @@ class AdaLNTransformer(nn.Module):
         null_class: the label table has one more row, the null class `num_classes`.
         hidden_size: width of the condition, and of the first tokens.
         last_width: width of the last tokens.
-        learn_sigma: twice the channels out: the prediction, then the variance between its two bounds.
+        learn_sigma: twice the channels out: the prediction, then the variance between its two
+            bounds.
     """
 
     AMM: ClassVar[dict[int, list[tuple[float, list[int]]]]] = {}
-    """AMM's blocks as EDT's authors chose them: depth -> [(from this guidance scale on, block numbers)]."""
+    """AMM's blocks as EDT's authors chose them: depth -> [(from this guidance scale on, block
+    numbers)].
+    """
 
     def __init__(
         self,
@@ -91,7 +109,9 @@ class AdaLNTransformer(nn.Module):
         super().__init__()
         channels, height, width = shape
         if height % patch_size or width % patch_size:
-            raise UsageError(f"model.patch_size {patch_size} does not divide the {height}x{width} input")
+            raise UsageError(
+                f"model.patch_size {patch_size} does not divide the {height}x{width} input"
+            )
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
         self.num_classes = num_classes
@@ -105,7 +125,9 @@ class AdaLNTransformer(nn.Module):
         self.time_embed: Any = nn.Sequential(
             nn.Linear(TIME_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
-        self.label_emb = nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
+        self.label_emb = (
+            nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
+        )
         self.final = FinalLayer(last_width, patch_width * (1 + learn_sigma), hidden_size)
 
     special_tokens: tuple[str, ...] = ()
@@ -129,13 +151,17 @@ class AdaLNTransformer(nn.Module):
         nn.init.zeros_(self.final.linear.weight)
 
     def condition(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Network time t [B] and labels y [B] (None: the null class) -> the condition [B, hidden_size]."""
+        """Network time t [B] and labels y [B] (None: the null class) -> the condition [B,
+        hidden_size].
+        """
         c = self.time_embed(timestep_embedding(t, TIME_WIDTH).to(self.patch_embed.weight.dtype))
         if self.label_emb is None:
             return c
         if y is None:
             if not self.null_class:
-                raise UsageError("this network has no null class (model.null_class=false): give it labels")
+                raise UsageError(
+                    "this network has no null class (model.null_class=false): give it labels"
+                )
             y = torch.full((len(x),), self.num_classes, device=x.device)
         return c + self.label_emb(y)
 
@@ -143,25 +169,33 @@ class AdaLNTransformer(nn.Module):
         """The blocks in the order AMM counts them, each with its grid."""
         raise NotImplementedError
 
-    def set_amm(self, amm: Amm, formula: Literal["exp", "cos"] = "exp", cfg_scale: float = 1.0) -> None:
-        """Switch the attention modulation matrix on (in evaluation mode) in the blocks that `amm` numbers.
+    def set_amm(
+        self, amm: Amm, formula: Literal["exp", "cos"] = "exp", cfg_scale: float = 1.0
+    ) -> None:
+        """Switch the attention modulation matrix on (in evaluation mode) in the blocks that `amm`
+        numbers.
 
-        `default` takes the published blocks for this depth and guidance scale. Raises UsageError where there are
-        none, or no such block.
+        `default` takes the published blocks for this depth and guidance scale. Raises UsageError
+        where there are none, or no such block.
         """
         blocks = self.numbered_blocks()
         if amm == "default":
             if len(blocks) not in self.AMM:
                 raise UsageError(
-                    f"model.amm 'default' is published for {' and '.join(map(str, self.AMM))} blocks, and this "
+                    f"model.amm 'default' is published for {' and '.join(map(str, self.AMM))} "
+                    "blocks, and this "
                     f"network has {len(blocks)}: list the block numbers, or use off"
                 )
             amm = [layers for start, layers in self.AMM[len(blocks)] if cfg_scale >= start][-1]
         chosen = [] if amm == "off" else amm
         if wrong := [i for i in chosen if not 0 <= i < len(blocks)]:
-            raise UsageError(f"model.amm names block {wrong[0]}; this network's blocks are 0..{len(blocks) - 1}")
+            raise UsageError(
+                f"model.amm names block {wrong[0]}; this network's blocks are 0..{len(blocks) - 1}"
+            )
         for i, (block, grid) in enumerate(blocks):
-            block.attn.factor = amm_matrix(grid, formula).to(block.attn.qkv.weight) if i in chosen else None
+            block.attn.factor = (
+                amm_matrix(grid, formula).to(block.attn.qkv.weight) if i in chosen else None
+            )
 
     def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -174,6 +208,7 @@ def check_width(option: str, width: int, num_heads: int) -> None:
     if width % num_heads or width % 4:
         divisor = math.lcm(num_heads, 4)
         raise UsageError(
-            f"{option} {width} must divide by 4 (positions) and by the {num_heads} attention heads; "
+            f"{option} {width} must divide by 4 (positions) and by the {num_heads} "
+            "attention heads; "
             f"the nearest that does is {max(1, round(width / divisor)) * divisor}"
         )

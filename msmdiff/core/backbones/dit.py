@@ -32,8 +32,10 @@ class DiT(AdaLNTransformer):
         num_heads: attention heads.
         mlp_ratio: inner width of the MLP over hidden_size.
         learn_sigma: predict the variance too.
-        null_class: the label table has one more row, the null class; the default of every published network.
-        amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their numbers.
+        null_class: the label table has one more row, the null class; the default of every published
+            network.
+        amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their
+            numbers.
         amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
 
     Raises UsageError when the dimensions do not fit.
@@ -58,20 +60,27 @@ class DiT(AdaLNTransformer):
         amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
-        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class)
+        super().__init__(
+            shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class
+        )
         self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth))
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth)
+        )
         self.initialise()
         self.set_amm(amm, amm_formula)
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
         return [(block, self.grid) for block in self.blocks]
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null class).
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null
+        class).
 
-        keep None returns an image [B, C or 2C, H, W]. keep [B, K] (token ids) embeds those patches only and returns
-        their predictions [B, K, p*p*(C or 2C)] in the order of keep.
+        keep None returns an image [B, C or 2C, H, W]. keep [B, K] (token ids) embeds those patches
+        only and returns their predictions [B, K, p*p*(C or 2C)] in the order of keep.
         """
         patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
         position: Tensor = self.pos_embed  # [1, L, D]

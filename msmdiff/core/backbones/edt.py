@@ -1,4 +1,6 @@
-"""EDT (Chen et al. 2024, "EDT: An Efficient Diffusion Transformer Framework Inspired by Human-like Sketching")."""
+"""EDT (Chen et al. 2024, "EDT: An Efficient Diffusion Transformer Framework Inspired by Human-like
+Sketching").
+"""
 
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -15,7 +17,9 @@ def _size(hidden_size: int, depths: list[int], **more: bool) -> dict:
     widths = [hidden_size * share // 3 for share in (3, 4, 5, 4, 3)]
     heads = [width // 52 for width in widths]
     stages = dict(stage_widths=widths, stage_depths=depths, stage_heads=heads)
-    return dict(patch_size=2, hidden_size=hidden_size, **stages, learn_sigma=True, amm="default", **more)
+    return dict(
+        patch_size=2, hidden_size=hidden_size, **stages, learn_sigma=True, amm="default", **more
+    )
 
 
 SIZES: dict[str, dict] = {
@@ -42,9 +46,13 @@ MID_BLOCK = 4
 
 
 class DownSample(nn.Module):
-    """2x2 tokens become one: joined, modulated, hidden ones zeroed, projected, and placed on the new grid."""
+    """2x2 tokens become one: joined, modulated, hidden ones zeroed, projected, and placed on the
+    new grid.
+    """
 
-    def __init__(self, width: int, new_width: int, condition: int, new_grid: tuple[int, int]) -> None:
+    def __init__(
+        self, width: int, new_width: int, condition: int, new_grid: tuple[int, int]
+    ) -> None:
         super().__init__()
         self.grid = new_grid
         self.modulation = nn.Linear(condition, 8 * width)
@@ -83,7 +91,9 @@ class UpSample(nn.Module):
 
 
 class Fuse(nn.Module):
-    """Joins a skip: concatenated, modulated by the condition, projected, and given its positions anew."""
+    """Joins a skip: concatenated, modulated by the condition, projected, and given its positions
+    anew.
+    """
 
     def __init__(self, width: int, condition: int, grid: tuple[int, int]) -> None:
         super().__init__()
@@ -98,21 +108,25 @@ class Fuse(nn.Module):
 
 
 class EDT(AdaLNTransformer):
-    """Five stages on grids n, n/2, n/4, n/2, n, the last two joined with the inputs of the first two.
+    """Five stages on grids n, n/2, n/4, n/2, n, the last two joined with the inputs of the first
+    two.
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by 4 patch_size.
         num_classes: 0 is unconditional.
         patch_size: side of a patch.
         hidden_size: width of the condition and of the first stage.
-        stage_widths: width of a token in each stage; the outer ones equal, and the ones inside them.
+        stage_widths: width of a token in each stage; the outer ones equal, and the ones inside
+            them.
         stage_depths: blocks of each stage.
         stage_heads: attention heads of each stage.
         mlp_ratio: inner width of the MLP over the stage's.
         mid_mask: token masks also hide tokens before block 4 of the first stage (XL).
         learn_sigma: predict the variance too.
-        null_class: the label table has one more row, the null class; the default of every published network.
-        amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their numbers.
+        null_class: the label table has one more row, the null class; the default of every published
+            network.
+        amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their
+            numbers.
         amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
 
     Raises UsageError when the dimensions do not fit.
@@ -137,32 +151,47 @@ class EDT(AdaLNTransformer):
         amm: Amm = "off",
         amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
-        for name, values in (("widths", stage_widths), ("depths", stage_depths), ("heads", stage_heads)):
+        for name, values in (
+            ("widths", stage_widths),
+            ("depths", stage_depths),
+            ("heads", stage_heads),
+        ):
             if len(values) != 5:
-                raise UsageError(f"model.stage_{name} {values} must have five numbers, one for each stage")
+                raise UsageError(
+                    f"model.stage_{name} {values} must have five numbers, one for each stage"
+                )
         for width, heads in zip(stage_widths, stage_heads, strict=True):
             check_width("model.stage_widths", width, heads)
         if stage_widths[0] != hidden_size or stage_widths != stage_widths[::-1]:
             raise UsageError(
-                f"model.stage_widths {stage_widths} must start with model.hidden_size {hidden_size} and read the same "
+                f"model.stage_widths {stage_widths} must start with model.hidden_size "
+                f"{hidden_size} and read the same "
                 "backwards"
             )
         if mid_mask and stage_depths[0] <= MID_BLOCK:
             raise UsageError(
-                f"model.mid_mask needs more than {MID_BLOCK} blocks in the first stage, not {stage_depths[0]}"
+                f"model.mid_mask needs more than {MID_BLOCK} blocks in the first stage, not "
+                f"{stage_depths[0]}"
             )
-        super().__init__(shape, num_classes, patch_size, hidden_size, stage_widths[-1], learn_sigma, null_class)
+        super().__init__(
+            shape, num_classes, patch_size, hidden_size, stage_widths[-1], learn_sigma, null_class
+        )
         rows, columns = self.grid
         if rows % 4 or columns % 4:
-            raise UsageError(f"EDT halves its grid of tokens twice: the {rows}x{columns} grid must divide by 4")
+            raise UsageError(
+                f"EDT halves its grid of tokens twice: the {rows}x{columns} grid must divide by 4"
+            )
         self.mid_mask = mid_mask
         self.grids = [(rows // f, columns // f) for f in (1, 2, 4, 2, 1)]
         self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
         self.stages: Any = nn.ModuleList(
             nn.ModuleList(
-                Block(width, heads, mlp_ratio, hidden_size, table_rows=(2 * r - 1) * (2 * c - 1)) for _ in range(depth)
+                Block(width, heads, mlp_ratio, hidden_size, table_rows=(2 * r - 1) * (2 * c - 1))
+                for _ in range(depth)
             )
-            for width, depth, heads, (r, c) in zip(stage_widths, stage_depths, stage_heads, self.grids, strict=True)
+            for width, depth, heads, (r, c) in zip(
+                stage_widths, stage_depths, stage_heads, self.grids, strict=True
+            )
         )
         w, g = stage_widths, self.grids
         self.down = nn.ModuleList(DownSample(w[i], w[i + 1], hidden_size, g[i + 1]) for i in (0, 1))
@@ -174,27 +203,41 @@ class EDT(AdaLNTransformer):
         self.set_amm(amm, amm_formula)
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
-        return [(block, grid) for stage, grid in zip(self.stages, self.grids, strict=True) for block in stage]
+        return [
+            (block, grid)
+            for stage, grid in zip(self.stages, self.grids, strict=True)
+            for block in stage
+        ]
 
     def draw_masks(self, batch: int, generator: torch.Generator) -> TokenMasks:
         """The masks of one training pass, on the generator's device."""
 
         def draw(tokens: int, low: float, high: float) -> Tensor:
-            probability = low + (high - low) * torch.rand((), generator=generator, device=generator.device)
-            return torch.rand(batch, tokens, generator=generator, device=generator.device) < probability
+            probability = low + (high - low) * torch.rand(
+                (), generator=generator, device=generator.device
+            )
+            return (
+                torch.rand(batch, tokens, generator=generator, device=generator.device)
+                < probability
+            )
 
         tokens = self.grid[0] * self.grid[1]
         mid = draw(tokens, *MID_RANGE) if self.mid_mask else None
         return TokenMasks((draw(tokens, *DOWN_RANGES[0]), draw(tokens // 4, *DOWN_RANGES[1])), mid)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: TokenMasks | None = None) -> Tensor:
-        """Predict [B, C or 2C, H, W] from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null class).
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: TokenMasks | None = None
+    ) -> Tensor:
+        """Predict [B, C or 2C, H, W] from x [B, C, H, W] at network time t [B] and labels y [B]
+        (None: the null class).
 
-        EDT drops no tokens. keep is the `TokenMasks` of a training pass: what they hide does not reach the coarser
-        stages, and still goes around them through the skips.
+        EDT drops no tokens. keep is the `TokenMasks` of a training pass: what they hide does not
+        reach the coarser stages, and still goes around them through the skips.
         """
         if isinstance(keep, Tensor):
-            raise UsageError("EDT cannot drop tokens (objective.name 'msm'): it hides them with masks of its own")
+            raise UsageError(
+                "EDT cannot drop tokens (objective.name 'msm'): it hides them with masks of its own"
+            )
         masks = keep or TokenMasks()
         c = self.condition(x, t, y)  # [B, D]
         tokens = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # [B, L, D]
@@ -207,7 +250,9 @@ class EDT(AdaLNTransformer):
             index = getattr(self, f"index{min(i, 4 - i)}")
             for j, block in enumerate(stage):
                 if i == 0 and j == MID_BLOCK and masks.mid is not None:
-                    tokens = torch.where(masks.mid[..., None], self.pos_embed.to(tokens.dtype), tokens)
+                    tokens = torch.where(
+                        masks.mid[..., None], self.pos_embed.to(tokens.dtype), tokens
+                    )
                 tokens = self._run(block, tokens, c, index)
             if i < 2:
                 tokens = self.down[i](tokens, c, masks.down[i])

@@ -9,7 +9,9 @@ from torch import Tensor, nn
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
-    """[B, C, H, W] -> [B, L, p*p*C]: row-major tokens, each ordered (row, column, channel), channel fastest."""
+    """[B, C, H, W] -> [B, L, p*p*C]: row-major tokens, each ordered (row, column, channel), channel
+    fastest.
+    """
     b, c, h, w = x.shape
     x = x.view(b, c, h // p, p, w // p, p)
     return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
@@ -28,9 +30,13 @@ def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:
 
 
 def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Tensor:
-    """Sinusoids of t [B] -> float32 [B, width]: cosines, then sines, a zero at the end where width is odd."""
+    """Sinusoids of t [B] -> float32 [B, width]: cosines, then sines, a zero at the end where width
+    is odd.
+    """
     half = width // 2
-    frequencies = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    frequencies = torch.exp(
+        -math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half
+    )
     angles = t.float()[:, None] * frequencies
     return F.pad(torch.cat([angles.cos(), angles.sin()], dim=1), (0, width % 2))
 
@@ -38,19 +44,26 @@ def timestep_embedding(t: Tensor, width: int, max_period: float = 10000.0) -> Te
 def sincos_table(grid: tuple[int, int], width: int) -> Tensor:
     """The fixed positions of DiT and EDT, float32 [1, rows * columns, width].
 
-    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines.
+    The first half of the channels encodes the column, the second half the row; each half is sines,
+    then cosines.
     """
     rows, columns = grid
     frequencies = 10000.0 ** -(torch.arange(width // 4, dtype=torch.float64) / (width / 4))
     row, column = torch.meshgrid(
-        torch.arange(rows, dtype=torch.float64), torch.arange(columns, dtype=torch.float64), indexing="ij"
+        torch.arange(rows, dtype=torch.float64),
+        torch.arange(columns, dtype=torch.float64),
+        indexing="ij",
     )
     halves = [place.reshape(-1, 1) * frequencies for place in (column, row)]
-    return torch.cat([wave for angles in halves for wave in (angles.sin(), angles.cos())], dim=1).float()[None]
+    return torch.cat(
+        [wave for angles in halves for wave in (angles.sin(), angles.cos())], dim=1
+    ).float()[None]
 
 
 def relative_index(grid: tuple[int, int]) -> Tensor:
-    """Row of the relative-position table for every (query, key): int64 [L, L], query minus key, rows before columns."""
+    """Row of the relative-position table for every (query, key): int64 [L, L], query minus key,
+    rows before columns.
+    """
     rows, columns = grid
     row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
     dy, dx = row[:, None] - row, column[:, None] - column
@@ -58,15 +71,19 @@ def relative_index(grid: tuple[int, int]) -> Tensor:
 
 
 def select_pairs(table: Tensor, keep: Tensor | None) -> Tensor:
-    """A table [L, L] over pairs of tokens, for the tokens keep [B, K] only: [B, K, K] (None: the table itself)."""
+    """A table [L, L] over pairs of tokens, for the tokens keep [B, K] only: [B, K, K] (None: the
+    table itself).
+    """
     return table if keep is None else table[keep[:, :, None], keep[:, None, :]]
 
 
 def amm_matrix(grid: tuple[int, int], formula: Literal["exp", "cos"] = "exp") -> Tensor:
-    """EDT's attention modulation matrix (Chen et al. 2024, section 3.3), float32 [L, L], to multiply probabilities by.
+    """EDT's attention modulation matrix (Chen et al. 2024, section 3.3), float32 [L, L], to
+    multiply probabilities by.
 
-    It falls with the distance d of two tokens, 0.5 exp(cos(2 pi d / T)) with T = 4 sqrt(2) (n - 1) on an n x n grid,
-    and is zero beyond sqrt(4 + (n - 1)^2). `cos` is the 512-pixel model's 1.3 cos(2 pi d / T).
+    It falls with the distance d of two tokens, 0.5 exp(cos(2 pi d / T)) with T = 4 sqrt(2) (n - 1)
+    on an n x n grid, and is zero beyond sqrt(4 + (n - 1)^2). `cos` is the 512-pixel model's 1.3
+    cos(2 pi d / T).
     """
     rows, columns = grid
     row, column = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
@@ -77,12 +94,16 @@ def amm_matrix(grid: tuple[int, int], formula: Literal["exp", "cos"] = "exp") ->
     return torch.where(squared <= 4 + side**2, values, 0.0).float()
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, factor: Tensor | None = None) -> Tensor:
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, factor: Tensor | None = None
+) -> Tensor:
     """softmax(q k^T / sqrt(d) + bias) v for q, k, v [B, heads, L, d].
 
-    bias [B or 1, heads, L, L] is added to the scores; factor, broadcast likewise, multiplies the probabilities.
+    bias [B or 1, heads, L, L] is added to the scores; factor, broadcast likewise, multiplies the
+    probabilities.
     """
-    # torch's fused CPU kernel is slower than two matrix products in bf16, and no fused kernel knows a factor.
+    # torch's fused CPU kernel is slower than two matrix products in bf16, and no fused kernel knows
+    # a factor.
     if factor is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
@@ -95,15 +116,18 @@ def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, facto
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention: one qkv Linear ordered (q, k, v)(head)(dim), then a projection with bias.
+    """Multi-head self-attention: one qkv Linear ordered (q, k, v)(head)(dim), then a projection
+    with bias.
 
-    With `table_rows`, each head adds a learned bias for the relative position of query and key. `factor`, where a
-    backbone sets it, multiplies the probabilities in evaluation mode (AMM).
+    With `table_rows`, each head adds a learned bias for the relative position of query and key.
+    `factor`, where a backbone sets it, multiplies the probabilities in evaluation mode (AMM).
     """
 
     factor: Tensor | None
 
-    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool = False, table_rows: int = 0) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, qkv_bias: bool = False, table_rows: int = 0
+    ) -> None:
         super().__init__()
         self.num_heads = num_heads
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
@@ -112,9 +136,13 @@ class Attention(nn.Module):
         self.register_buffer("factor", None, persistent=False)
 
     def forward(self, x: Tensor, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """x [B, L, D] -> [B, L, D]. index [L, L] or [B, L, L]: rows of the bias table; keep [B, L]: x's token ids."""
+        """x [B, L, D] -> [B, L, D]. index [L, L] or [B, L, L]: rows of the bias table; keep [B, L]:
+        x's token ids.
+        """
         b, l, d = x.shape
-        q, k, v = self.qkv(x).view(b, l, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)  # [B, h, L, d]
+        q, k, v = (
+            self.qkv(x).view(b, l, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
+        )  # [B, h, L, d]
         bias = factor = None
         if self.bias_table is not None and index is not None:
             bias = self.bias_table[index].movedim(-1, -3)  # [h, L, L] or [B, h, L, L]
@@ -128,7 +156,9 @@ class Attention(nn.Module):
 class Mlp(nn.Module):
     """Linear, GELU (exact, or with `approximate` "tanh" the approximation of DiT), Linear."""
 
-    def __init__(self, hidden_size: int, inner: int, approximate: Literal["none", "tanh"] = "none") -> None:
+    def __init__(
+        self, hidden_size: int, inner: int, approximate: Literal["none", "tanh"] = "none"
+    ) -> None:
         super().__init__()
         self.approximate = approximate
         self.fc1 = nn.Linear(hidden_size, inner)

@@ -1,4 +1,6 @@
-"""MaskDM's wavelet network (Lei et al. 2023): a U-ViT over two groups of tokens, approximation and detail."""
+"""MaskDM's wavelet network (Lei et al. 2023): a U-ViT over two groups of tokens, approximation and
+detail.
+"""
 
 from typing import Any
 
@@ -15,13 +17,15 @@ SIZES: dict[str, dict] = {
 
 
 class MaskDWT(UViT):
-    """The first three channels (approximation) and the others (detail) have patches, tokens and outputs of their own.
+    """The first three channels (approximation) and the others (detail) have patches, tokens and
+    outputs of their own.
 
     Args: as `UViT`, and
         detail_scale: side of a detail patch over that of an approximation patch.
 
-    Masked, it takes either keep [B, K] for both groups, and returns [B, K, p*p*C] in `patchify`'s order (where
-    detail_scale is 1), or a pair of ids for approximation and detail, and returns a pair of patch vectors.
+    Masked, it takes either keep [B, K] for both groups, and returns [B, K, p*p*C] in `patchify`'s
+    order (where detail_scale is 1), or a pair of ids for approximation and detail, and returns a
+    pair of patch vectors.
     """
 
     def __init__(
@@ -42,7 +46,8 @@ class MaskDWT(UViT):
         side = patch_size * detail_scale
         if channels <= 3 or height % side or width % side:
             raise UsageError(
-                f"a wavelet network needs more than 3 channels and sides that divide by {side} (model.patch_size x "
+                f"a wavelet network needs more than 3 channels and sides that divide by {side} "
+                "(model.patch_size x "
                 f"model.detail_scale), not a {channels}x{height}x{width} input: use codec.name=dwt"
             )
         self.detail_patch = side
@@ -66,20 +71,30 @@ class MaskDWT(UViT):
     def _make_patch_embed(self, channels: int) -> nn.Module:
         approx, detail = 3 * self.patch_size**2, (channels - 3) * self.detail_patch**2
         return nn.ModuleDict(
-            {"approx": nn.Linear(approx, self.hidden_size), "detail": nn.Linear(detail, self.hidden_size)}
+            {
+                "approx": nn.Linear(approx, self.hidden_size),
+                "detail": nn.Linear(detail, self.hidden_size),
+            }
         )
 
     def _make_to_output(self, channels: int) -> nn.Module:
         approx, detail = 3 * self.patch_size**2, (channels - 3) * self.detail_patch**2
         return nn.ModuleDict(
-            {"approx": nn.Linear(self.hidden_size, approx), "detail": nn.Linear(self.hidden_size, detail)}
+            {
+                "approx": nn.Linear(self.hidden_size, approx),
+                "detail": nn.Linear(self.hidden_size, detail),
+            }
         )
 
     def _embed(self, x: Tensor, position: Tensor, keep: Any) -> Tensor:
         first = self.grid[0] * self.grid[1]
         groups = (
             (self.patch_embed["approx"], patchify(x[:, :3], self.patch_size), position[:, :first]),
-            (self.patch_embed["detail"], patchify(x[:, 3:], self.detail_patch), position[:, first:]),
+            (
+                self.patch_embed["detail"],
+                patchify(x[:, 3:], self.detail_patch),
+                position[:, first:],
+            ),
         )
         tokens = []
         for (embed, patches, where), ids in zip(groups, self._pair(keep), strict=True):
@@ -107,6 +122,7 @@ class MaskDWT(UViT):
     def _pair(self, keep: Any) -> tuple[Tensor | None, Tensor | None]:
         if isinstance(keep, Tensor) and self.grid != self.detail_grid:
             raise UsageError(
-                "with model.detail_scale above 1 the two groups of tokens differ: one mask cannot hide both"
+                "with model.detail_scale above 1 the two groups of tokens differ: one mask "
+                "cannot hide both"
             )
         return (keep, keep) if keep is None or isinstance(keep, Tensor) else keep

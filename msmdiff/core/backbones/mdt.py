@@ -1,4 +1,6 @@
-"""Masked Diffusion Transformers: MDT (Gao et al. 2023) and MDTv2, whose side-interpolater fills in hidden tokens."""
+"""Masked Diffusion Transformers: MDT (Gao et al. 2023) and MDTv2, whose side-interpolater fills in
+hidden tokens.
+"""
 
 from typing import Any, ClassVar, Literal
 
@@ -22,18 +24,23 @@ SIZES: dict[str, dict] = {
     for size, fields in WIDTHS.items()
     for p in (2, 4, 8)
 }
-# How many of the blocks decode: from the training script (S) and the released model (XL); no script fixes B and L.
+# How many of the blocks decode: from the training script (S) and the released model (XL); no script
+# fixes B and L.
 SIZES |= {
-    f"MDTv2-{size}/2": dict(family="mdtv2", patch_size=2, **WIDTHS[size], decode_layers=decode_layers, learn_sigma=True)
+    f"MDTv2-{size}/2": dict(
+        family="mdtv2", patch_size=2, **WIDTHS[size], decode_layers=decode_layers, learn_sigma=True
+    )
     for size, decode_layers in {"S": 6, "B": 6, "L": 4, "XL": 4}.items()
 }
 
-# The published tables have three rows more than there are relative positions. They are never read, but stored.
+# The published tables have three rows more than there are relative positions. They are never read,
+# but stored.
 SPARE_ROWS = 3
 
 
 class _MaskedDiffusionTransformer(AdaLNTransformer):
-    """Both versions: learned positions for encoder and decoder, relative-position biases, and the side block.
+    """Both versions: learned positions for encoder and decoder, relative-position biases, and the
+    side block.
 
     Args: as `DiT`, and
         decode_layers: blocks behind the side-interpolater, which see all tokens.
@@ -59,8 +66,12 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
         if not 0 <= decode_layers <= depth:
-            raise UsageError(f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}")
-        super().__init__(shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class)
+            raise UsageError(
+                f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}"
+            )
+        super().__init__(
+            shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class
+        )
         rows, columns = self.grid
         self._block = dict(
             width=hidden_size,
@@ -89,11 +100,15 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         super().initialise()
         nn.init.normal_(self.mask_token, std=0.02)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null class).
+    def forward(
+        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
+    ) -> Tensor:
+        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null
+        class).
 
-        The output is the whole image [B, C or 2C, H, W] also where keep [B, K] (token ids) is given: then the
-        encoder sees those tokens only, the side block guesses the others, and the decoder sees all.
+        The output is the whole image [B, C or 2C, H, W] also where keep [B, K] (token ids) is
+        given: then the encoder sees those tokens only, the side block guesses the others, and the
+        decoder sees all.
         """
         embedded = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # [B, L, D]
         c = self.condition(x, t, y)  # [B, D]
@@ -101,7 +116,9 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
             tokens = self.encode(embedded, c, self.index, None) + self.decoder_pos_embed
         else:
             index = select_pairs(self.index, keep)
-            tokens = self._interpolate(self.encode(gather_tokens(embedded, keep), c, index, keep), c, keep)
+            tokens = self._interpolate(
+                self.encode(gather_tokens(embedded, keep), c, index, keep), c, keep
+            )
         tokens = self.decode(tokens, c, embedded)
         return unpatchify(self.final(tokens, c), self.patch_size, self.grid)
 
@@ -110,15 +127,23 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         raise NotImplementedError
 
     def decode(self, tokens: Tensor, c: Tensor, embedded: Tensor) -> Tensor:
-        """The blocks that see all tokens [B, L, D]; embedded [B, L, D] is the encoder's unmasked input."""
+        """The blocks that see all tokens [B, L, D]; embedded [B, L, D] is the encoder's unmasked
+        input.
+        """
         raise NotImplementedError
 
     def _interpolate(self, kept: Tensor, c: Tensor, keep: Tensor) -> Tensor:
-        """Kept tokens [B, K, D] -> all tokens [B, L, D], the hidden ones predicted from the mask token."""
+        """Kept tokens [B, K, D] -> all tokens [B, L, D], the hidden ones predicted from the mask
+        token.
+        """
         b, _, d = kept.shape
         everywhere = self.mask_token.to(kept.dtype).expand(b, self.index.shape[0], d)
-        tokens = everywhere.scatter(1, keep.unsqueeze(-1).expand_as(kept), kept) + self.decoder_pos_embed
-        hidden = torch.ones_like(tokens[..., :1], dtype=torch.bool).scatter(1, keep.unsqueeze(-1), False)
+        tokens = (
+            everywhere.scatter(1, keep.unsqueeze(-1).expand_as(kept), kept) + self.decoder_pos_embed
+        )
+        hidden = torch.ones_like(tokens[..., :1], dtype=torch.bool).scatter(
+            1, keep.unsqueeze(-1), False
+        )
         return torch.where(hidden, self._run(self.side[0], tokens, c, self.index), tokens)
 
 

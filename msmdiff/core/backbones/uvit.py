@@ -1,4 +1,6 @@
-"""U-ViT (Bao et al. 2023, "All are Worth Words"), and MaskDM's use of it on visible patches only (Lei et al. 2023)."""
+"""U-ViT (Bao et al. 2023, "All are Worth Words"), and MaskDM's use of it on visible patches only
+(Lei et al. 2023).
+"""
 
 from typing import Any
 
@@ -16,7 +18,8 @@ from msmdiff.core.backbones.layers import (
 )
 from msmdiff.core.errors import UsageError
 
-# Published sizes. A depth d means d // 2 blocks, a middle block, d // 2 blocks: 12 and 13 are the same network.
+# Published sizes. A depth d means d // 2 blocks, a middle block, d // 2 blocks: 12 and 13 are the
+# same network.
 SIZES: dict[str, dict] = {
     "tiny": dict(patch_size=2, hidden_size=64, depth=5, num_heads=4),
     "MaskDM-S/4": dict(patch_size=4, hidden_size=512, depth=13, num_heads=8),
@@ -27,10 +30,22 @@ SIZES: dict[str, dict] = {
     "U-ViT-L/4": dict(patch_size=4, hidden_size=1024, depth=20, num_heads=16, final_conv=True),
     "U-ViT-L/2": dict(patch_size=2, hidden_size=1024, depth=20, num_heads=16, final_conv=True),
     "U-ViT-S/2-T2I": dict(
-        patch_size=2, hidden_size=512, depth=12, num_heads=8, final_conv=True, context_tokens=77, context_width=768
+        patch_size=2,
+        hidden_size=512,
+        depth=12,
+        num_heads=8,
+        final_conv=True,
+        context_tokens=77,
+        context_width=768,
     ),
     "U-ViT-S/2-T2I-Deep": dict(
-        patch_size=2, hidden_size=512, depth=16, num_heads=8, final_conv=True, context_tokens=77, context_width=768
+        patch_size=2,
+        hidden_size=512,
+        depth=16,
+        num_heads=8,
+        final_conv=True,
+        context_tokens=77,
+        context_width=768,
     ),
     "U-ViT-H/2": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
     "U-ViT-H/4": dict(patch_size=4, hidden_size=1152, depth=28, num_heads=16),
@@ -40,7 +55,9 @@ SIZES: dict[str, dict] = {
 class Block(nn.Module):
     """Pre-norm transformer block; with `skip`, the concatenated long skip is projected down first."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False) -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False
+    ) -> None:
         super().__init__()
         self.skip_linear = nn.Linear(2 * hidden_size, hidden_size) if skip else None
         self.norm1 = nn.LayerNorm(hidden_size)
@@ -57,11 +74,13 @@ class Block(nn.Module):
 
 
 class UViT(nn.Module):
-    """A transformer over [label,] time [, context] and patch tokens, with long skips from its first half to its second.
+    """A transformer over [label,] time [, context] and patch tokens, with long skips from its first
+    half to its second.
 
     Args:
         shape: (C, H, W) of the input; H and W must divide by patch_size.
-        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class `num_classes`.
+        num_classes: 0 is unconditional. Otherwise the label table has one more row, the null class
+            `num_classes`.
         patch_size: side of a patch.
         hidden_size: width of a token; must divide by num_heads.
         depth: depth // 2 blocks, one middle block, depth // 2 blocks with skips.
@@ -71,7 +90,8 @@ class UViT(nn.Module):
         skip: long skip connections.
         mlp_time_embed: Linear-SiLU-Linear on the time sinusoids.
         final_conv: a 3x3 convolution over the output image.
-        null_class: the label table has the row of the null class; the published ImageNet-64 models lack it.
+        null_class: the label table has the row of the null class; the published ImageNet-64 models
+            lack it.
         context_tokens: tokens of a text encoder, which then take the place of labels (0: none).
         context_width: width of such a token.
 
@@ -99,12 +119,17 @@ class UViT(nn.Module):
         super().__init__()
         channels, height, width = shape
         if height % patch_size or width % patch_size:
-            raise UsageError(f"model.patch_size {patch_size} does not divide the {height}x{width} input")
+            raise UsageError(
+                f"model.patch_size {patch_size} does not divide the {height}x{width} input"
+            )
         if hidden_size % num_heads:
-            raise UsageError(f"model.hidden_size {hidden_size} does not divide by model.num_heads {num_heads}")
+            raise UsageError(
+                f"model.hidden_size {hidden_size} does not divide by model.num_heads {num_heads}"
+            )
         if context_tokens and num_classes:
             raise UsageError(
-                f"a network with model.context_tokens has no labels: set model.num_classes=0, not {num_classes}"
+                "a network with model.context_tokens has no labels: set model.num_classes=0, not "
+                f"{num_classes}"
             )
         self.patch_size = patch_size
         self.grid = (height // patch_size, width // patch_size)
@@ -116,13 +141,21 @@ class UViT(nn.Module):
 
         self.patch_embed: Any = self._make_patch_embed(channels)
         self.time_embed = (
-            nn.Sequential(nn.Linear(hidden_size, 4 * hidden_size), nn.SiLU(), nn.Linear(4 * hidden_size, hidden_size))
+            nn.Sequential(
+                nn.Linear(hidden_size, 4 * hidden_size),
+                nn.SiLU(),
+                nn.Linear(4 * hidden_size, hidden_size),
+            )
             if mlp_time_embed
             else nn.Identity()
         )
-        self.label_emb = nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
+        self.label_emb = (
+            nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
+        )
         self.context_embed = nn.Linear(context_width, hidden_size) if context_tokens else None
-        self.pos_embed = nn.Parameter(torch.empty(1, len(self.special_tokens) + self._patch_tokens(), hidden_size))
+        self.pos_embed = nn.Parameter(
+            torch.empty(1, len(self.special_tokens) + self._patch_tokens(), hidden_size)
+        )
 
         block = (hidden_size, num_heads, mlp_ratio, qkv_bias)
         self.in_blocks = nn.ModuleList(Block(*block) for _ in range(depth // 2))
@@ -152,7 +185,8 @@ class UViT(nn.Module):
     def initialise(self) -> None:
         """Truncated normal(0.02) for linear weights and positions, zero biases.
 
-        The patch embedding and the label table keep torch's own initialisation, as the published networks do.
+        The patch embedding and the label table keep torch's own initialisation, as the published
+        networks do.
         """
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
         kept = set(self.patch_embed.modules())
@@ -163,16 +197,19 @@ class UViT(nn.Module):
                     nn.init.zeros_(module.bias)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Any = None) -> Any:
-        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null class).
+        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null
+        class).
 
         With context tokens, y is the text's features [B, tokens, width] and cannot be left out.
-        keep None returns an image [B, C, H, W]. keep [B, K] (token ids) embeds those patches only and returns their
-        predictions [B, K, p*p*C] in the order of keep; the final convolution, where there is one, then sees zeros in
-        place of hidden patches.
+        keep None returns an image [B, C, H, W]. keep [B, K] (token ids) embeds those patches only
+        and returns their predictions [B, K, p*p*C] in the order of keep; the final convolution,
+        where there is one, then sees zeros in place of hidden patches.
         """
         extras = len(self.special_tokens)
         special = self._special(x, t, y) + self.pos_embed[:, :extras]
-        tokens = torch.cat([special, self._embed(x, self.pos_embed[:, extras:], keep)], 1)  # [B, extras + L or K, D]
+        tokens = torch.cat(
+            [special, self._embed(x, self.pos_embed[:, extras:], keep)], 1
+        )  # [B, extras + L or K, D]
 
         skips = []
         for block in self.in_blocks:
@@ -204,16 +241,22 @@ class UViT(nn.Module):
         return out
 
     def _special(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        time = self.time_embed(timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype))[:, None]
+        time = self.time_embed(timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype))[
+            :, None
+        ]
         if self.context_embed is not None:
             if y is None:
-                raise UsageError("this network draws from text: give it the text encoder's features")
+                raise UsageError(
+                    "this network draws from text: give it the text encoder's features"
+                )
             return torch.cat([time, self.context_embed(y)], dim=1)
         if self.label_emb is None:
             return time
         if y is None:
             if not self.null_class:
-                raise UsageError("this network has no null class (model.null_class=false): give it labels")
+                raise UsageError(
+                    "this network has no null class (model.null_class=false): give it labels"
+                )
             y = torch.full((len(x),), self.num_classes, device=x.device)
         return torch.cat([self.label_emb(y)[:, None], time], dim=1)
 

@@ -15,7 +15,9 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 
 
 class Lmdb(Source):
-    """LSUN's layout: a folder with `data.mdb`, an encoded image under every key, in the order of the keys."""
+    """LSUN's layout: a folder with `data.mdb`, an encoded image under every key, in the order of
+    the keys.
+    """
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -44,7 +46,9 @@ _open: dict[str, tuple[int, Any]] = {}
 
 
 def _lmdb(path: str) -> Any:
-    """The environment in a folder: open once in a process, and not shared with one that was forked from it."""
+    """The environment in a folder: open once in a process, and not shared with one that was forked
+    from it.
+    """
     process, environment = _open.get(path, (0, None))
     if process != os.getpid():
         try:
@@ -62,15 +66,20 @@ def _lmdb(path: str) -> Any:
 
 
 class Cifar10(Source):
-    """CIFAR-10's binary version, packed or unpacked: `cifar-10-binary.tar.gz[:train|:test]`, 32x32, ten classes.
+    """CIFAR-10's binary version, packed or unpacked: `cifar-10-binary.tar.gz[:train|:test]`, 32x32,
+    ten classes.
 
     Raises UsageError where the files are not there, and MsmdiffError for damaged ones.
     """
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
-        path, _, part = spec.rpartition(":") if spec.endswith((":train", ":test")) else (spec, "", "train")
-        wanted = ["test_batch.bin"] if part == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
+        path, _, part = (
+            spec.rpartition(":") if spec.endswith((":train", ":test")) else (spec, "", "train")
+        )
+        wanted = (
+            ["test_batch.bin"] if part == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
+        )
         wanted.append("batches.meta.txt")
         try:
             if Path(path).is_dir():
@@ -78,15 +87,21 @@ class Cifar10(Source):
             else:
                 with tarfile.open(path) as archive:
                     members = {Path(m.name).name: m for m in archive if m.isfile()}
-                    files = {n: archive.extractfile(members[n]).read() for n in wanted if n in members}  # type: ignore[union-attr]
+                    files = {
+                        n: archive.extractfile(members[n]).read() for n in wanted if n in members
+                    }  # type: ignore[union-attr]
         except (OSError, EOFError, tarfile.TarError) as error:
             raise MsmdiffError(f"{path} cannot be read: {error}") from None
         if missing := [name for name in wanted if name not in files]:
             raise UsageError(f"{path} lacks {', '.join(missing)}: give CIFAR-10's binary version")
         self.class_names = files.pop("batches.meta.txt").decode().split()
         content = np.frombuffer(b"".join(files[name] for name in wanted[:-1]), np.uint8)
-        if len(content) % 3073 or (rows := content.reshape(-1, 3073))[:, 0].max(initial=0) >= len(self.class_names):
-            raise MsmdiffError(f"{path} is damaged: it is not made of records of a label and 32x32 pixels")
+        if len(content) % 3073 or (rows := content.reshape(-1, 3073))[:, 0].max(initial=0) >= len(
+            self.class_names
+        ):
+            raise MsmdiffError(
+                f"{path} is damaged: it is not made of records of a label and 32x32 pixels"
+            )
         self.labels, self._pixels = rows[:, 0].astype(np.int64), rows[:, 1:].reshape(-1, 3, 32, 32)
 
     def __len__(self) -> int:

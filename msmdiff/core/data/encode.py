@@ -1,4 +1,6 @@
-"""Writing a packed set (see `latents`): once, offline, on one or several processes, and again from where it stopped."""
+"""Writing a packed set (see `latents`): once, offline, on one or several processes, and again from
+where it stopped.
+"""
 
 import hashlib
 import json
@@ -39,8 +41,8 @@ def encode(
     shard: int = 1024,
     device: torch.device | str = "cpu",
 ) -> int:
-    """Encode images, or pack another project's `latents.Cache`, into the folder `out`; of several processes each takes
-    a share. Returns how many images this process encoded now.
+    """Encode images, or pack another project's `latents.Cache`, into the folder `out`; of several
+    processes each takes a share. Returns how many images this process encoded now.
 
     Args:
         codec: packs crops of `data.image_size` (`pixel` and `dwt` alike keep them as they are).
@@ -50,12 +52,15 @@ def encode(
         dtype: of moments: float16 or float32.
         batch_size, shard: images per network pass, and images that are written and resumed as one.
 
-    Raises UsageError when `out` holds something else, and MsmdiffError for unreadable images or a full disk; finished
-    shards are kept.
+    Raises UsageError when `out` holds something else, and MsmdiffError for unreadable images or a
+    full disk; finished shards are kept.
     """
     cache = source if isinstance(source, Cache) else None
     if isinstance(source, Latents) and (mirror or cache is None):
-        raise UsageError(f"{source.spec} is encoded already" + (": it cannot be mirrored any more" if mirror else ""))
+        raise UsageError(
+            f"{source.spec} is encoded already"
+            + (": it cannot be mirrored any more" if mirror else "")
+        )
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     if cache is not None:  # encoded already: no codec has a part in it
         about, captions = cache.codec, Captions.of_cache(cache) if cache.text else None
@@ -66,7 +71,9 @@ def encode(
     def load(chosen: range) -> tuple[Tensor, Tensor | None]:
         if cache is not None:
             return cache.gather(np.asarray(chosen))
-        return reader.crops(chosen), None if source.labels is None else torch.from_numpy(source.labels[list(chosen)])
+        return reader.crops(chosen), None if source.labels is None else torch.from_numpy(
+            source.labels[list(chosen)]
+        )
 
     def pack(images: Tensor) -> Tensor:
         if cache is not None:
@@ -79,13 +86,32 @@ def encode(
     sample = pack(first)
     listing = "\n".join(source.describe(i) for i in range(count))
     digest = hashlib.sha256(listing.encode()).hexdigest()
-    header: dict[str, Any] = {"msmdiff_packed": FORMAT_VERSION, "count": count, "shape": list(sample.shape[1:])}
-    header |= {"dtype": "uint8" if sample.dtype == torch.uint8 else dtype, "mirrored": mirror, "codec": about}
-    header |= {"image_size": data.image_size if cache is None else None, "labelled": labels is not None}
-    header |= {"class_names": list(source.class_names), "text": captions.about if captions else None, "shard": shard}
+    header: dict[str, Any] = {
+        "msmdiff_packed": FORMAT_VERSION,
+        "count": count,
+        "shape": list(sample.shape[1:]),
+    }
+    header |= {
+        "dtype": "uint8" if sample.dtype == torch.uint8 else dtype,
+        "mirrored": mirror,
+        "codec": about,
+    }
+    header |= {
+        "image_size": data.image_size if cache is None else None,
+        "labelled": labels is not None,
+    }
+    header |= {
+        "class_names": list(source.class_names),
+        "text": captions.about if captions else None,
+        "shard": shard,
+    }
     header |= {"source": {"spec": source.spec, "listing_sha256": digest}}
     _begin(out, header, [source.name(i) for i in range(count)], captions, rank)
-    offsets, done, started = np.cumsum([0, *(captions.counts if captions else [])]), 0, time.perf_counter()
+    offsets, done, started = (
+        np.cumsum([0, *(captions.counts if captions else [])]),
+        0,
+        time.perf_counter(),
+    )
     todo = [s for s in range(rank, -(-count // shard), world) if s not in finished(out)]
     spans = [range(s * shard, min((s + 1) * shard, count)) for s in todo]
     total = sum(map(len, spans))
@@ -97,7 +123,9 @@ def encode(
                 if labels is not None:
                     _write(out / "labels.npy", chunk.start, labels)
                 if captions is not None:
-                    _write(out / "captions.npy", int(offsets[chunk.start]), captions.features(chunk))
+                    _write(
+                        out / "captions.npy", int(offsets[chunk.start]), captions.features(chunk)
+                    )
                 done += len(chunk)
                 progress(done, total, {"images_per_s": done / (time.perf_counter() - started)})
             with (out / "shards.txt").open("a") as file:
@@ -105,8 +133,12 @@ def encode(
     return total
 
 
-def _begin(out: Path, header: dict[str, Any], names: list[str], captions: Captions | None, rank: int) -> None:
-    """The first process makes the set's files, `packed.json` last; everyone checks that `out` is this set."""
+def _begin(
+    out: Path, header: dict[str, Any], names: list[str], captions: Captions | None, rank: int
+) -> None:
+    """The first process makes the set's files, `packed.json` last; everyone checks that `out` is
+    this set.
+    """
     place, deadline = out / "packed.json", time.monotonic() + 600
     while rank and not place.is_file():
         if time.monotonic() > deadline:
@@ -114,11 +146,25 @@ def _begin(out: Path, header: dict[str, Any], names: list[str], captions: Captio
         time.sleep(0.1)
     if place.is_file():
         elsewhere = ("source.spec", "codec.vae", "text.encoder")  # checksums stand for these
-        old, new = ({k: v for k, v in flatten(h).items() if k not in elsewhere} for h in (read_header(out), header))
-        if changed := [f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new.items() if old.get(k) != v]:
-            raise UsageError(f"{out} holds another packed set ({'; '.join(changed)}): give another -o")
+        old, new = (
+            {k: v for k, v in flatten(h).items() if k not in elsewhere}
+            for h in (read_header(out), header)
+        )
+        if changed := [
+            f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new.items() if old.get(k) != v
+        ]:
+            raise UsageError(
+                f"{out} holds another packed set ({'; '.join(changed)}): give another -o"
+            )
         return
-    own = {"entries.npy", "labels.npy", "captions.npy", "offsets.npy", "names.txt", ".packed.json.part"}
+    own = {
+        "entries.npy",
+        "labels.npy",
+        "captions.npy",
+        "offsets.npy",
+        "names.txt",
+        ".packed.json.part",
+    }
     if out.is_dir() and (others := {p.name for p in out.iterdir()} - own):
         raise UsageError(f"{out} holds other things ({min(others)}): give an empty or a new folder")
     arrays = {"entries": (header["dtype"], (header["count"], *header["shape"]))}
@@ -128,23 +174,31 @@ def _begin(out: Path, header: dict[str, Any], names: list[str], captions: Captio
         arrays["captions"] = ("float16", (sum(captions.counts) + 1, *captions.null.shape))
     try:
         out.mkdir(parents=True, exist_ok=True)
-        needed = sum(math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values())
+        needed = sum(
+            math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()
+        )
         if needed > (free := shutil.disk_usage(out).free):
-            raise MsmdiffError(f"{out} needs {needed / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free")
+            raise MsmdiffError(
+                f"{out} needs {needed / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
+            )
         for name, (dtype, shape) in arrays.items():
             open_memmap(out / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
         if captions:
             np.save(out / "offsets.npy", np.cumsum([0, *captions.counts]))
             _write(out / "captions.npy", sum(captions.counts), captions.null[None])
         (out / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        (out / ".packed.json.part").write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        (out / ".packed.json.part").write_text(
+            json.dumps(header, indent=1) + "\n", encoding="utf-8"
+        )
         (out / ".packed.json.part").replace(place)
     except OSError as error:
         raise MsmdiffError(f"{out} cannot be written: {error.strerror or error}") from None
 
 
 def _write(path: Path, row: int, values: Tensor) -> None:
-    """Rows of a `.npy` file from `row` on, by plain writes: through a memory map a full disk would kill the process."""
+    """Rows of a `.npy` file from `row` on, by plain writes: through a memory map a full disk would
+    kill the process.
+    """
     target = np.load(path, mmap_mode="r")
     try:
         with path.open("r+b") as file:
@@ -153,4 +207,6 @@ def _write(path: Path, row: int, values: Tensor) -> None:
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
-        raise MsmdiffError(f"{path} cannot be written: {error.strerror or error}; finished shards are kept") from None
+        raise MsmdiffError(
+            f"{path} cannot be written: {error.strerror or error}; finished shards are kept"
+        ) from None

@@ -26,9 +26,9 @@ UNREADABLE = (
 def read_rgb(file: Path | IO[bytes]) -> Image.Image:
     """Decode a whole image file to 8-bit RGB.
 
-    EXIF rotation is applied; transparency is laid on white; 16-bit greys, and floats of 0..1, are scaled to 8 bits;
-    CMYK, palette and grey images are converted; of an animation the first frame is taken.
-    Raises one of UNREADABLE for a damaged file.
+    EXIF rotation is applied; transparency is laid on white; 16-bit greys, and floats of 0..1, are
+    scaled to 8 bits; CMYK, palette and grey images are converted; of an animation the first frame
+    is taken. Raises one of UNREADABLE for a damaged file.
     """
     with Image.open(file) as image:
         image.load()
@@ -51,7 +51,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
-    """ADM's resize and centre crop to uint8 [size, size, 3]: halve by boxes, then bicubic, then cut.
+    """ADM's resize and centre crop to uint8 [size, size, 3]: halve by boxes, then bicubic, then
+    cut.
 
     Images smaller than `size` are enlarged.
     """
@@ -61,7 +62,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
-    """ADM's random crop to uint8 [size, size, 3]: the window's side is 80 to 100 % of the shorter side."""
+    """ADM's random crop to uint8 [size, size, 3]: the window's side is 80 to 100 % of the shorter
+    side.
+    """
     shorter = int(rng.integers(size, math.ceil(size / 0.8) + 1))
     pixels = np.asarray(_shrink_to(image, shorter, shorter))
     top, left = (int(rng.integers(0, extent - size + 1)) for extent in pixels.shape[:2])
@@ -72,19 +75,27 @@ def _shrink_to(image: Image.Image, shorter: int, floor: int) -> Image.Image:
     while min(image.size) >= 2 * floor:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = shorter / min(image.size)
-    return image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    return image.resize(
+        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
+    )
 
 
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> Image.Image:
-    """uint8 images [N, H, W, 3] -> one picture in rows; small images are enlarged to about `tile` pixels."""
+    """uint8 images [N, H, W, 3] -> one picture in rows; small images are enlarged to about `tile`
+    pixels.
+    """
     n, height, width = images.shape[:3]
     columns = columns or math.ceil(math.sqrt(n))
     zoom = max(1, math.ceil(tile / max(height, width)))
     gap = 2
     rows = math.ceil(n / columns)
-    picture = np.full((rows * (height * zoom + gap) + gap, columns * (width * zoom + gap) + gap, 3), 255, np.uint8)
+    picture = np.full(
+        (rows * (height * zoom + gap) + gap, columns * (width * zoom + gap) + gap, 3), 255, np.uint8
+    )
     for i, image in enumerate(images):
         top = gap + i // columns * (height * zoom + gap)
         left = gap + i % columns * (width * zoom + gap)
-        picture[top : top + height * zoom, left : left + width * zoom] = image.repeat(zoom, 0).repeat(zoom, 1)
+        picture[top : top + height * zoom, left : left + width * zoom] = image.repeat(
+            zoom, 0
+        ).repeat(zoom, 1)
     return Image.fromarray(picture)

@@ -1,4 +1,6 @@
-"""Looking at data sets: what they hold, how fast they are read, contact sheets; and packing them into a zip."""
+"""Looking at data sets: what they hold, how fast they are read, contact sheets; and packing them
+into a zip.
+"""
 
 import io
 import time
@@ -33,10 +35,17 @@ def report(source: Source) -> dict[str, Any]:
         found["classes"] = dict(sorted(Counter(names).items()))
     if not isinstance(source, Latents):
         bad, sizes = sources.survey(source)
-        found["sizes"] = {f"{width}x{height}": count for (width, height), count in sizes.most_common()}
+        found["sizes"] = {
+            f"{width}x{height}": count for (width, height), count in sizes.most_common()
+        }
         found["unreadable"] = [f"{source.name(i)} ({reason})" for i, reason in bad.items()]
         return found
-    found |= {"entry": list(source.shape), "mirrored": source.mirrored, "codec": source.codec, "captions": source.text}
+    found |= {
+        "entry": list(source.shape),
+        "mirrored": source.mirrored,
+        "codec": source.codec,
+        "captions": source.text,
+    }
     if source.codec["name"] == "vae":  # what codec.mean and codec.std would be, at codec.scale 1
         sample = source.gather(numpy_stream(0, "inspect").permutation(len(source))[:1024])[0]
         mean, std = flip(sample, None).double().chunk(2, dim=1)
@@ -47,7 +56,11 @@ def report(source: Source) -> dict[str, Any]:
 
 def read_speed(source: Source, config: DataConfig, batch_size: int = 256) -> dict[str, float]:
     """Read one shuffled epoch the way training does: `per_s` entries and bytes."""
-    dataset, steps, read = TrainingImages(source, config, seed=0), max(1, len(source) // batch_size), 0
+    dataset, steps, read = (
+        TrainingImages(source, config, seed=0),
+        max(1, len(source) // batch_size),
+        0,
+    )
     stream_of_batches = batches(dataset, Chunks(0, batch_size, batch_size), pin_memory=False)
     started = time.perf_counter()
     for _ in range(steps):
@@ -58,7 +71,9 @@ def read_speed(source: Source, config: DataConfig, batch_size: int = 256) -> dic
 
 
 def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image:
-    """Images chosen at random, cropped to squares; latents are decoded by `codec.vae`, or what made them."""
+    """Images chosen at random, cropped to squares; latents are decoded by `codec.vae`, or what made
+    them.
+    """
     chosen = np.sort(numpy_stream(0, "sheet").permutation(len(source))[:count])
     if not isinstance(source, Latents) or source.codec["name"] != "vae":
         pictures = []
@@ -69,21 +84,35 @@ def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image
             raise MsmdiffError(f"none of {len(chosen)} images of {source.spec} can be read")
         return grid(np.stack(pictures))
     entries = flip(source.gather(chosen)[0], None)
-    wanted = {"name": "vae", "channels": entries.shape[1] // 2, "vae": codec.vae or source.codec.get("vae")}
+    wanted = {
+        "name": "vae",
+        "channels": entries.shape[1] // 2,
+        "vae": codec.vae or source.codec.get("vae"),
+    }
     decoder = codecs.build(codec.model_copy(update=wanted), entries.shape[-1] * codec.factor)
-    parts = [decoder.decode(decoder.encode(part, stream("cpu", 0, "sheet"))) for part in entries.split(8)]
+    parts = [
+        decoder.decode(decoder.encode(part, stream("cpu", 0, "sheet"))) for part in entries.split(8)
+    ]
     return grid(torch.cat(parts).permute(0, 2, 3, 1).numpy())
 
 
-def pack(source: Source, out: Path, size: int | None, progress: Callable[[int, int, dict[str, Any]], None]) -> None:
-    """Write images into a zip: a folder's files as they are, or all of them as PNGs cropped to `size`.
+def pack(
+    source: Source,
+    out: Path,
+    size: int | None,
+    progress: Callable[[int, int, dict[str, Any]], None],
+) -> None:
+    """Write images into a zip: a folder's files as they are, or all of them as PNGs cropped to
+    `size`.
 
     Captions (`NAME.txt`) go with their images.
 
     Raises UsageError when `out` exists or is no `.zip`, and MsmdiffError when it cannot be written.
     """
     if out.suffix.lower() != ".zip" or out.exists():
-        raise UsageError(f"-o {out}: {'is there already' if out.exists() else 'give a name that ends in .zip'}")
+        raise UsageError(
+            f"-o {out}: {'is there already' if out.exists() else 'give a name that ends in .zip'}"
+        )
     part = out.with_name(f".{out.name}.part")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
@@ -92,16 +121,33 @@ def pack(source: Source, out: Path, size: int | None, progress: Callable[[int, i
             for i in range(len(source)):
                 name, content = source.name(i), source.content(i)
                 if size is not None or content is None:
-                    label = f"{source.class_names[source.labels[i]]}/" if source.labels is not None else ""
+                    label = (
+                        f"{source.class_names[source.labels[i]]}/"
+                        if source.labels is not None
+                        else ""
+                    )
                     other = str(PurePosixPath(name).with_suffix(".png"))
-                    name = f"{label}{i:08d}.png" if content is None else f"{name}.png" if other in taken else other
+                    name = (
+                        f"{label}{i:08d}.png"
+                        if content is None
+                        else f"{name}.png"
+                        if other in taken
+                        else other
+                    )
                     image, buffer = source.read(i), io.BytesIO()
-                    (image if size is None else Image.fromarray(center_crop(image, size))).save(buffer, "PNG")
+                    (image if size is None else Image.fromarray(center_crop(image, size))).save(
+                        buffer, "PNG"
+                    )
                     content = buffer.getvalue()
                 taken.add(name)
-                archive.writestr(zipfile.ZipInfo(name), content)  # of a fixed date: the same images, the same bytes
+                archive.writestr(
+                    zipfile.ZipInfo(name), content
+                )  # of a fixed date: the same images, the same bytes
                 with suppress(OSError):  # most images have none
-                    caption, text = str(PurePosixPath(name).with_suffix(".txt")), source.content(i, ".txt")
+                    caption, text = (
+                        str(PurePosixPath(name).with_suffix(".txt")),
+                        source.content(i, ".txt"),
+                    )
                     if text and caption not in taken:
                         taken.add(caption)
                         archive.writestr(zipfile.ZipInfo(caption), text)

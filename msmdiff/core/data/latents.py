@@ -1,9 +1,11 @@
-"""Encoded data sets: images that went through `Codec.pack` once, and the caches that other projects made.
+"""Encoded data sets: images that went through `Codec.pack` once, and the caches that other projects
+made.
 
-A packed set is a folder. `packed.json` describes it; `entries.npy` holds all entries [N, ...] in one array that is
-memory-mapped, so that a shuffled batch is one gather; `labels.npy` [N]; `captions.npy` [M + 1, tokens, width] the text
-features of all captions and, last, of the empty one, those of entry i between `offsets.npy` [i] and [i + 1];
-`names.txt` a name per entry; `shards.txt` a line per finished shard, so that a killed encoding goes on where it was.
+A packed set is a folder. `packed.json` describes it; `entries.npy` holds all entries [N, ...] in
+one array that is memory-mapped, so that a shuffled batch is one gather; `labels.npy` [N];
+`captions.npy` [M + 1, tokens, width] the text features of all captions and, last, of the empty one,
+those of entry i between `offsets.npy` [i] and [i + 1]; `names.txt` a name per entry; `shards.txt` a
+line per finished shard, so that a killed encoding goes on where it was.
 """
 
 import json
@@ -26,12 +28,15 @@ FORMAT_VERSION = 1
 
 
 class Latents(Source):
-    """Encoded images by index: moments (posterior mean, then standard deviation, unscaled), or uint8 pixels.
+    """Encoded images by index: moments (posterior mean, then standard deviation, unscaled), or
+    uint8 pixels.
 
     Attributes:
-        shape: of an entry: (2C, h, w) moments or (3, H, W) pixels, with a 2 in front where mirrored.
+        shape: of an entry: (2C, h, w) moments or (3, H, W) pixels, with a 2 in front where
+            mirrored.
         mirrored: every entry holds the image's, then the mirrored image's.
-        codec: what made them: `name` (vae, or pixel, which serves dwt too) and, where known, `vae`, `sha256`, ...
+        codec: what made them: `name` (vae, or pixel, which serves dwt too) and, where known, `vae`,
+            `sha256`, ...
         image_size: side of the images in pixels; None for a cache, which does not tell.
         text: the captions' `encoder`, `sha256` and `shape` (tokens, width), or None.
         null_context: the empty caption's features, float32 [tokens, width], or None.
@@ -44,14 +49,18 @@ class Latents(Source):
     text: dict[str, Any] | None = None
     null_context: Tensor | None = None
     captioned = False
-    """Whether training reads captions instead of labels: set by `check`, where the network draws from text."""
+    """Whether training reads captions instead of labels: set by `check`, where the network draws
+    from text.
+    """
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Entries [B, *shape] and their labels int64 [B], or None, at int64 indices [B]."""
         raise NotImplementedError
 
     def context(self, indices: np.ndarray, rng: np.random.Generator) -> Tensor:
-        """The features of one of each entry's captions, drawn from `rng`: float32 [B, tokens, width]."""
+        """The features of one of each entry's captions, drawn from `rng`: float32 [B, tokens,
+        width].
+        """
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
@@ -61,7 +70,9 @@ class Latents(Source):
         return Image.fromarray((entry[0] if self.mirrored else entry).permute(1, 2, 0).numpy())
 
     def check(self, config: Config) -> None:
-        """Complete `codec.vae` and `codec.text`, and raise UsageError unless the configuration fits these entries."""
+        """Complete `codec.vae` and `codec.text`, and raise UsageError unless the configuration fits
+        these entries.
+        """
         data, codec = config.data, config.codec
         vae = self.codec["name"] == "vae"
         fits: dict[str, tuple[Any, Any]] = {"data.crop": (data.crop, "center")}
@@ -77,33 +88,52 @@ class Latents(Source):
         if wanted := context_shape(config):
             if self.text is None:
                 super().check(config)
-            fits["model.context_tokens and context_width"] = (wanted, tuple((self.text or {})["shape"]))
+            fits["model.context_tokens and context_width"] = (
+                wanted,
+                tuple((self.text or {})["shape"]),
+            )
             codec.text, self.captioned = codec.text or (self.text or {}).get("encoder"), True
-        problems = [f"{key} is {have}, not {needed}" for key, (have, needed) in fits.items() if have != needed]
+        problems = [
+            f"{key} is {have}, not {needed}"
+            for key, (have, needed) in fits.items()
+            if have != needed
+        ]
         if vae and data.hflip and not self.mirrored:
-            problems.append("data.hflip needs mirrored latents: encode with --mirror, or set it to 0")
+            problems.append(
+                "data.hflip needs mirrored latents: encode with --mirror, or set it to 0"
+            )
         if problems:
             raise UsageError(f"the configuration does not fit {self.spec}: {'; '.join(problems)}")
 
 
 class Packed(Latents):
-    """A packed set. Raises UsageError for one that is not finished, and MsmdiffError for a damaged one."""
+    """A packed set. Raises UsageError for one that is not finished, and MsmdiffError for a damaged
+    one.
+    """
 
     def __init__(self, spec: str, labels: str = "auto") -> None:
         self.spec, path = spec, Path(spec)
         header = read_header(path)
         done, shards = len(finished(path)), -(-header["count"] // header["shard"])
         if done < shards:
-            raise UsageError(f"{spec} is not finished ({done} of {shards} shards): run the same `data encode` again")
+            raise UsageError(
+                f"{spec} is not finished ({done} of {shards} shards): run the same `data "
+                "encode` again"
+            )
         try:
             self._entries, self._labels = _mapped(path / "entries.npy"), None
             if header["labelled"] and labels != "none":
                 self.labels = np.load(path / "labels.npy")
-                self.class_names = header["class_names"] or [str(i) for i in range(int(self.labels.max()) + 1)]
+                self.class_names = header["class_names"] or [
+                    str(i) for i in range(int(self.labels.max()) + 1)
+                ]
                 self._labels = torch.from_numpy(self.labels)
             self.text = header["text"]
             if self.text:
-                self._captions, self._offsets = _mapped(path / "captions.npy"), np.load(path / "offsets.npy")
+                self._captions, self._offsets = (
+                    _mapped(path / "captions.npy"),
+                    np.load(path / "offsets.npy"),
+                )
                 self.null_context = self._captions[-1].float()
             self.names = (path / "names.txt").read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError, EOFError) as error:
@@ -111,7 +141,9 @@ class Packed(Latents):
         self.shape, self.mirrored = tuple(header["shape"]), header["mirrored"]
         self.codec, self.image_size, self.header = header["codec"], header["image_size"], header
         if tuple(self._entries.shape) != (header["count"], *self.shape):
-            raise MsmdiffError(f"{spec} is damaged: entries.npy has not the shape that packed.json says")
+            raise MsmdiffError(
+                f"{spec} is damaged: entries.npy has not the shape that packed.json says"
+            )
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -121,7 +153,9 @@ class Packed(Latents):
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         chosen = torch.from_numpy(indices)
-        return self._entries.index_select(0, chosen), None if self._labels is None else self._labels[chosen]
+        return self._entries.index_select(
+            0, chosen
+        ), None if self._labels is None else self._labels[chosen]
 
     def context(self, indices: np.ndarray, rng: np.random.Generator) -> Tensor:
         first, last = self._offsets[indices], self._offsets[indices + 1]
@@ -129,21 +163,31 @@ class Packed(Latents):
 
 
 def read_header(path: Path) -> dict[str, Any]:
-    """The content of a set's packed.json. Raises MsmdiffError when it is damaged or from a newer version."""
+    """The content of a set's packed.json. Raises MsmdiffError when it is damaged or from a newer
+    version.
+    """
     try:
         header = json.loads((path / "packed.json").read_text(encoding="utf-8"))
         version = int(header["msmdiff_packed"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise MsmdiffError(f"{path / 'packed.json'} cannot be read: {error}") from None
     if version > FORMAT_VERSION:
-        raise MsmdiffError(f"{path} was packed by a newer msmdiff; this one reads format {FORMAT_VERSION}: upgrade it")
+        raise MsmdiffError(
+            f"{path} was packed by a newer msmdiff; this one reads format "
+            f"{FORMAT_VERSION}: upgrade it"
+        )
     return header
 
 
 def finished(path: Path) -> set[int]:
     """A set's finished shards; a line of shards.txt that a kill cut short does not count."""
     place = path / "shards.txt"
-    return {int(n) for n in re.findall(r"^(\d+) done$", place.read_text() if place.is_file() else "", re.MULTILINE)}
+    return {
+        int(n)
+        for n in re.findall(
+            r"^(\d+) done$", place.read_text() if place.is_file() else "", re.MULTILINE
+        )
+    }
 
 
 def _mapped(path: Path) -> Tensor:
@@ -151,18 +195,19 @@ def _mapped(path: Path) -> Tensor:
     return torch.from_numpy(np.load(path, mmap_mode="c"))
 
 
-# ------------------------------------------------------------------ one file per image: the caches of other projects
+# ------------------------------------------------------------------ one file per image: the caches
 
 FAST_DIT_SCALE = 0.18215
 
 
 class Cache(Latents):
-    """One `.npy` per image, as fast-DiT, EDT and U-ViT extract them, read as they are; `data encode` packs them.
+    """One `.npy` per image, as fast-DiT, EDT and U-ViT extract them, read as they are; `data
+    encode` packs them.
 
-    fast-DiT and EDT: `*_features/I.npy` (1, C, h, w), one posterior sample times 0.18215, `*_labels/I.npy`, in the
-    order of the sorted names. U-ViT: `I.npy` (2C, h, w), mean and log-variance, alone or as a pickled pair with the
-    label (nothing but arrays is unpickled); with captions `I_J.npy` beside it, and the empty one in
-    `empty_context.npy` there or one folder up.
+    fast-DiT and EDT: `*_features/I.npy` (1, C, h, w), one posterior sample times 0.18215,
+    `*_labels/I.npy`, in the order of the sorted names. U-ViT: `I.npy` (2C, h, w), mean and
+    log-variance, alone or as a pickled pair with the label (nothing but arrays is unpickled); with
+    captions `I_J.npy` beside it, and the empty one in `empty_context.npy` there or one folder up.
     """
 
     codec = {"name": "vae"}  # noqa: RUF012
@@ -170,12 +215,21 @@ class Cache(Latents):
     def __init__(self, spec: str, rule: str = "auto") -> None:
         self.spec, root = spec, Path(spec)
         self._features = next(iter(sorted(root.glob("*_features"))), root)
-        self._labels = next(iter(sorted(root.glob("*_labels"))), None) if self._features != root else None
+        self._labels = (
+            next(iter(sorted(root.glob("*_labels"))), None) if self._features != root else None
+        )
         names = {p.name for p in self._features.glob("*.npy")} - {"empty_context.npy"}
         captions = [m for name in names if (m := re.fullmatch(r"(\d+)_\d+\.npy", name))]
-        self.names = sorted(names - {m.string for m in captions}, key=lambda n: n if self._labels else (len(n), n))
-        if self._labels and (missing := set(self.names) - {p.name for p in self._labels.glob("*.npy")}):
-            raise UsageError(f"{self._labels} lacks {len(missing)} of the features' labels, such as {min(missing)}")
+        self.names = sorted(
+            names - {m.string for m in captions}, key=lambda n: n if self._labels else (len(n), n)
+        )
+        if self._labels and (
+            missing := set(self.names) - {p.name for p in self._labels.glob("*.npy")}
+        ):
+            raise UsageError(
+                f"{self._labels} lacks {len(missing)} of the features' labels, such as "
+                f"{min(missing)}"
+            )
         self._captions: dict[str, list[str]] = {}
         for match in captions:
             self._captions.setdefault(f"{match[1]}.npy", []).append(match.string)
@@ -185,7 +239,9 @@ class Cache(Latents):
         if self._captions:
             places = [p / "empty_context.npy" for p in (self._features, self._features.parent)]
             if not (empty := [p for p in places if p.is_file()]):
-                raise UsageError(f"{spec} has captions but no empty_context.npy, here or one folder up")
+                raise UsageError(
+                    f"{spec} has captions but no empty_context.npy, here or one folder up"
+                )
             self.null_context = torch.from_numpy(_load(empty[0])).float().squeeze(0)
             self.text = {"encoder": None, "sha256": None, "shape": list(self.null_context.shape)}
 
@@ -206,12 +262,19 @@ class Cache(Latents):
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         entries, labels = zip(*(self._entry(int(i)) for i in indices), strict=True)
         if self._labelled and self._classes and max(labels) >= self._classes:
-            raise MsmdiffError(f"{self.spec} has class {max(labels)}, model.num_classes is {self._classes}")
+            raise MsmdiffError(
+                f"{self.spec} has class {max(labels)}, model.num_classes is {self._classes}"
+            )
         return torch.stack(entries), torch.tensor(labels) if self._labelled else None
 
     def context(self, indices: np.ndarray, rng: np.random.Generator) -> Tensor:
         counts = [self.caption_count(int(i)) for i in indices]
-        return torch.stack([self.caption(int(i), int(rng.integers(n))) for i, n in zip(indices, counts, strict=True)])
+        return torch.stack(
+            [
+                self.caption(int(i), int(rng.integers(n)))
+                for i, n in zip(indices, counts, strict=True)
+            ]
+        )
 
     def caption_count(self, index: int) -> int:
         """How many captions an entry has. Raises MsmdiffError for none."""
@@ -237,7 +300,10 @@ class Cache(Latents):
             mean = values[0] / FAST_DIT_SCALE
             return torch.cat([mean, torch.zeros_like(mean)]), label
         if values.ndim != 3 or len(values) % 2:
-            raise MsmdiffError(f"{path} is {list(array.shape)}: neither (1, C, h, w) latents nor (2C, h, w) moments")
+            raise MsmdiffError(
+                f"{path} is {list(array.shape)}: neither (1, C, h, w) latents nor (2C, "
+                "h, w) moments"
+            )
         mean, logvar = values.chunk(2)
         return torch.cat([mean, torch.exp(0.5 * logvar.clamp(-30, 20))]), label
 
@@ -246,7 +312,13 @@ class _ArraysOnly(pickle.Unpickler):
     """Unpickles NumPy arrays and numbers, and refuses everything else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in ("_reconstruct", "ndarray", "dtype", "scalar", "_frombuffer"):
+        if module.split(".")[0] == "numpy" and name in (
+            "_reconstruct",
+            "ndarray",
+            "dtype",
+            "scalar",
+            "_frombuffer",
+        ):
             return super().find_class(module.replace("numpy.core", "numpy._core"), name)
         raise pickle.UnpicklingError(f"it asks for {module}.{name}")
 
@@ -255,12 +327,23 @@ def _load(path: Path) -> np.ndarray:
     try:
         with path.open("rb") as file:
             version = np.lib.format.read_magic(file)
-            reader = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+            reader = (
+                np.lib.format.read_array_header_1_0
+                if version == (1, 0)
+                else np.lib.format.read_array_header_2_0
+            )
             if reader(file)[2].hasobject:
                 return _ArraysOnly(file).load()
             file.seek(0)
             return np.load(file, allow_pickle=False)
-    except (OSError, ValueError, EOFError, pickle.UnpicklingError, AttributeError, TypeError) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        pickle.UnpicklingError,
+        AttributeError,
+        TypeError,
+    ) as error:
         raise MsmdiffError(f"{path} cannot be read: {error}") from None
 
 

@@ -25,14 +25,16 @@ from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.seeding import numpy_stream
 
 CACHE_BYTES = 512 * 2**20
-"""Centre-cropped data sets up to this size are kept decoded in memory, and then need no worker processes."""
+"""Centre-cropped data sets up to this size are kept decoded in memory, and then need no worker
+processes.
+"""
 
 
 @dataclass
 class Batch:
-    """`position` is the first place in the training sequence; images are what a codec's `encode` takes, uint8
-    [B, 3, H, W] or packed, [B, 2, ...] where each comes with its mirror image; labels int64 [B], the features of
-    captions [B, tokens, width], or None."""
+    """`position` is the first place in the training sequence; images are what a codec's `encode`
+    takes, uint8 [B, 3, H, W] or packed, [B, 2, ...] where each comes with its mirror image; labels
+    int64 [B], the features of captions [B, tokens, width], or None."""
 
     position: int
     images: Tensor
@@ -44,7 +46,9 @@ class Batch:
 
 
 def flip(images: Tensor, flipped: Tensor | None) -> Tensor:
-    """A batch's images, mirrored where `flipped` [B] says so: by their packed mirror images where there are any."""
+    """A batch's images, mirrored where `flipped` [B] says so: by their packed mirror images where
+    there are any.
+    """
     plain = images[:, 0] if images.ndim == 5 else images
     if flipped is None:
         return plain
@@ -53,7 +57,8 @@ def flip(images: Tensor, flipped: Tensor | None) -> Tensor:
 
 
 class TrainingImages(Dataset):
-    """Images by position in the training sequence, resized and cropped as ADM does, or encoded ones as they are.
+    """Images by position in the training sequence, resized and cropped as ADM does, or encoded ones
+    as they are.
 
     Args:
         source: the images.
@@ -65,13 +70,22 @@ class TrainingImages(Dataset):
         self.source, self.config, self.seed = source, config, seed
         size = config.image_size
         bytes_needed = len(source) * 3 * size**2
-        encoded, fits = isinstance(source, Latents), config.crop == "center" and bytes_needed <= CACHE_BYTES
+        encoded, fits = (
+            isinstance(source, Latents),
+            config.crop == "center" and bytes_needed <= CACHE_BYTES,
+        )
         self.cached = isinstance(source, Packed) or (fits and not encoded and not config.workers)
-        self._cache = np.empty((len(source), size, size, 3), np.uint8) if self.cached and not encoded else None
+        self._cache = (
+            np.empty((len(source), size, size, 3), np.uint8)
+            if self.cached and not encoded
+            else None
+        )
         self._filled = np.zeros(len(source), bool)
 
     def __getitems__(self, positions: list[int]) -> "Batch | MsmdiffError":
-        """The batch at these positions; an error as a value, since one raised in a worker arrives as a traceback."""
+        """The batch at these positions; an error as a value, since one raised in a worker arrives
+        as a traceback.
+        """
         try:
             return self._batch(positions)
         except MsmdiffError as error:
@@ -82,10 +96,14 @@ class TrainingImages(Dataset):
         if isinstance(self.source, Latents):
             entries, labels = self.source.gather(indices)
             if self.source.captioned:
-                labels = self.source.context(indices, numpy_stream(self.seed, "caption", positions[0]))
+                labels = self.source.context(
+                    indices, numpy_stream(self.seed, "caption", positions[0])
+                )
             return Batch(positions[0], entries, labels)
         pixels = np.stack([self._image(i, p) for i, p in zip(indices, positions, strict=True)])
-        labels = None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
+        labels = (
+            None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
+        )
         return Batch(positions[0], torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), labels)
 
     def _image(self, index: int, position: int) -> np.ndarray:
@@ -94,7 +112,9 @@ class TrainingImages(Dataset):
             return self._cache[index]
         image = self._read(index)
         if self.config.crop == "random":
-            return images.random_crop(image, self.config.image_size, numpy_stream(self.seed, "crop", position))
+            return images.random_crop(
+                image, self.config.image_size, numpy_stream(self.seed, "crop", position)
+            )
         pixels = images.center_crop(image, self.config.image_size)
         if self._cache is not None:
             self._cache[index] = pixels
@@ -109,21 +129,33 @@ class TrainingImages(Dataset):
             raise MsmdiffError(f"{name} in {self.source.spec} cannot be read: {error}") from None
 
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
-        """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W], or packed."""
+        """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W],
+        or packed.
+        """
         order = numpy_stream(self.seed, purpose).permutation(len(self.source))[:count]
         for start in range(0, len(order), 64):
             chunk = order[start : start + 64]
-            yield flip(self.source.gather(chunk)[0], None) if isinstance(self.source, Latents) else self.crops(chunk)
+            yield (
+                flip(self.source.gather(chunk)[0], None)
+                if isinstance(self.source, Latents)
+                else self.crops(chunk)
+            )
 
     def context(self, count: int) -> Tensor | None:
-        """Features of captions of the first `count` entries, [count, tokens, width], where training reads those."""
+        """Features of captions of the first `count` entries, [count, tokens, width], where training
+        reads those.
+        """
         if not isinstance(self.source, Latents) or not self.source.captioned:
             return None
-        return self.source.context(np.arange(count) % len(self.source), numpy_stream(self.seed, "preview"))
+        return self.source.context(
+            np.arange(count) % len(self.source), numpy_stream(self.seed, "preview")
+        )
 
     def crops(self, indices: Iterable[int]) -> Tensor:
         """The centre crops of the images at `indices`: uint8 [B, 3, H, W]."""
-        pixels = np.stack([images.center_crop(self._read(int(i)), self.config.image_size) for i in indices])
+        pixels = np.stack(
+            [images.center_crop(self._read(int(i)), self.config.image_size) for i in indices]
+        )
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
@@ -138,7 +170,8 @@ def default_workers() -> int:
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end the step.
+    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end
+    # the step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
 
@@ -175,19 +208,25 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
 def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     """Open a data set for training and decode every image of it once, unless that was done before.
 
-    Unreadable images stop the training by name, or are left out when `data.skip_unreadable` is set; what was left out
-    is reported. The verdict is remembered per listing (names, sizes, times) in the user's cache folder.
+    Unreadable images stop the training by name, or are left out when `data.skip_unreadable` is set;
+    what was left out is reported. The verdict is remembered per listing (names, sizes, times) in
+    the user's cache folder.
     """
     source = sources.open_source(config.source, config.labels)
     if not config.verify or isinstance(source, sources.Digits | sources.Npz | Latents):
         return source
     listing = "\n".join(source.describe(i) for i in range(len(source)))
-    remembered = cache_folder() / "verified" / f"{hashlib.sha256(listing.encode()).hexdigest()[:32]}.json"
+    remembered = (
+        cache_folder() / "verified" / f"{hashlib.sha256(listing.encode()).hexdigest()[:32]}.json"
+    )
     try:
         bad = {int(i): reason for i, reason in json.loads(remembered.read_text()).items()}
     except (OSError, ValueError):
         if len(source) > 10_000:
-            report(f"checking all {len(source):,} images of {config.source} once (data.verify=false skips this)")
+            report(
+                f"checking all {len(source):,} images of {config.source} once "
+                "(data.verify=false skips this)"
+            )
         bad = sources.survey(source)[0]
         try:
             remembered.parent.mkdir(parents=True, exist_ok=True)
@@ -201,7 +240,8 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     summary += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
     if not config.skip_unreadable:
         raise MsmdiffError(
-            f"{summary}. Repair or remove them, or leave them out: --set data.skip_unreadable=true where training, "
+            f"{summary}. Repair or remove them, or leave them out: --set "
+            "data.skip_unreadable=true where training, "
             "--skip-unreadable where packing"
         )
     if len(bad) == len(source):

@@ -32,7 +32,9 @@ class Source:
         raise NotImplementedError
 
     def content(self, index: int, suffix: str | None = None) -> bytes | None:
-        """The image's file as it is, or the one beside it with another suffix; None where there are no files."""
+        """The image's file as it is, or the one beside it with another suffix; None where there are
+        no files.
+        """
         return None
 
     def describe(self, index: int) -> str:
@@ -44,8 +46,12 @@ class Source:
         return self.describe(index)
 
     def identity(self) -> str:
-        """sha256 of the images' names and classes in their order: another one makes it another training."""
-        digest = hashlib.sha256("\n".join(map(self.name, range(len(self)))).encode(errors="surrogateescape"))
+        """sha256 of the images' names and classes in their order: another one makes it another
+        training.
+        """
+        digest = hashlib.sha256(
+            "\n".join(map(self.name, range(len(self)))).encode(errors="surrogateescape")
+        )
         digest.update(repr(list(self.class_names)).encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
         return digest.hexdigest()
@@ -59,6 +65,7 @@ class Source:
         """Raise UsageError unless a resolved configuration can be trained on this data."""
         if wanted := context_shape(config):
             raise UsageError(
-                f"the network draws from captions ({wanted[0]} tokens of width {wanted[1]}), {self.spec} has none: "
+                f"the network draws from captions ({wanted[0]} tokens of width {wanted[1]}), "
+                f"{self.spec} has none: "
                 "encode them with `msmdiff data encode --captions`"
             )

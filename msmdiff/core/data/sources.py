@@ -1,6 +1,7 @@
 """Where images come from: folders, zip archives, ADM `.npz` files, and the embedded digits.
 
-A new kind of source is one class with `__len__`, `read` and `describe`, and one line in `open_source`.
+A new kind of source is one class with `__len__`, `read` and `describe`, and one line in
+`open_source`.
 """
 
 import io
@@ -34,7 +35,9 @@ class Digits(Source):
 
         part = spec.partition(":")[2]
         if part not in ("", "train", "test"):
-            raise UsageError(f"data source '{spec}': the parts of digits are digits:train and digits:test")
+            raise UsageError(
+                f"data source '{spec}': the parts of digits are digits:train and digits:test"
+            )
         bunch = load_digits()
         chosen = np.arange(len(bunch.target))
         if part:
@@ -64,10 +67,13 @@ class Files(Source):
         if self.path.is_dir():
             self.names = sorted(_walk(self.path))
         else:
-            self.names = sorted(n for n in self._archive().namelist() if _is_image(PurePosixPath(n)))
+            self.names = sorted(
+                n for n in self._archive().namelist() if _is_image(PurePosixPath(n))
+            )
         if not self.names:
             raise UsageError(
-                f"{spec} holds no images: looked, in every sub-folder, for {', '.join(sorted(SUFFIXES))} in any case"
+                f"{spec} holds no images: looked, in every sub-folder, for "
+                f"{', '.join(sorted(SUFFIXES))} in any case"
             )
         self.labels, self.class_names = _labels(self.names, labels, spec)
 
@@ -75,14 +81,32 @@ class Files(Source):
         return len(self.names)
 
     def read(self, index: int) -> Image.Image:
-        return read_rgb(self.path / self.names[index] if self.path.is_dir() else io.BytesIO(self.content(index)))
+        return read_rgb(
+            self.path / self.names[index] if self.path.is_dir() else io.BytesIO(self.content(index))
+        )
 
     def content(self, index: int, suffix: str | None = None) -> bytes:
-        name = self.names[index] if suffix is None else str(PurePosixPath(self.names[index]).with_suffix(suffix))
+        name = (
+            self.names[index]
+            if suffix is None
+            else str(PurePosixPath(self.names[index]).with_suffix(suffix))
+        )
         try:
-            return (self.path / name).read_bytes() if self.path.is_dir() else self._archive().read(name)
-        except (KeyError, zipfile.BadZipFile, zlib.error, RuntimeError, NotImplementedError) as error:
-            raise OSError(str(error)) from None  # damaged, encrypted, or compressed in a way Python cannot read
+            return (
+                (self.path / name).read_bytes()
+                if self.path.is_dir()
+                else self._archive().read(name)
+            )
+        except (
+            KeyError,
+            zipfile.BadZipFile,
+            zlib.error,
+            RuntimeError,
+            NotImplementedError,
+        ) as error:
+            raise OSError(
+                str(error)
+            ) from None  # damaged, encrypted, or compressed in a way Python cannot read
 
     def describe(self, index: int) -> str:
         if self.path.is_dir():
@@ -101,7 +125,9 @@ class Files(Source):
             try:
                 self._archives = {process: zipfile.ZipFile(self.path)}
             except (OSError, zipfile.BadZipFile) as error:
-                raise MsmdiffError(f"{self.path} cannot be opened as a zip archive: {error}") from None
+                raise MsmdiffError(
+                    f"{self.path} cannot be opened as a zip archive: {error}"
+                ) from None
         return self._archives[process]
 
     def __getstate__(self) -> dict:
@@ -116,18 +142,33 @@ class Npz(Source):
         try:
             with np.load(spec, allow_pickle=False) as content:
                 if "arr_0" not in content:
-                    raise UsageError(f"{spec} holds {sorted(content)}, not images (ADM's `arr_0`, uint8 [N, H, W, 3])")
+                    raise UsageError(
+                        f"{spec} holds {sorted(content)}, not images (ADM's `arr_0`, uint8 "
+                        "[N, H, W, 3])"
+                    )
                 self._pixels = _mapped(spec)
                 labels = content.get("arr_1")
-        except (OSError, ValueError, EOFError, TypeError, AttributeError, struct.error, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            ValueError,
+            EOFError,
+            TypeError,
+            AttributeError,
+            struct.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise MsmdiffError(f"{spec} cannot be read as a NumPy archive: {error}") from None
         if self._pixels.ndim != 4 or self._pixels.shape[-1] != 3 or self._pixels.dtype != np.uint8:
             raise UsageError(
-                f"{spec}: arr_0 is {self._pixels.dtype} {list(self._pixels.shape)}, not uint8 [N, H, W, 3]"
+                f"{spec}: arr_0 is {self._pixels.dtype} {list(self._pixels.shape)}, not uint8 "
+                "[N, H, W, 3]"
             )
-        if labels is not None and (labels.shape != (len(self._pixels),) or labels.min(initial=0) < 0):
+        if labels is not None and (
+            labels.shape != (len(self._pixels),) or labels.min(initial=0) < 0
+        ):
             raise UsageError(
-                f"{spec}: arr_1 must hold one class index, 0 or more, for each of {len(self._pixels)} images"
+                f"{spec}: arr_1 must hold one class index, 0 or more, for each of "
+                f"{len(self._pixels)} images"
             )
         if labels is not None:
             self.labels = labels.astype(np.int64)
@@ -167,25 +208,31 @@ class Subset(Source):
         return self._source.name(self._indices[index])
 
 
-KINDS = "a folder, a .zip, an .npz, an LMDB folder, cifar-10-binary.tar.gz, a packed set, or 'digits'"
+KINDS = (
+    "a folder, a .zip, an .npz, an LMDB folder, cifar-10-binary.tar.gz, a packed set, or 'digits'"
+)
 
 
 def open_source(spec: str, labels: str = "auto") -> Source:
     """Open images by what the user wrote, one of KINDS.
 
-    `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all are of that form with
-    at least two classes, else none), `folders`, `adm` or `none`. Raises UsageError when nothing is there, or when
-    the labels asked for are not.
+    `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all
+    are of that form with at least two classes, else none), `folders`, `adm` or `none`. Raises
+    UsageError when nothing is there, or when the labels asked for are not.
     """
     if spec.partition(":")[0] == "digits" and not Path(spec).exists():
         return _with_labels(Digits(spec), labels)
     path, whole = Path(spec), Path(spec.removesuffix(":train").removesuffix(":test"))
-    if (whole / "batches.meta.txt").is_file() or (whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()):
+    if (whole / "batches.meta.txt").is_file() or (
+        whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()
+    ):
         return _with_labels(Cifar10(spec), labels)
     if not path.exists():
         raise UsageError(f"data source '{spec}' does not exist: give {KINDS}")
     if (path / "batches.meta").is_file():
-        raise UsageError(f"{spec} is CIFAR-10's Python version, which are pickles: give cifar-10-binary.tar.gz")
+        raise UsageError(
+            f"{spec} is CIFAR-10's Python version, which are pickles: give cifar-10-binary.tar.gz"
+        )
     if (path / "data.mdb").is_file():
         return _with_labels(Lmdb(spec), labels)
     if path.is_dir() and (encoded := open_latents(path, labels)):
@@ -198,7 +245,9 @@ def open_source(spec: str, labels: str = "auto") -> Source:
 
 
 def _mapped(path: str) -> np.ndarray:
-    """`arr_0` of an `.npz`, left on the disk unless it is compressed: 50,000 images of 256x256 are 10 GB."""
+    """`arr_0` of an `.npz`, left on the disk unless it is compressed: 50,000 images of 256x256 are
+    10 GB.
+    """
     with zipfile.ZipFile(path) as archive, Path(path).open("rb") as file:
         entry = archive.getinfo("arr_0.npy")
         if entry.compress_type != zipfile.ZIP_STORED:
@@ -207,7 +256,11 @@ def _mapped(path: str) -> np.ndarray:
         file.seek(entry.header_offset + 26)  # the lengths of the local header's two variable fields
         file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
         version = np.lib.format.read_magic(file)
-        header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        header = (
+            np.lib.format.read_array_header_1_0
+            if version == (1, 0)
+            else np.lib.format.read_array_header_2_0
+        )
         shape, fortran, dtype = header(file)
         return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
 
@@ -223,7 +276,9 @@ def _with_labels(source: Source, rule: str) -> Source:
     if rule == "none":
         source.labels, source.class_names = None, ()
     elif rule != "auto":
-        raise UsageError(f"data.labels '{rule}' is for folders and zips: {source.spec} brings its own labels")
+        raise UsageError(
+            f"data.labels '{rule}' is for folders and zips: {source.spec} brings its own labels"
+        )
     return source
 
 
@@ -236,7 +291,9 @@ def _walk(root: Path) -> list[str]:
 
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         real = {s: (Path(folder) / s).resolve() for s in subfolders if not s.startswith(".")}
-        subfolders[:] = [s for s, target in real.items() if target not in seen]  # a link may lead back up
+        subfolders[:] = [
+            s for s, target in real.items() if target not in seen
+        ]  # a link may lead back up
         seen.update(real.values())
         relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
         names += [str(relative / f) for f in files if _is_image(relative / f)]
@@ -244,13 +301,19 @@ def _walk(root: Path) -> list[str]:
 
 
 def _is_image(path: PurePosixPath) -> bool:
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".") and "__MACOSX" not in path.parts
+    return (
+        path.suffix.lower() in SUFFIXES
+        and not path.name.startswith(".")
+        and "__MACOSX" not in path.parts
+    )
 
 
 def _labels(names: list[str], rule: str, spec: str) -> tuple[np.ndarray | None, list[str]]:
     # An archive of one folder (`zip -r photos.zip photos`) has its classes one level further down.
     parents = [PurePosixPath(n).parts[:-1] for n in names]
-    common = next((i for i, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), 0)
+    common = next(
+        (i for i, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), 0
+    )
     inside = all(len(p) > common for p in parents)
     deeper = [PurePosixPath(n).parts[common if inside else 0 :] for n in names]
     folders = [parts[0] if len(parts) > 1 else None for parts in deeper]
@@ -267,15 +330,22 @@ def _labels(names: list[str], rule: str, spec: str) -> tuple[np.ndarray | None, 
         return None, []
     keys = folders if rule == "folders" else prefixes
     if None in keys:
-        name, form = names[keys.index(None)], "class/image.png" if rule == "folders" else "ClassID_anything.jpg"
-        raise UsageError(f"data.labels is '{rule}', but {spec} holds {name}, which is not of the form {form}")
+        name, form = (
+            names[keys.index(None)],
+            "class/image.png" if rule == "folders" else "ClassID_anything.jpg",
+        )
+        raise UsageError(
+            f"data.labels is '{rule}', but {spec} holds {name}, which is not of the form {form}"
+        )
     classes = sorted({k for k in keys if k is not None})
     index = {c: i for i, c in enumerate(classes)}
     return np.array([index[k] for k in keys if k is not None], dtype=np.int64), classes
 
 
 def survey(source: Source) -> tuple[dict[int, str], Counter[tuple[int, int]]]:
-    """Decode every image, in threads: {index: reason} of those that fail, and how many have which (width, height)."""
+    """Decode every image, in threads: {index: reason} of those that fail, and how many have which
+    (width, height).
+    """
     from concurrent.futures import ThreadPoolExecutor
 
     def attempt(index: int) -> tuple[int, int] | str:

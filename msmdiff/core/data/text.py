@@ -21,10 +21,12 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 
 
 class TextEncoder:
-    """CLIP's text encoder (Radford et al. 2021) as U-ViT and Stable Diffusion use it: the last hidden states.
+    """CLIP's text encoder (Radford et al. 2021) as U-ViT and Stable Diffusion use it: the last
+    hidden states.
 
     Attributes:
-        about: `encoder` (a folder or hub id), `sha256` of its numbers, `shape` (tokens, width) of a text's features.
+        about: `encoder` (a folder or hub id), `sha256` of its numbers, `shape` (tokens, width) of a
+            text's features.
 
     Raises MsmdiffError when it cannot be loaded.
     """
@@ -41,20 +43,30 @@ class TextEncoder:
             loaded: Any = CLIPTextModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
-            raise MsmdiffError(f"{source} cannot be loaded as a CLIP text encoder: {reason}") from None
+            raise MsmdiffError(
+                f"{source} cannot be loaded as a CLIP text encoder: {reason}"
+            ) from None
         network, loading = loaded
         if missing := loading["missing_keys"]:
-            raise MsmdiffError(f"text encoder {source} lacks {len(missing)} of the network's tensors")
+            raise MsmdiffError(
+                f"text encoder {source} lacks {len(missing)} of the network's tensors"
+            )
         self._network, self._device = network.eval().to(device), device
         self.shape = (network.config.max_position_embeddings, network.config.hidden_size)
-        self.about = {"encoder": source, "sha256": checksum(network.state_dict()), "shape": list(self.shape)}
+        self.about = {
+            "encoder": source,
+            "sha256": checksum(network.state_dict()),
+            "shape": list(self.shape),
+        }
 
     @torch.no_grad()
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Texts -> features float32 [N, tokens, width] on the CPU; longer texts are cut."""
         parts = []
         for start in range(0, len(texts), 64):
-            rule: Any = dict(padding="max_length", truncation=True, max_length=self.shape[0], return_tensors="pt")
+            rule: Any = dict(
+                padding="max_length", truncation=True, max_length=self.shape[0], return_tensors="pt"
+            )
             ids = self._tokenizer(list(texts[start : start + 64]), **rule).input_ids
             parts.append(self._network(ids.to(self._device)).last_hidden_state.float().cpu())
         return torch.cat(parts)
@@ -62,10 +74,11 @@ class TextEncoder:
 
 @dataclass
 class Captions:
-    """The captions of a data set: how many each image has, and the features of those of some images.
+    """The captions of a data set: how many each image has, and the features of those of some
+    images.
 
-    `features` takes indices of images and returns [all their captions, tokens, width]; `null` [tokens, width] is the
-    empty caption's; `about` describes the encoder.
+    `features` takes indices of images and returns [all their captions, tokens, width]; `null`
+    [tokens, width] is the empty caption's; `about` describes the encoder.
     """
 
     counts: list[int]
@@ -99,7 +112,9 @@ class Captions:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises UsageError where there are none."""
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+        prompts = [
+            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"--prompts {path} cannot be read: {error}") from None
     if not prompts:
@@ -108,9 +123,11 @@ def read_prompts(path: Path) -> list[str]:
 
 
 def features(config: Config, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-    """What a text-to-image network samples from: the prompts' features float16 [N, tokens, width], the empty one's.
+    """What a text-to-image network samples from: the prompts' features float16 [N, tokens, width],
+    the empty one's.
 
-    Raises UsageError unless the network of the resolved configuration and `codec.text` go with prompts.
+    Raises UsageError unless the network of the resolved configuration and `codec.text` go with
+    prompts.
     """
     wanted, source = context_shape(config), config.codec.text
     if wanted is None:
@@ -121,17 +138,23 @@ def features(config: Config, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         raise UsageError("--prompts needs the text encoder: --set codec.text=FOLDER, or a hub id")
     encoder = TextEncoder(source, "cuda" if torch.cuda.is_available() else "cpu")
     if encoder.shape != wanted:
-        raise UsageError(f"codec.text {source} makes {encoder.shape} tokens and width, the network takes {wanted}")
+        raise UsageError(
+            f"codec.text {source} makes {encoder.shape} tokens and width, the network "
+            f"takes {wanted}"
+        )
     return encoder(prompts).half(), encoder([""])[0]
 
 
 def read_captions(source: Source, spec: str) -> list[list[str]]:
     """Every image's captions: of `NAME.txt` beside it, one a line (spec `txt`), or of a JSON file.
 
-    The file is MS-COCO's annotations, or maps file names to a list of captions. Raises UsageError when an image has
-    none.
+    The file is MS-COCO's annotations, or maps file names to a list of captions. Raises UsageError
+    when an image has none.
     """
-    names, table = [source.name(i) for i in range(len(source))], {} if spec == "txt" else _read_json(spec)
+    names, table = (
+        [source.name(i) for i in range(len(source))],
+        {} if spec == "txt" else _read_json(spec),
+    )
     captions = []
     for i, name in enumerate(names):
         found = table.get(name) or table.get(name.rpartition("/")[2], [])
@@ -149,13 +172,25 @@ def _read_json(path: str) -> dict[str, list[str]]:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
         if "annotations" not in content:
-            table = {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in content.items()}
-            if odd := [name for name, texts in table.items() if not all(isinstance(text, str) for text in texts)]:
+            table = {
+                name: [texts] if isinstance(texts, str) else list(texts)
+                for name, texts in content.items()
+            }
+            if odd := [
+                name
+                for name, texts in table.items()
+                if not all(isinstance(text, str) for text in texts)
+            ]:
                 raise ValueError(f"the captions of {odd[0]} are not text")
             return table
-        names, table = {image["id"]: image["file_name"] for image in content["images"]}, defaultdict(list)
+        names, table = (
+            {image["id"]: image["file_name"] for image in content["images"]},
+            defaultdict(list),
+        )
         for note in content["annotations"]:
             table[names[note["image_id"]]].append(note["caption"])
         return table
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"--captions {path}: neither `txt` nor a readable JSON file of captions: {error!r}") from None
+        raise UsageError(
+            f"--captions {path}: neither `txt` nor a readable JSON file of captions: {error!r}"
+        ) from None

@@ -1,6 +1,7 @@
 """The spaces diffusion runs in: codecs map uint8 images to about unit-scale tensors, and back.
 
-The road of an image: `pack` once, offline; `encode` every step, on the device; `decode` after sampling.
+The road of an image: `pack` once, offline; `encode` every step, on the device; `decode` after
+    sampling.
 """
 
 import hashlib
@@ -43,7 +44,9 @@ def to_unit(images: Tensor) -> Tensor:
 
 
 def to_uint8(x: Tensor, rounding: str = "half_even") -> Tensor:
-    """-1..1 -> uint8 0..255, clamped; `half_even`, `half_up` (DiT, U-ViT, MaskDM) or `truncate` (MDT)."""
+    """-1..1 -> uint8 0..255, clamped; `half_even`, `half_up` (DiT, U-ViT, MaskDM) or `truncate`
+    (MDT).
+    """
     x = x.float().add(1).mul(127.5)
     if rounding != "truncate":
         x = x.round() if rounding == "half_even" else x.add(0.5).floor()
@@ -72,18 +75,20 @@ class PixelCodec:
 class DwtCodec:
     """Wavelet bands packed into channels: level 1 takes 3xHxW to 12xH/2xW/2, level 2 to 48xH/4xW/4.
 
-    The transform is PyWavelets' `wavedec2(mode="periodization")`. Channels run [LL, then LH, HL, HH of the coarsest
-    level, ..., of the finest] (PyWavelets' cA, cH, cV, cD), each with its three colours; a finer band is folded to
-    the coarsest grid by taking its 2x2 (4x4, ...) neighbours as channels. Each sub-band is shifted and scaled to
-    about zero mean and unit variance by `mean` and `std`, in that order of bands.
+    The transform is PyWavelets' `wavedec2(mode="periodization")`. Channels run [LL, then LH, HL, HH
+    of the coarsest level, ..., of the finest] (PyWavelets' cA, cH, cV, cD), each with its three
+    colours; a finer band is folded to the coarsest grid by taking its 2x2 (4x4, ...) neighbours as
+    channels. Each sub-band is shifted and scaled to about zero mean and unit variance by `mean` and
+    `std`, in that order of bands.
 
     Args:
         image_size: side of the images in pixels; must divide by 2**level.
         wavelet: an orthogonal or biorthogonal PyWavelets filter.
-        mean, std: one number per sub-band (1 + 3 level of them); None leaves coefficients as they are.
+        mean, std: one number per sub-band (1 + 3 level of them); None leaves coefficients as they
+            are.
 
-    Raises UsageError for an unknown wavelet, one whose finite filters do not invert (dmey), an indivisible size or a
-    wrong number of statistics.
+    Raises UsageError for an unknown wavelet, one whose finite filters do not invert (dmey), an
+    indivisible size or a wrong number of statistics.
     """
 
     def __init__(
@@ -102,22 +107,34 @@ class DwtCodec:
             raise UsageError(f"codec.wavelet '{wavelet}' is neither orthogonal nor biorthogonal")
         factor = 2**level
         if image_size % factor:
-            raise UsageError(f"data.image_size {image_size} does not divide by {factor} (codec.level {level})")
+            raise UsageError(
+                f"data.image_size {image_size} does not divide by {factor} (codec.level {level})"
+            )
         bands = 1 + 3 * level
         for name, values in (("mean", mean), ("std", std)):
             if values is not None and len(values) != bands:
-                raise UsageError(f"codec.{name} has {len(values)} numbers; level {level} has {bands} sub-bands")
+                raise UsageError(
+                    f"codec.{name} has {len(values)} numbers; level {level} has {bands} sub-bands"
+                )
         if std is not None and min(std) <= 0:
-            raise UsageError(f"codec.std has {min(std)}; every sub-band's deviation must be positive")
+            raise UsageError(
+                f"codec.std has {min(std)}; every sub-band's deviation must be positive"
+            )
         self.level, self.bands = level, bands
         self.shape = (3 * factor**2, image_size // factor, image_size // factor)
-        self._taps = {name: getattr(filters, name) for name in ("dec_lo", "dec_hi", "rec_lo", "rec_hi")}
-        probe = torch.eye(64, dtype=torch.float64, device="cpu")  # also where networks are built on meta
+        self._taps = {
+            name: getattr(filters, name) for name in ("dec_lo", "dec_hi", "rec_lo", "rec_hi")
+        }
+        probe = torch.eye(
+            64, dtype=torch.float64, device="cpu"
+        )  # also where networks are built on meta
         if (self._synthesise(*self._analyse(probe, -1), -1) - probe).abs().max() > 1e-6:
             raise UsageError(
-                f"codec.wavelet '{wavelet}' does not invert exactly (its filters are truncated); use another"
+                f"codec.wavelet '{wavelet}' does not invert exactly (its filters are "
+                "truncated); use another"
             )
-        # Channels of each band after folding: a band of level l has (2^(level-l))^2 neighbours per colour.
+        # Channels of each band after folding: a band of level l has (2^(level-l))^2 neighbours per
+        # colour.
         self._widths = [3] + [3 * 4 ** (level - l) for l in range(level, 0, -1) for _ in range(3)]
         self._mean = self._per_channel(mean or [0.0] * bands)
         self._std = self._per_channel(std or [1.0] * bands)
@@ -148,11 +165,15 @@ class DwtCodec:
             low, high = self._analyse(x, -2)
             x, cv = self._analyse(low, -1)
             ch, cd = self._analyse(high, -1)
-            bands = [F.pixel_unshuffle(band, 2 ** (self.level - level)) for band in (ch, cv, cd)] + bands
+            bands = [
+                F.pixel_unshuffle(band, 2 ** (self.level - level)) for band in (ch, cv, cd)
+            ] + bands
         return torch.cat([x, *bands], dim=1)
 
     def inverse(self, z: Tensor) -> Tensor:
-        """Unscaled coefficients [B, *shape] -> images [B, 3, H, W]: the exact inverse of `transform`."""
+        """Unscaled coefficients [B, *shape] -> images [B, 3, H, W]: the exact inverse of
+        `transform`.
+        """
         x, *bands = z.split(self._widths, dim=1)
         for level in range(self.level, 0, -1):
             ch, cv, cd = (F.pixel_shuffle(band, 2 ** (self.level - level)) for band in bands[:3])
@@ -163,7 +184,10 @@ class DwtCodec:
     def measure(self, batches: Iterable[Tensor]) -> tuple[list[float], list[float]]:
         """Mean and standard deviation of each sub-band over uint8 batches [B, 3, H, W], in float64."""
         count = 0
-        total, squares = torch.zeros(self.bands, dtype=torch.float64), torch.zeros(self.bands, dtype=torch.float64)
+        total, squares = (
+            torch.zeros(self.bands, dtype=torch.float64),
+            torch.zeros(self.bands, dtype=torch.float64),
+        )
         for images in batches:
             z = self.transform(to_unit(images))
             count += len(z)
@@ -177,11 +201,13 @@ class DwtCodec:
 
     def _to(self, device: torch.device) -> None:
         if self._mean.device != device:  # once: a copy in every step would wait for the device
-            self._mean, self._std, self._bound = (v.to(device) for v in (self._mean, self._std, self._bound))
+            self._mean, self._std, self._bound = (
+                v.to(device) for v in (self._mean, self._std, self._bound)
+            )
 
     # One filter bank along one dimension, as PyWavelets' periodization mode defines it:
-    # low[i] = sum_k dec_lo[k] x[(2i + F/2 - k) mod N]. Written as F shifted gathers: exact in float32 on any device,
-    # where a convolution or a matrix product may run in TF32.
+    # low[i] = sum_k dec_lo[k] x[(2i + F/2 - k) mod N]. Written as F shifted gathers: exact in
+    # float32 on any device, where a convolution or a matrix product may run in TF32.
 
     def _analyse(self, x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
         n, taps = x.shape[dim], len(self._taps["dec_lo"])
@@ -199,11 +225,15 @@ class DwtCodec:
         for parity in (0, 1):
             x = low.new_zeros(())
             for k in range((parity + taps // 2) % 2, taps, 2):
-                index = (torch.arange(parity, n, 2, device=low.device) - taps // 2 + k) // 2 % (n // 2)
+                index = (
+                    (torch.arange(parity, n, 2, device=low.device) - taps // 2 + k) // 2 % (n // 2)
+                )
                 x = x + self._taps["rec_lo"][taps - 1 - k] * low.index_select(dim, index)
                 x = x + self._taps["rec_hi"][taps - 1 - k] * high.index_select(dim, index)
             phases.append(x)
-        return torch.stack(phases, dim=dim if dim >= 0 else low.ndim + dim + 1).flatten(dim - 1, dim)
+        return torch.stack(phases, dim=dim if dim >= 0 else low.ndim + dim + 1).flatten(
+            dim - 1, dim
+        )
 
     def _per_channel(self, values: list[float]) -> Tensor:
         widths = torch.tensor(self._widths, device="cpu")
@@ -220,26 +250,35 @@ class DwtCodec:
 
 
 class VaeCodec:
-    """Latents of a diffusers AutoencoderKL, brought to about unit scale: x0 = scale (latent - mean) / std.
+    """Latents of a diffusers AutoencoderKL, brought to about unit scale: x0 = scale (latent - mean)
+    / std.
 
     The network is loaded when it is first used, so that a denoiser's shape is known without it.
 
     Args:
         image_size: side of the images in pixels; must divide by `config.factor`.
-        config: `vae` and `vae_config` say where the network is, `mean` and `std` are one number per channel.
+        config: `vae` and `vae_config` say where the network is, `mean` and `std` are one number per
+            channel.
 
-    Raises UsageError for an indivisible size or a wrong number of statistics, and, on use, MsmdiffError when the
-    network cannot be had or is not of these channels and this factor.
+    Raises UsageError for an indivisible size or a wrong number of statistics, and, on use,
+    MsmdiffError when the network cannot be had or is not of these channels and this factor.
     """
 
     def __init__(self, image_size: int, config: CodecConfig) -> None:
         if image_size % config.factor:
-            raise UsageError(f"data.image_size {image_size} does not divide by {config.factor}, the VAE's factor")
+            raise UsageError(
+                f"data.image_size {image_size} does not divide by {config.factor}, the VAE's factor"
+            )
         for name, values in (("mean", config.mean), ("std", config.std)):
             if values is not None and len(values) != config.channels:
-                raise UsageError(f"codec.{name} has {len(values)} numbers; the latents have {config.channels} channels")
+                raise UsageError(
+                    f"codec.{name} has {len(values)} numbers; the latents have "
+                    f"{config.channels} channels"
+                )
         if config.std is not None and min(config.std) <= 0:
-            raise UsageError(f"codec.std has {min(config.std)}; every channel's deviation must be positive")
+            raise UsageError(
+                f"codec.std has {min(config.std)}; every channel's deviation must be positive"
+            )
         self.shape = (config.channels, image_size // config.factor, image_size // config.factor)
         self.config = config
         self._mean = torch.tensor(config.mean or [0.0], device="cpu").view(-1, 1, 1)
@@ -247,7 +286,9 @@ class VaeCodec:
         self._vae: Any = None
 
     def pack(self, images: Tensor) -> Tensor:
-        """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 2C, H/f, W/f]."""
+        """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 2C, H/f,
+        W/f].
+        """
         vae = self._network(images.device)
         with torch.no_grad():
             posterior = vae.encode(to_unit(images).to(vae.dtype)).latent_dist
@@ -265,7 +306,9 @@ class VaeCodec:
     def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
         vae = self._network(z.device)
         with torch.no_grad():
-            return to_uint8(vae.decode((z.float() / self._factor + self._mean).to(vae.dtype)).sample, rounding)
+            return to_uint8(
+                vae.decode((z.float() / self._factor + self._mean).to(vae.dtype)).sample, rounding
+            )
 
     def clip(self, x0: Tensor) -> Tensor:
         return x0
@@ -287,8 +330,10 @@ class VaeCodec:
             found = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
             if found != (config.channels, config.factor):
                 raise UsageError(
-                    f"codec.vae {config.vae} makes {found[0]} channels at a factor of {found[1]}: set codec.channels="
-                    f"{found[0]} and codec.factor={found[1]}, not {config.channels} and {config.factor}"
+                    f"codec.vae {config.vae} makes {found[0]} channels at a factor of {found[1]}: "
+                    "set codec.channels="
+                    f"{found[0]} and codec.factor={found[1]}, not {config.channels} and "
+                    f"{config.factor}"
                 )
             if config.tile:
                 vae.enable_tiling()
@@ -319,7 +364,8 @@ def _load_vae(config: CodecConfig) -> Any:
     source = config.vae
     if source is None:
         raise UsageError(
-            "latents need their VAE: --set codec.vae=FOLDER (for `data encode`: --vae FOLDER), a file, or a hub id "
+            "latents need their VAE: --set codec.vae=FOLDER (for `data encode`: --vae FOLDER), a "
+            "file, or a hub id "
             "such as stabilityai/sd-vae-ft-ema"
         )
     try:
@@ -330,23 +376,44 @@ def _load_vae(config: CodecConfig) -> Any:
     try:
         if not Path(source).is_file():
             vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
-            missing = loading["missing_keys"]  # diffusers only warns, and goes on with random numbers
+            missing = loading[
+                "missing_keys"
+            ]  # diffusers only warns, and goes on with random numbers
         else:
-            settings = AutoencoderKL.load_config(config.vae_config) if config.vae_config else STABLE_DIFFUSION_VAE
+            settings = (
+                AutoencoderKL.load_config(config.vae_config)
+                if config.vae_config
+                else STABLE_DIFFUSION_VAE
+            )
             vae = AutoencoderKL.from_config(settings)
             if source.endswith(".safetensors"):
                 tensors = load_file(source)
             else:
                 tensors = torch.load(source, map_location="cpu", weights_only=True)
                 tensors = tensors.get("state_dict", tensors)
-            if any("mid.block_1." in name for name in tensors):  # the layout of Stable Diffusion's own code
+            if any(
+                "mid.block_1." in name for name in tensors
+            ):  # the layout of Stable Diffusion's own code
                 tensors = convert_ldm_vae_checkpoint(tensors, settings)
             missing = vae.load_state_dict(tensors, strict=False).missing_keys
-    except (OSError, ValueError, RuntimeError, KeyError, AttributeError, SafetensorError, UnpicklingError) as error:
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
         reason = " ".join(str(error).split())[:200]
-        raise MsmdiffError(f"codec.vae {source} cannot be loaded as an AutoencoderKL: {reason}") from None
+        raise MsmdiffError(
+            f"codec.vae {source} cannot be loaded as an AutoencoderKL: {reason}"
+        ) from None
     if missing:
-        raise MsmdiffError(f"codec.vae {source} lacks {len(missing)} of the network's tensors, such as {missing[0]}")
+        raise MsmdiffError(
+            f"codec.vae {source} lacks {len(missing)} of the network's tensors, such as "
+            f"{missing[0]}"
+        )
     return vae.eval().requires_grad_(False)
 
 
@@ -363,7 +430,9 @@ def check(config: CodecConfig, given: Iterable[str]) -> None:
     for key in set(given) - KEYS[config.name] - {"name", "text"}:
         takers = " and ".join(name for name, keys in KEYS.items() if key in keys)
         value = getattr(config, key)
-        raise UsageError(f"codec.{key} {value} has no effect on the codec {config.name}, only on {takers}")
+        raise UsageError(
+            f"codec.{key} {value} has no effect on the codec {config.name}, only on {takers}"
+        )
 
 
 def build(config: CodecConfig, image_size: int) -> Codec:

@@ -1,4 +1,6 @@
-"""The loss of networks that learn their variance: squared error plus variational bound (Nichol & Dhariwal 2021)."""
+"""The loss of networks that learn their variance: squared error plus variational bound (Nichol &
+Dhariwal 2021).
+"""
 
 import math
 from collections.abc import Callable
@@ -20,12 +22,14 @@ def terms(
     variational: Literal["hybrid", "rescaled", "kl"] = "hybrid",
     channel_groups: list[int] | None = None,
 ) -> dict[str, Tensor]:
-    """The loss of each image: `mse` (weighted by the process), `vb` where the output has 2C channels, their sum `loss`.
+    """The loss of each image: `mse` (weighted by the process), `vb` where the output has 2C
+    channels, their sum `loss`.
 
-    output [B, C or 2C, ...] is the network's at x_t = alpha x0 + sigma eps [B, C, ...], t [B]; every term is [B].
-    The variational bound trains the variance only: the predicted mean enters it detached. It counts once (`hybrid`),
-    T / 1000 times (`rescaled`), or alone and T times, then for the mean too (`kl`). The errors of `channel_groups`
-    (numbers of channels, in order) are averaged within each group and added.
+    output [B, C or 2C, ...] is the network's at x_t = alpha x0 + sigma eps [B, C, ...], t [B];
+    every term is [B]. The variational bound trains the variance only: the predicted mean enters it
+    detached. It counts once (`hybrid`), T / 1000 times (`rescaled`), or alone and T times, then for
+    the mean too (`kl`). The errors of `channel_groups` (numbers of channels, in order) are averaged
+    within each group and added.
     """
     output, channels = output.float(), x0.shape[1]
     error = distance(output[:, :channels] - process.target(x0, eps, t))
@@ -35,7 +39,10 @@ def terms(
         return {"mse": mse, "loss": mse}
     x_t = process.add_noise(x0, t, eps)
     if variational == "kl":
-        vb = variational_bound(process, process.split(output, x_t, t), x0, x_t, t) * process.timesteps
+        vb = (
+            variational_bound(process, process.split(output, x_t, t), x0, x_t, t)
+            * process.timesteps
+        )
         return {"vb": vb, "loss": vb}
     frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
     vb = variational_bound(process, process.split(frozen, x_t, t), x0, x_t, t)
@@ -45,12 +52,17 @@ def terms(
 
 
 def channels_first(tokens: Tensor, patch: int) -> Tensor:
-    """Patch vectors [B, K, p*p*C] -> their pixels in one row, [B, C, K*p*p], for `terms` on visible tokens."""
+    """Patch vectors [B, K, p*p*C] -> their pixels in one row, [B, C, K*p*p], for `terms` on visible
+    tokens.
+    """
     return tokens.unflatten(-1, (patch**2, -1)).flatten(1, 2).transpose(1, 2)
 
 
-def variational_bound(process: Process, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-    """KL(q(x_s | x_t, x0) || p(x_s | x_t)) of the training step before t, in bits per dimension, [B].
+def variational_bound(
+    process: Process, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor
+) -> Tensor:
+    """KL(q(x_s | x_t, x0) || p(x_s | x_t)) of the training step before t, in bits per dimension,
+    [B].
 
     At the first step it is instead the negative log-likelihood of x0 on its 8-bit grid.
     """
@@ -67,7 +79,9 @@ def variational_bound(process: Process, prediction: Prediction, x0: Tensor, x_t:
 
 
 def discretised_log_likelihood(x: Tensor, mean: Tensor, log_std: Tensor) -> Tensor:
-    """Log-probability of x in -1..1, on bins of 2/255, under a Gaussian; the outermost bins reach to infinity."""
+    """Log-probability of x in -1..1, on bins of 2/255, under a Gaussian; the outermost bins reach
+    to infinity.
+    """
     centred, inverse = x - mean, torch.exp(-log_std)
     below = _normal_cdf(inverse * (centred - 1 / 255))
     above = _normal_cdf(inverse * (centred + 1 / 255))

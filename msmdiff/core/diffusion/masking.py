@@ -1,4 +1,6 @@
-"""Which tokens the network sees: index tensors `keep` [B, K], drawn on the device, K the same for every batch."""
+"""Which tokens the network sees: index tensors `keep` [B, K], drawn on the device, K the same for
+every batch.
+"""
 
 import math
 from typing import Literal
@@ -16,11 +18,14 @@ class Mask:
     Args:
         grid: (height, width) in tokens.
         ratio: share of hidden tokens, 0 <= ratio < 1.
-        kind: `patch` hides single tokens, `block` aligned block x block squares, `crop` all but one window.
+        kind: `patch` hides single tokens, `block` aligned block x block squares, `crop` all but one
+            window.
         block: side of a block; must divide both sides of the grid.
-        crop: side of the visible window; None takes the square whose area is nearest to 1 - ratio of the grid.
-        rounding: patch only. `nearest` keeps max(1, round(L (1 - ratio))) of L tokens; `floor` hides int(ratio L),
-            which is the MaskDM code's rule and the one `block` always follows: int(ratio L) // block^2 blocks.
+        crop: side of the visible window; None takes the square whose area is nearest to 1 - ratio
+            of the grid.
+        rounding: patch only. `nearest` keeps max(1, round(L (1 - ratio))) of L tokens; `floor`
+            hides int(ratio L), which is the MaskDM code's rule and the one `block` always follows:
+            int(ratio L) // block^2 blocks.
 
     Raises UsageError when a block does not divide the grid or nothing would stay visible.
     """
@@ -41,20 +46,27 @@ class Mask:
         self.block = block if kind == "block" else 1
         if height % self.block or width % self.block:
             near = [b for b in range(1, min(grid) + 1) if height % b == 0 and width % b == 0]
-            raise UsageError(f"mask.block {block} does not divide the {height}x{width} token grid; use one of {near}")
+            raise UsageError(
+                f"mask.block {block} does not divide the {height}x{width} token grid; use "
+                f"one of {near}"
+            )
         self.units = tokens // self.block**2
         self.window = 0
         if kind == "crop":
             self.window = crop or max(1, round(math.sqrt(tokens * (1 - ratio))))
             if self.window > min(grid):
-                raise UsageError(f"mask.crop {self.window} is larger than the {height}x{width} token grid")
+                raise UsageError(
+                    f"mask.crop {self.window} is larger than the {height}x{width} token grid"
+                )
             self.kept = self.window**2
         elif kind == "block" or rounding == "floor":
             self.kept = tokens - int(ratio * tokens) // self.block**2 * self.block**2
         else:
             self.kept = max(1, round(tokens * (1 - ratio)))
         if self.kept < 1:
-            raise UsageError(f"mask.ratio {ratio} hides every token of the {height}x{width} grid; lower it")
+            raise UsageError(
+                f"mask.ratio {ratio} hides every token of the {height}x{width} grid; lower it"
+            )
 
     @property
     def tokens(self) -> int:
@@ -66,13 +78,19 @@ class Mask:
         return 1 - self.kept / self.tokens
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """keep [batch, K] int64, ascending, on the generator's device; None where nothing is hidden."""
+        """keep [batch, K] int64, ascending, on the generator's device; None where nothing is
+        hidden.
+        """
         if self.kept == self.tokens:
             return None
         device, (height, width) = generator.device, self.grid
         if self.kind == "crop":
-            top = torch.randint(height - self.window + 1, (batch, 1, 1), generator=generator, device=device)
-            left = torch.randint(width - self.window + 1, (batch, 1, 1), generator=generator, device=device)
+            top = torch.randint(
+                height - self.window + 1, (batch, 1, 1), generator=generator, device=device
+            )
+            left = torch.randint(
+                width - self.window + 1, (batch, 1, 1), generator=generator, device=device
+            )
             side = torch.arange(self.window, device=device)
             return ((top + side[:, None]) * width + left + side).flatten(1)
         scores = torch.rand(batch, self.units, generator=generator, device=device)
@@ -93,8 +111,12 @@ def build(config: MaskConfig, grid: tuple[int, int]) -> Mask:
 
 
 def mdt_kept(tokens: int, ratio: float, extra: float | None = None, spread: float = 0.2) -> int:
-    """How many tokens MDT keeps. MDTv2 draws `extra` from [0, 1) for each pass and hides `spread` of it more."""
+    """How many tokens MDT keeps. MDTv2 draws `extra` from [0, 1) for each pass and hides `spread`
+    of it more.
+    """
     if extra is None:
         return int(tokens * (1 - ratio))
-    hidden = ratio + spread * torch.tensor(extra, dtype=torch.float32)  # float32 like the published code: it truncates
+    hidden = ratio + spread * torch.tensor(
+        extra, dtype=torch.float32
+    )  # float32 like the published code: it truncates
     return int(tokens * (1 - hidden))

@@ -16,10 +16,11 @@ UNIFORM = 0.001
 
 
 class LossSecondMoment:
-    """Importance sampling of times by sqrt(E[L_t^2]) over each time's last losses (Nichol & Dhariwal 2021, eq. 18).
+    """Importance sampling of times by sqrt(E[L_t^2]) over each time's last losses (Nichol &
+    Dhariwal 2021, eq. 18).
 
-    Uniform until every time has its ten losses. Lives on the CPU, where a draw costs nothing; its history belongs to a
-    run's checkpoint.
+    Uniform until every time has its ten losses. Lives on the CPU, where a draw costs nothing; its
+    history belongs to a run's checkpoint.
     """
 
     def __init__(self, timesteps: int) -> None:
@@ -36,7 +37,9 @@ class LossSecondMoment:
         return moments / moments.sum() * (1 - UNIFORM) + UNIFORM / len(self.counts)
 
     def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n times [n] in {1/T, ..., 1} and their importance weights 1 / (T p) [n], float32 on the CPU."""
+        """n times [n] in {1/T, ..., 1} and their importance weights 1 / (T p) [n], float32 on the
+        CPU.
+        """
         p = torch.from_numpy(self.weights())
         p = p / p.sum()
         k = torch.multinomial(p, n, replacement=True, generator=generator)

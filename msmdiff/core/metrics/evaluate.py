@@ -27,7 +27,8 @@ BIASED_BELOW = 10_000
 
 @dataclass
 class Score:
-    """A number, what it is called by scripts and by people, and over which images and features it was taken.
+    """A number, what it is called by scripts and by people, and over which images and features it
+    was taken.
 
     `deviation` is over splits or subsets, `interval` the bootstrap's 95 %, where there are any.
     """
@@ -44,7 +45,9 @@ class Score:
 
 @dataclass
 class Pass:
-    """One kind of features, the metrics over it, whether they take every feature of A and of B, and the statistics."""
+    """One kind of features, the metrics over it, whether they take every feature of A and of B, and
+    the statistics.
+    """
 
     features: Features
     metrics: set[str]
@@ -61,7 +64,8 @@ def of_images(
 ) -> Statistics:
     """The statistics of uint8 batches [B, 3, H, W]; `progress` is told how many images are done.
 
-    Where there are several processes, each gives its own batches, and all get the statistics of all.
+    Where there are several processes, each gives its own batches, and all get the statistics of
+    all.
     """
     pooled = Moments(features.width, features.device, keep)
     spatial = Moments(features.spatial_width, features.device) if features.spatial_width else None
@@ -83,17 +87,25 @@ def of_input(
     keep: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
-    """The statistics of a set, of which every process takes a consecutive share, or those it has on disk.
+    """The statistics of a set, of which every process takes a consecutive share, or those it has on
+    disk.
 
-    Of an `.npz` with both, distances are by its statistics and the rest by its images, as in ADM's evaluator.
+    Of an `.npz` with both, distances are by its statistics and the rest by its images, as in ADM's
+    evaluator.
     """
-    stored = images.stored if images.stored is not None and images.stored.width == features.width else None
+    stored = (
+        images.stored
+        if images.stored is not None and images.stored.width == features.width
+        else None
+    )
     if stored is not None and (stored.rows is not None or not keep):
         return stored
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = range(rank * len(images) // world, (rank + 1) * len(images) // world)
     batches = images.batches(share, batch_size)
-    found = of_images(batches, features, lambda done: progress(done, len(share)), images.settings, keep)
+    found = of_images(
+        batches, features, lambda done: progress(done, len(share)), images.settings, keep
+    )
     if world > 1:
         every: list[Any] = [None] * world
         dist.all_gather_object(every, images.bad)
@@ -121,32 +133,54 @@ def evaluate(
     progress: Callable[[int, int], None] = lambda done, total: None,
     **opening: Any,
 ) -> tuple[list[list[Score]], list[Images], list[Pass]]:
-    """Scores of each of the sets `a` against the reference `b`, the sets, and what was measured of them.
+    """Scores of each of the sets `a` against the reference `b`, the sets, and what was measured of
+    them.
 
-    Without `b` the sets are measured only. `resize` None means the rule of the statistics at hand; `keep` holds every
-    feature, for a picture of the images; `opening` is for `open_input`. Whatever can be refused is, before the first
-    image is measured. Raises UsageError for sets that do not compare, and MsmdiffError for images that cannot be read.
+    Without `b` the sets are measured only. `resize` None means the rule of the statistics at hand;
+    `keep` holds every feature, for a picture of the images; `opening` is for `open_input`. Whatever
+    can be refused is, before the first image is measured. Raises UsageError for sets that do not
+    compare, and MsmdiffError for images that cannot be read.
     """
     if unknown := set(metrics) - set(METRICS):
         raise UsageError(f"--metrics {','.join(sorted(unknown))}: choose from {', '.join(METRICS)}")
     if bootstrap == 1:
-        raise UsageError("--bootstrap 1: one drawing has no spread; give at least 2, or 0 for no interval")
-    for one, two in [(Path(spec).resolve(), Path(b).resolve()) for spec in a] if b is not None else []:
+        raise UsageError(
+            "--bootstrap 1: one drawing has no spread; give at least 2, or 0 for no interval"
+        )
+    for one, two in (
+        [(Path(spec).resolve(), Path(b).resolve()) for spec in a] if b is not None else []
+    ):
         if one.is_dir() and two.is_dir() and (one in two.parents or two in one.parents):
-            raise UsageError(f"one of {one} and {two} lies in the other: compare two separate folders")
+            raise UsageError(
+                f"one of {one} and {two} lies in the other: compare two separate folders"
+            )
         if one == two:
             note(f"note: both sides are the same, {b}: a distance to itself says nothing")
-    sets = [open_input(spec, device=device, **opening) for spec in ([*a, b] if b is not None else a)]
+    sets = [
+        open_input(spec, device=device, **opening) for spec in ([*a, b] if b is not None else a)
+    ]
     if keep and (bare := [images.spec for images in sets if not len(images)]):
         raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
     here, keep, passes = set(metrics) - {"fd_dinov2"}, keep or bootstrap > 0, []
     if here:  # statistics are looked at first: features may have to be downloaded
-        for spec, name in [(s.spec, s.stored.settings.get("features", "")) for s in sets if s.stored and not len(s)]:
-            needs = next((kind for kind, start in extractors.PREFIXES.items() if name.startswith(start)), features)
+        for spec, name in [
+            (s.spec, s.stored.settings.get("features", "")) for s in sets if s.stored and not len(s)
+        ]:
+            needs = next(
+                (kind for kind, start in extractors.PREFIXES.items() if name.startswith(start)),
+                features,
+            )
             if needs != features:
-                raise UsageError(f"{spec} holds statistics of {name}: it needs --features {needs}, not {features}")
+                raise UsageError(
+                    f"{spec} holds statistics of {name}: it needs --features {needs}, "
+                    f"not {features}"
+                )
         if features == "inception" and resize is None:
-            rules = [s.stored.settings["resize"] for s in sets if s.stored and "resize" in s.stored.settings]
+            rules = [
+                s.stored.settings["resize"]
+                for s in sets
+                if s.stored and "resize" in s.stored.settings
+            ]
             resize = rules[-1] if rules else None
         rows = keep or bool({"kid", "prdc"} & here)
         made = extractors.build(features, weights, device, resize, precision, here)
@@ -156,7 +190,9 @@ def evaluate(
         passes.append(Pass(extractors.build("dinov2", file, device), {"fid"}, (keep, keep)))
     for each in passes:
         for images in sets:
-            if differ := check(images, sets[-1], each.features, each.keep[images is sets[-1]], allow_mismatch):
+            if differ := check(
+                images, sets[-1], each.features, each.keep[images is sets[-1]], allow_mismatch
+            ):
                 note(f"note: {images.spec} and {b} differ in {differ}; compared all the same")
     for images in sets:
         if images.stored is not None and images.stored.assumed:
@@ -164,19 +200,32 @@ def evaluate(
             note(f"note: {images.spec} does not say how it was made; going by its layout: {known}")
     for each in passes:
         for images in sets:
-            each.sets.append(of_input(images, each.features, batch_size, each.keep[images is sets[-1]], progress))
+            each.sets.append(
+                of_input(images, each.features, batch_size, each.keep[images is sets[-1]], progress)
+            )
     for images in sets:
         if bad := images.unreadable():
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            note(f"left out: {len(bad)} of {len(images)} images in {images.spec}: {'; '.join(bad[:5])}{more}")
+            note(
+                f"left out: {len(bad)} of {len(images)} images in {images.spec}: "
+                f"{'; '.join(bad[:5])}{more}"
+            )
     compared = range(len(a) if b is not None else 0)
-    return [[s for p in passes for s in scores(p.sets[i], p, bootstrap)] for i in compared], sets, passes
+    return (
+        [[s for p in passes for s in scores(p.sets[i], p, bootstrap)] for i in compared],
+        sets,
+        passes,
+    )
 
 
-def check(images: Images, reference: Images, features: Features, keep: bool = False, allow: bool = False) -> str:
-    """How a set was measured otherwise than the reference; raises UsageError for that, unless `allow`ed.
+def check(
+    images: Images, reference: Images, features: Features, keep: bool = False, allow: bool = False
+) -> str:
+    """How a set was measured otherwise than the reference; raises UsageError for that, unless
+    `allow`ed.
 
-    Also where the set is of statistics that are not of these features, or without what `keep` or sFID needs.
+    Also where the set is of statistics that are not of these features, or without what `keep` or
+    sFID needs.
     """
     known, wanted = (
         x.stored.settings
@@ -187,16 +236,20 @@ def check(images: Images, reference: Images, features: Features, keep: bool = Fa
     differ, stored, problem = "; ".join(statistics.differences(known, wanted)), images.stored, ""
     if stored is not None and not len(images) and stored.width != features.width:
         problem = (
-            f"holds statistics of {stored.width} {known.get('features', 'unnamed')} features, which do not compare "
+            f"holds statistics of {stored.width} {known.get('features', 'unnamed')} features, "
+            "which do not compare "
             f"with {features.name} ({features.width}): choose --features and --weights to suit"
         )
     elif differ and not allow:
         problem = f"differs from {reference.spec} in {differ}: --allow-mismatch compares them"
-    elif stored is not None and not len(images) and features.spatial_width and stored.spatial is None:
+    elif (
+        stored is not None and not len(images) and features.spatial_width and stored.spatial is None
+    ):
         problem = "holds no spatial statistics (`mu_s`, `sigma_s`), which sfid needs"
     elif stored is not None and not len(images) and keep and stored.rows is None:
         problem = (
-            "holds statistics only, but kid, prdc, is, --bootstrap and --plot need images, or statistics made with "
+            "holds statistics only, but kid, prdc, is, --bootstrap and --plot need images, or "
+            "statistics made with "
             "the same --metrics, which keep every feature"
         )
     if problem:
@@ -209,7 +262,9 @@ def scores(a: Statistics, each: Pass, times: int = 0) -> list[Score]:
     features, b, out = each.features, each.sets[-1], list[Score]()
 
     def add(name: str, title: str, value: float, deviation: float | None = None) -> None:
-        out.append(Score(name, title + features.suffix, value, features.name, a.count, b.count, deviation))
+        out.append(
+            Score(name, title + features.suffix, value, features.name, a.count, b.count, deviation)
+        )
 
     if "fid" in each.metrics:
         out.append(compare(a, b, features))
@@ -219,11 +274,21 @@ def scores(a: Statistics, each: Pass, times: int = 0) -> list[Score]:
     if "sfid" in each.metrics and a.spatial is not None and b.spatial is not None:
         add("sfid", "sFID", frechet_distance(a.spatial, b.spatial, features.device))
     if "is" in each.metrics and a.rows is not None:
-        add("is", "Inception Score", *inception_score(features.probabilities(a.rows), PAPERS["splits"]))
+        add(
+            "is",
+            "Inception Score",
+            *inception_score(features.probabilities(a.rows), PAPERS["splits"]),
+        )
     if "kid" in each.metrics and a.rows is not None and b.rows is not None:
-        add("kid", "KID", *kid(a.rows, b.rows, PAPERS["kid_subsets"], PAPERS["kid_size"], features.device))
+        add(
+            "kid",
+            "KID",
+            *kid(a.rows, b.rows, PAPERS["kid_subsets"], PAPERS["kid_size"], features.device),
+        )
     if "prdc" in each.metrics and a.rows is not None and b.rows is not None:
-        for name, value in prdc(a.rows, b.rows, PAPERS["k"], PAPERS["k_density"], features.device).items():
+        for name, value in prdc(
+            a.rows, b.rows, PAPERS["k"], PAPERS["k_density"], features.device
+        ).items():
             add(name, name, value)
     return out
 
@@ -234,14 +299,21 @@ def compare(a: Statistics, b: Statistics, features: Features) -> Score:
     return Score(features.metric, features.title, value, features.name, a.count, b.count)
 
 
-def bootstrap_deviation(a: Tensor, b: Tensor, times: int, device: torch.device | str = "cpu") -> float:
-    """The deviation of the Fréchet distance over `times` drawings of both sets [N, D] with replacement.
+def bootstrap_deviation(
+    a: Tensor, b: Tensor, times: int, device: torch.device | str = "cpu"
+) -> float:
+    """The deviation of the Fréchet distance over `times` drawings of both sets [N, D] with
+    replacement.
 
-    A drawn set holds duplicates, which shifts its distance upwards: only the deviation tells something.
+    A drawn set holds duplicates, which shifts its distance upwards: only the deviation tells
+        something.
     """
     values = []
     for number in range(times):
         rng = numpy_stream(0, "bootstrap", number)
-        one, two = (Gaussian.fit(x[torch.from_numpy(rng.integers(0, len(x), len(x)))].to(device)) for x in (a, b))
+        one, two = (
+            Gaussian.fit(x[torch.from_numpy(rng.integers(0, len(x), len(x)))].to(device))
+            for x in (a, b)
+        )
         values.append(frechet_distance(one, two, device))
     return float(torch.tensor(values, dtype=torch.float64).std())

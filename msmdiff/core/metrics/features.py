@@ -1,4 +1,6 @@
-"""What images are compared by: Inception's features, DINOv2's, or plain pixels for tiny images and offline use."""
+"""What images are compared by: Inception's features, DINOv2's, or plain pixels for tiny images and
+offline use.
+"""
 
 import hashlib
 from collections.abc import Callable
@@ -23,11 +25,12 @@ PREFIXES = {"inception": "inception-", "dinov2": DINOV2.partition(".")[0], "pixe
 
 
 class Features:
-    """Maps images to vectors of `width`, and where `spatial_width` is not 0 to the second ones that sFID takes.
+    """Maps images to vectors of `width`, and where `spatial_width` is not 0 to the second ones that
+    sFID takes.
 
-    `name` tells what was computed, weights included; `metric` and `title` are what a Fréchet distance over it is
-    called by scripts and by people, and `suffix` follows other metrics' names. `resize` is the rule by which images
-    are brought to the network's size.
+    `name` tells what was computed, weights included; `metric` and `title` are what a Fréchet
+    distance over it is called by scripts and by people, and `suffix` follows other metrics' names.
+    `resize` is the rule by which images are brought to the network's size.
     """
 
     name = title = metric = suffix = resize = ""
@@ -35,7 +38,9 @@ class Features:
     precision, device = "fp32", torch.device("cpu")
 
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        """uint8 [B, 3, H, W] -> float32 [B, width], and [B, spatial_width] where there is such a vector."""
+        """uint8 [B, 3, H, W] -> float32 [B, width], and [B, spatial_width] where there is such a
+        vector.
+        """
         raise NotImplementedError
 
     def probabilities(self, features: Tensor) -> Tensor:
@@ -58,7 +63,10 @@ class PixelFeatures(Features):
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         if min(images.shape[-2:]) < 8:
-            raise UsageError(f"--features pixel needs images of at least 8x8 pixels, not {list(images.shape[-2:])}")
+            raise UsageError(
+                "--features pixel needs images of at least 8x8 pixels, not "
+                f"{list(images.shape[-2:])}"
+            )
         return F.adaptive_avg_pool2d(to_unit(images), 8).flatten(1), None
 
 
@@ -68,33 +76,44 @@ def clean(images: Tensor, size: int) -> Tensor:
 
 
 def _tensorflow(images: Tensor, size: int) -> Tensor:
-    """TensorFlow 1's bilinear: output i lies at i x in / out, where others take (i + 1/2) x in / out - 1/2."""
+    """TensorFlow 1's bilinear: output i lies at i x in / out, where others take (i + 1/2) x in /
+    out - 1/2.
+    """
     x = images.float()
     for axis in (2, 3):
         at = torch.arange(size, device=x.device) * (x.shape[axis] / size)
         low = at.floor().long()
-        first, second = (x.index_select(axis, i.clamp(max=x.shape[axis] - 1)) for i in (low, low + 1))
+        first, second = (
+            x.index_select(axis, i.clamp(max=x.shape[axis] - 1)) for i in (low, low + 1)
+        )
         x = first + (second - first) * (at - low).view(-1, *[1] * (3 - axis))
     return x
 
 
 RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "pytorch-fid": lambda images, size: F.interpolate(images.float(), (size, size), mode="bilinear") / 127.5 - 1,
+    "pytorch-fid": lambda images, size: (
+        F.interpolate(images.float(), (size, size), mode="bilinear") / 127.5 - 1
+    ),
     "clean": lambda images, size: (clean(images, size) - 128) / 128,
     "adm": lambda images, size: (_tensorflow(images, size) - 128) / 128,
 }
-"""uint8 [B, 3, H, W] and a side -> the network's input, by the rule of pytorch-fid, clean-fid, or ADM's evaluator."""
+"""uint8 [B, 3, H, W] and a side -> the network's input, by the rule of pytorch-fid, clean-fid, or
+ADM's evaluator.
+"""
 
 
 class InceptionFeatures(Features):
-    """The 2048 pooled features of pytorch-fid's Inception-v3, and with `spatial` ADM's: 7 channels of `mixed_6`.
+    """The 2048 pooled features of pytorch-fid's Inception-v3, and with `spatial` ADM's: 7 channels
+    of `mixed_6`.
 
     Args:
-        weights: a file in pytorch-fid's layout; None looks in MSMDIFF_CACHE and torch hub's cache, then downloads.
+        weights: a file in pytorch-fid's layout; None looks in MSMDIFF_CACHE and torch hub's cache,
+            then downloads.
         resize: one of RESIZES.
         precision: fp32, or bf16 for the whole network.
 
-    Raises MsmdiffError when no weights can be had, or a file of the published name is not the published one.
+    Raises MsmdiffError when no weights can be had, or a file of the published name is not the
+    published one.
     """
 
     width, metric = 2048, "fid"
@@ -111,23 +130,36 @@ class InceptionFeatures(Features):
 
         path = weights or _published_weights()
         if not path.is_file():
-            raise UsageError(f"--weights {path} does not exist: give {INCEPTION_FILE} from pytorch-fid's releases")
+            raise UsageError(
+                f"--weights {path} does not exist: give {INCEPTION_FILE} from "
+                "pytorch-fid's releases"
+            )
         checksum = files.checksum(path)[:8]
         if checksum != INCEPTION_SHA256 and path.name == INCEPTION_FILE:
             raise MsmdiffError(
-                f"{path} has sha256 {checksum}..., not {INCEPTION_SHA256}...: it is damaged; remove it, or give the "
+                f"{path} has sha256 {checksum}..., not {INCEPTION_SHA256}...: it is damaged; "
+                "remove it, or give the "
                 "right file with --weights"
             )
         self.name = f"inception-2048/{checksum}"
-        self.suffix = "" if checksum == INCEPTION_SHA256 else f" with weights {checksum} (not the published ones)"
+        self.suffix = (
+            ""
+            if checksum == INCEPTION_SHA256
+            else f" with weights {checksum} (not the published ones)"
+        )
         self.title = f"Fréchet Inception distance{self.suffix}" if self.suffix else "FID"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            # pytorch-fid builds the network and downloads its weights in one function; hand it ours instead.
+            # pytorch-fid builds the network and downloads its weights in one function; hand it ours
+            # instead.
             with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
-                network = inception.InceptionV3([3], resize_input=False, normalize_input=False).eval()
+                network = inception.InceptionV3(
+                    [3], resize_input=False, normalize_input=False
+                ).eval()
         except Exception as error:  # unpickling a damaged file, or loading other tensors, can raise nearly anything
-            raise MsmdiffError(f"{path} does not hold pytorch-fid's Inception weights: {_short(error)}") from None
+            raise MsmdiffError(
+                f"{path} does not hold pytorch-fid's Inception weights: {_short(error)}"
+            ) from None
         for module in network.modules():
             if hasattr(module, "bn"):
                 module.conv = torch.nn.utils.fuse_conv_bn_eval(module.conv, module.bn)
@@ -137,24 +169,36 @@ class InceptionFeatures(Features):
         self._network = network.to(self.device, self._dtype, memory_format=torch.channels_last)
         self._classes, self._spatial = state["fc.weight"].double().T, list[Tensor]()
         if spatial:
-            # torchvision's Mixed_6d is what ADM's graph calls mixed_6; its first branch ends in mixed_6/conv.
+            # torchvision's Mixed_6d is what ADM's graph calls mixed_6; its first branch ends in
+            # mixed_6/conv.
             self.spatial_width = 7 * 17 * 17
-            network.blocks[2][6].branch1x1.register_forward_hook(lambda *a: self._spatial.append(a[2][:, :7]))
+            network.blocks[2][6].branch1x1.register_forward_hook(
+                lambda *a: self._spatial.append(a[2][:, :7])
+            )
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x = RESIZES[self.resize](images.to(self.device), 299)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pooled = self._network(x.to(self._dtype, memory_format=torch.channels_last))[0].flatten(1).float()
+            pooled = (
+                self._network(x.to(self._dtype, memory_format=torch.channels_last))[0]
+                .flatten(1)
+                .float()
+            )
         # ADM's order of the spatial features is rows, columns, channels.
-        return pooled, self._spatial.pop().permute(0, 2, 3, 1).flatten(1).float() if self.spatial_width else None
+        return pooled, self._spatial.pop().permute(0, 2, 3, 1).flatten(
+            1
+        ).float() if self.spatial_width else None
 
     def probabilities(self, features: Tensor) -> Tensor:
-        return (features.double() @ self._classes).softmax(1)  # published Inception Scores have no bias here
+        return (features.double() @ self._classes).softmax(
+            1
+        )  # published Inception Scores have no bias here
 
 
 class DinoFeatures(Features):
-    """DINOv2's class token after the last norm, of images brought to 224 by the clean rule (Stein et al. 2023).
+    """DINOv2's class token after the last norm, of images brought to 224 by the clean rule (Stein
+    et al. 2023).
 
     Args:
         weights: the published file, or timm's; None takes timm's from the hub or its cache.
@@ -165,7 +209,9 @@ class DinoFeatures(Features):
 
     resize, metric, suffix = "clean", "fd_dinov2", " over DINOv2"
 
-    def __init__(self, weights: Path | None, device: torch.device | str = "cpu", model: str = DINOV2) -> None:
+    def __init__(
+        self, weights: Path | None, device: torch.device | str = "cpu", model: str = DINOV2
+    ) -> None:
         import timm
 
         try:
@@ -181,19 +227,28 @@ class DinoFeatures(Features):
             state["pos_embed"] = _positions(state["pos_embed"], 16)
             network: Any = timm.create_model(model, num_classes=0, img_size=224)
             network.load_state_dict(state)
-        except Exception as error:  # the hub's client, damaged pickles and other networks raise nearly anything
-            given = f"{weights} cannot be used" if weights else "DINOv2's weights are neither cached nor to be had"
+        except (
+            Exception
+        ) as error:  # the hub's client, damaged pickles and other networks raise nearly anything
+            given = (
+                f"{weights} cannot be used"
+                if weights
+                else "DINOv2's weights are neither cached nor to be had"
+            )
             hint = "give dinov2_vitl14_pretrain.pth or timm's file with --weights (beside Inception: --dinov2-weights)"
             raise MsmdiffError(f"{given} as {model} ({_short(error)}): {hint}") from None
         digest = hashlib.sha256()
         for key in sorted(state):
             digest.update(state[key].float().numpy().tobytes())
-        self.name, self.width = f"{model.partition('.')[0]}/{digest.hexdigest()[:8]}", network.num_features
+        self.name, self.width = (
+            f"{model.partition('.')[0]}/{digest.hexdigest()[:8]}",
+            network.num_features,
+        )
         self.title = "FD-DINOv2" if model == DINOV2 else f"Fréchet distance over {model}"
         self.device, self._network = torch.device(device), network.to(device).eval()
-        self._mean, self._deviation = torch.tensor([[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device).view(
-            2, 3, 1, 1
-        )
+        self._mean, self._deviation = torch.tensor(
+            [[0.485, 0.456, 0.406], [0.229, 0.224, 0.225]], device=device
+        ).view(2, 3, 1, 1)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
@@ -202,7 +257,9 @@ class DinoFeatures(Features):
 
 
 def _positions(table: Tensor, side: int) -> Tensor:
-    """DINOv2's own change of its position table [1, 1 + M^2, D] to another side: bicubic, with its offset of 0.1."""
+    """DINOv2's own change of its position table [1, 1 + M^2, D] to another side: bicubic, with its
+    offset of 0.1.
+    """
     old = round((table.shape[1] - 1) ** 0.5)
     image = table[:, 1:].float().unflatten(1, (old, old)).movedim(3, 1)
     image = F.interpolate(image, scale_factor=((side + 0.1) / old,) * 2, mode="bicubic")
@@ -214,8 +271,13 @@ def _short(error: Exception) -> str:
 
 
 def _published_weights() -> Path:
-    """pytorch-fid's file in MSMDIFF_CACHE or torch hub's cache, downloaded to the latter when it is in neither."""
-    hub, ours = Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE, cache_folder() / INCEPTION_FILE
+    """pytorch-fid's file in MSMDIFF_CACHE or torch hub's cache, downloaded to the latter when it is
+    in neither.
+    """
+    hub, ours = (
+        Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE,
+        cache_folder() / INCEPTION_FILE,
+    )
     if not ours.is_file() and not hub.is_file():
         from pytorch_fid.inception import FID_WEIGHTS_URL
 
@@ -224,8 +286,10 @@ def _published_weights() -> Path:
             torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(hub), hash_prefix=INCEPTION_SHA256)
         except (OSError, RuntimeError) as error:
             raise MsmdiffError(
-                f"Inception weights are neither at {ours} nor at {hub}, nor can they be downloaded ({error}): get "
-                f"{INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) from pytorch-fid's releases and pass it with "
+                f"Inception weights are neither at {ours} nor at {hub}, nor can they be "
+                f"downloaded ({error}): get "
+                f"{INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) from pytorch-fid's releases and "
+                "pass it with "
                 "--weights FILE, or compare with --features pixel"
             ) from None
     return ours if ours.is_file() else hub
@@ -239,11 +303,17 @@ def build(
     precision: str = "fp32",
     metrics: set[str] = frozenset(),  # type: ignore[assignment]
 ) -> Features:
-    """The `inception`, `dinov2` or `pixel` features that `metrics` need; UsageError for a setting they do not have."""
+    """The `inception`, `dinov2` or `pixel` features that `metrics` need; UsageError for a setting
+    they do not have.
+    """
     if kind == "inception":
-        return InceptionFeatures(weights, device, resize or "pytorch-fid", precision, "sfid" in metrics)
+        return InceptionFeatures(
+            weights, device, resize or "pytorch-fid", precision, "sfid" in metrics
+        )
     if kind == "pixel" and weights is not None:
         raise UsageError(f"--weights {weights}: pixel features have no weights")
     if resize or precision != "fp32" or metrics & {"sfid", "is"}:
-        raise UsageError(f"sfid, is, --resize and --precision are for --features inception, not {kind}")
+        raise UsageError(
+            f"sfid, is, --resize and --precision are for --features inception, not {kind}"
+        )
     return DinoFeatures(weights, device) if kind == "dinov2" else PixelFeatures(device)

@@ -1,4 +1,6 @@
-"""The Fréchet distance between Gaussians (Dowson & Landau 1982; FID: Heusel et al. 2017), without a matrix root."""
+"""The Fréchet distance between Gaussians (Dowson & Landau 1982; FID: Heusel et al. 2017), without a
+matrix root.
+"""
 
 from dataclasses import dataclass
 
@@ -10,7 +12,8 @@ from torch import Tensor
 class Gaussian:
     """A Gaussian fitted to features: float64 mean [D] and cov [D, D], which divides by n - 1.
 
-    `root` is [n, D] with cov = root' root, the centred features over sqrt(n - 1), where they are no more than D.
+    `root` is [n, D] with cov = root' root, the centred features over sqrt(n - 1), where they are no
+    more than D.
     """
 
     mean: Tensor
@@ -28,8 +31,9 @@ class Gaussian:
 def frechet_distance(a: Gaussian, b: Gaussian, device: torch.device | str = "cpu") -> float:
     """|m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^(1/2)), in float64 on `device`. Never negative.
 
-    With C1 = R1' R1 and C2 = R2' R2 the root's trace is the sum of the singular values of R1 R2', exact also for fewer
-    samples than dimensions, or of the roots of the eigenvalues of the symmetric R1 C2 R1', which needs one factor only.
+    With C1 = R1' R1 and C2 = R2' R2 the root's trace is the sum of the singular values of R1 R2',
+    exact also for fewer samples than dimensions, or of the roots of the eigenvalues of the
+    symmetric R1 C2 R1', which needs one factor only.
     """
     if a.root is None and b.root is not None:
         a, b = b, a

@@ -34,7 +34,12 @@ class Images:
     stored: Statistics | None = None
 
     def __init__(self, spec: str, **notes: Any) -> None:
-        self.spec, self.notes, self.bad, self.settings = spec, notes, dict[int, str](), dict[str, str]()
+        self.spec, self.notes, self.bad, self.settings = (
+            spec,
+            notes,
+            dict[int, str](),
+            dict[str, str](),
+        )
 
     def __len__(self) -> int:
         return 0
@@ -49,19 +54,26 @@ class Images:
 
 
 class Stored(Images):
-    """A source's images, decoded in worker processes; centre-cropped by ADM's rule, as in training, where asked.
+    """A source's images, decoded in worker processes; centre-cropped by ADM's rule, as in training,
+    where asked.
 
-    Raises UsageError for fewer than two images, and MsmdiffError for several sizes or too many unreadable ones.
+    Raises UsageError for fewer than two images, and MsmdiffError for several sizes or too many
+    unreadable ones.
     """
 
     def __init__(self, source: Source, crop: int | None = None, workers: int | None = None) -> None:
         super().__init__(source.spec)
         self.source, self.crop, self._size = source, crop, ""
         if len(source) < 2:
-            raise UsageError(f"{source.spec} holds {len(source)} image: a distance needs at least two on each side")
+            raise UsageError(
+                f"{source.spec} holds {len(source)} image: a distance needs at least two "
+                "on each side"
+            )
         fast = len(source) < 64 or isinstance(source, sources.Digits | sources.Npz)
         self._workers = workers if workers is not None else 0 if fast else default_workers()
-        first = next(self.batches(range(len(source)), 1))  # an unreadable first image says nothing of the size
+        first = next(
+            self.batches(range(len(source)), 1)
+        )  # an unreadable first image says nothing of the size
         self._size = f"{first.shape[3]}x{first.shape[2]}"
         self.settings = {"image_size": self._size} | ({"crop": f"adm {crop}"} if crop else {})
 
@@ -75,24 +87,38 @@ class Stored(Images):
             return str(error) or type(error).__name__
         return np.asarray(image) if self.crop is None else images.center_crop(image, self.crop)
 
-    def __getitems__(self, indices: list[int]) -> tuple[Tensor | None, dict[int, str]] | MsmdiffError:
-        """A batch and what of it could not be read; an error as a value, since a worker would send a traceback."""
+    def __getitems__(
+        self, indices: list[int]
+    ) -> tuple[Tensor | None, dict[int, str]] | MsmdiffError:
+        """A batch and what of it could not be read; an error as a value, since a worker would send
+        a traceback.
+        """
         found = {index: self._pixels(index) for index in indices}
         good = {index: pixels for index, pixels in found.items() if not isinstance(pixels, str)}
         for index, pixels in good.items():
             if self._size not in ("", size := f"{pixels.shape[1]}x{pixels.shape[0]}"):
                 return MsmdiffError(
-                    f"{self.spec} mixes sizes: {self._name(index)} is {size}, the first is {self._size}; resize them "
+                    f"{self.spec} mixes sizes: {self._name(index)} is {size}, the first is "
+                    f"{self._size}; resize them "
                     "to one size, or crop both sets with --crop"
                 )
-        batch = torch.from_numpy(np.stack([*good.values()]).transpose(0, 3, 1, 2).copy()) if good else None
+        batch = (
+            torch.from_numpy(np.stack([*good.values()]).transpose(0, 3, 1, 2).copy())
+            if good
+            else None
+        )
         return batch, {index: reason for index, reason in found.items() if isinstance(reason, str)}
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        chunks: Any = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        chunks: Any = [
+            list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)
+        ]
         dataset: Any = self
         for item in DataLoader(
-            dataset, batch_sampler=chunks, collate_fn=as_is, num_workers=self._workers * bool(self._size)
+            dataset,
+            batch_sampler=chunks,
+            collate_fn=as_is,
+            num_workers=self._workers * bool(self._size),
         ):
             if isinstance(item, MsmdiffError):
                 raise item
@@ -108,7 +134,8 @@ class Stored(Images):
         named = [f"{self._name(i)} ({reason})" for i, reason in self.bad.items()]
         if len(named) > UNREADABLE_SHARE * len(self):
             raise MsmdiffError(
-                f"{len(sources.survey(self.source)[0])} of {len(self)} images in {self.spec} cannot be read, more "
+                f"{len(sources.survey(self.source)[0])} of {len(self)} images in {self.spec} "
+                "cannot be read, more "
                 f"than {UNREADABLE_SHARE:.0%}, the first is {named[0]}: repair or remove them"
             )
         return named
@@ -117,7 +144,9 @@ class Stored(Images):
 class Drawn(Images):
     """Images sampled from a network, seeds 0 to n - 1, classes in turn; none is written to disk."""
 
-    def __init__(self, spec: str, loaded: Any, n: int, device: torch.device | str = "cpu", **notes: Any) -> None:
+    def __init__(
+        self, spec: str, loaded: Any, n: int, device: torch.device | str = "cpu", **notes: Any
+    ) -> None:
         super().__init__(spec, n=n, sample=loaded.config.sample.model_dump(mode="json"), **notes)
         self.loaded, self.device = loaded, device
         side = loaded.config.data.image_size
@@ -129,20 +158,36 @@ class Drawn(Images):
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         network, count = self.loaded.backbone, self.loaded.backbone.num_classes
         labels = [i % count for i in indices] if count else None
-        road = (network, self.loaded.process, self.loaded.codec, self.loaded.config.sample, indices, labels)
-        options = dict(num_classes=count, guide=self.loaded.guide, batch_size=batch_size, device=self.device)
+        road = (
+            network,
+            self.loaded.process,
+            self.loaded.codec,
+            self.loaded.config.sample,
+            indices,
+            labels,
+        )
+        options = dict(
+            num_classes=count, guide=self.loaded.guide, batch_size=batch_size, device=self.device
+        )
         yield from (x.images for x in generate(*road, **options))
 
 
 def is_data(spec: str) -> bool:
     """Whether `sources.open_source` finds something there: a path, or embedded data."""
-    return spec.partition(":")[0] == "digits" or Path(spec.removesuffix(":train").removesuffix(":test")).exists()
+    return (
+        spec.partition(":")[0] == "digits"
+        or Path(spec.removesuffix(":train").removesuffix(":test")).exists()
+    )
 
 
 def draws(spec: str) -> bool:
-    """Whether images are sampled for `spec`: weights, a run's directory, or its name, unless data has it: `digits`."""
+    """Whether images are sampled for `spec`: weights, a run's directory, or its name, unless data
+    has it: `digits`.
+    """
     path = Path(spec)
-    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or ((Path("runs") / spec).is_dir() and not is_data(spec))
+    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or (
+        (Path("runs") / spec).is_dir() and not is_data(spec)
+    )
     return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")
 
 
@@ -155,9 +200,11 @@ def open_input(
     layers: Sequence[dict[str, Any]] = (),
     device: torch.device | str = "cpu",
 ) -> Images:
-    """A folder, zip, `.npz` of images or `digits`; an `.npz` of statistics (ADM's may hold both); or weights.
+    """A folder, zip, `.npz` of images or `digits`; an `.npz` of statistics (ADM's may hold both);
+    or weights.
 
-    Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored one.
+    Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored
+    one.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
@@ -165,7 +212,10 @@ def open_input(
         opened = Images(spec)
     elif draws(spec):
         fields = {name: value for layer in layers for name, value in layer.get("model", {}).items()}
-        road = [{name: section for name, section in layer.items() if name != "model"} for layer in layers]
+        road = [
+            {name: section for name, section in layer.items() if name != "model"}
+            for layer in layers
+        ]
         loaded = weights.load(spec, device, road, **fields)
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, device, weights=str(loaded.path), sha256=sha256)

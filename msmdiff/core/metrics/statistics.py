@@ -17,16 +17,18 @@ from msmdiff.core.metrics.features import INCEPTION_SHA256
 from msmdiff.core.metrics.frechet import Gaussian
 
 SETTINGS = ("features", "resize", "precision", "image_size", "crop")
-"""What two sets must share to be compared: network and weights, resizing rule, arithmetic, images' size, crop."""
+"""What two sets must share to be compared: network and weights, resizing rule, arithmetic, images'
+size, crop.
+"""
 
 
 @dataclass
 class Statistics:
     """What one set of images is, to the metrics.
 
-    `pooled` is the Gaussian of the features, `spatial` that of sFID's; `count` is 0 where a file does not say;
-    `settings` are those of SETTINGS that are known, `assumed` from the layout where a file does not state them; `rows`
-    are the features, float32 [N, D], where they were kept.
+    `pooled` is the Gaussian of the features, `spatial` that of sFID's; `count` is 0 where a file
+    does not say; `settings` are those of SETTINGS that are known, `assumed` from the layout where a
+    file does not state them; `rows` are the features, float32 [N, D], where they were kept.
     """
 
     pooled: Gaussian
@@ -42,9 +44,11 @@ class Statistics:
 
 
 class Moments:
-    """Streaming first and second moments (Chan et al. 1983): no more memory than one batch and the sums.
+    """Streaming first and second moments (Chan et al. 1983): no more memory than one batch and the
+    sums.
 
-    With `keep`, or while they are no more than `width`, the features are kept too: 4 bytes times images times width.
+    With `keep`, or while they are no more than `width`, the features are kept too: 4 bytes times
+    images times width.
     """
 
     def __init__(self, width: int, device: torch.device | str = "cpu", keep: bool = False) -> None:
@@ -61,10 +65,13 @@ class Moments:
         self._scatter.addmm_(centred.T, centred)
         self._mean += step * (len(x) / total)
         self.count = total
-        self._rows = [*self._rows, features.float().cpu()] if self._keep or total <= len(self._mean) else []
+        self._rows = (
+            [*self._rows, features.float().cpu()] if self._keep or total <= len(self._mean) else []
+        )
 
     def finish(self) -> tuple[Gaussian, Tensor | None]:
-        """The Gaussian, and the features where they were kept; of all processes together where there are several.
+        """The Gaussian, and the features where they were kept; of all processes together where
+        there are several.
 
         Raises MsmdiffError for fewer than two images, which have no covariance.
         """
@@ -86,27 +93,46 @@ class Moments:
                 rows = every.cpu()
             self.count, self._mean = total, mean
         if self.count < 2:
-            raise MsmdiffError(f"a Fréchet distance needs at least two images on each side; one side has {self.count}")
+            raise MsmdiffError(
+                "a Fréchet distance needs at least two images on each side; one side has "
+                f"{self.count}"
+            )
         few = self.count <= width
         root = (rows.to(device) - self._mean) / (self.count - 1) ** 0.5 if few else None
-        return Gaussian(self._mean, self._scatter / (self.count - 1), root), rows if few or self._keep else None
+        return Gaussian(
+            self._mean, self._scatter / (self.count - 1), root
+        ), rows if few or self._keep else None
 
 
 def differences(a: dict[str, str], b: dict[str, str]) -> list[str]:
-    """In which settings that both state two sets differ, in words. Averages over areas do not ask for one size."""
+    """In which settings that both state two sets differ, in words. Averages over areas do not ask
+    for one size.
+    """
     names = [name for name in SETTINGS if name != "image_size" or a.get("resize") != "area"]
-    return [f"{name} {a[name]} against {b[name]}" for name in names if name in a and a[name] != b.get(name, a[name])]
+    return [
+        f"{name} {a[name]} against {b[name]}"
+        for name in names
+        if name in a and a[name] != b.get(name, a[name])
+    ]
 
 
 def save(path: Path, statistics: Statistics) -> None:
-    """Write pytorch-fid's layout (`mu`, `sigma`) and ADM's (`mu_s`, `sigma_s`), with the count and settings beside.
+    """Write pytorch-fid's layout (`mu`, `sigma`) and ADM's (`mu_s`, `sigma_s`), with the count and
+    settings beside.
 
     The features go in as `rows` where they were kept.
     """
-    content: dict = {"count": statistics.count, "msmdiff": msmdiff.__version__, **statistics.settings}
+    content: dict = {
+        "count": statistics.count,
+        "msmdiff": msmdiff.__version__,
+        **statistics.settings,
+    }
     for gaussian, suffix in ((statistics.pooled, ""), (statistics.spatial, "_s")):
         if gaussian is not None:
-            content |= {f"mu{suffix}": gaussian.mean.cpu().numpy(), f"sigma{suffix}": gaussian.cov.cpu().numpy()}
+            content |= {
+                f"mu{suffix}": gaussian.mean.cpu().numpy(),
+                f"sigma{suffix}": gaussian.cov.cpu().numpy(),
+            }
     if statistics.rows is not None:
         content["rows"] = statistics.rows.numpy()
     with files.whole(path) as part, part.open("wb") as file:
@@ -116,23 +142,36 @@ def save(path: Path, statistics: Statistics) -> None:
 def load(path: Path) -> Statistics | None:
     """Read `mu` and `sigma` from an `.npz`, or None when it holds none (but, say, images).
 
-    A file that does not say how it was made is taken for ADM's where it holds `mu_s`, else for pytorch-fid's. Raises
-    MsmdiffError for a file that is not a NumPy archive, and UsageError for shapes that do not belong together.
+    A file that does not say how it was made is taken for ADM's where it holds `mu_s`, else for
+    pytorch-fid's. Raises MsmdiffError for a file that is not a NumPy archive, and UsageError for
+    shapes that do not belong together.
     """
     try:
         with np.load(path, allow_pickle=False) as content:
             if "mu" not in content or "sigma" not in content:
                 return None
             suffixes = ("", "_s") if {"mu_s", "sigma_s"} <= set(content) else ("",)
-            pairs = [[content[f"{k}{s}"].astype(np.float64) for k in ("mu", "sigma")] for s in suffixes]
+            pairs = [
+                [content[f"{k}{s}"].astype(np.float64) for k in ("mu", "sigma")] for s in suffixes
+            ]
             count = int(content["count"]) if "count" in content else 0
             settings = {name: str(content[name]) for name in SETTINGS if name in content}
             rows = torch.from_numpy(content["rows"]) if "rows" in content else None
-    except (OSError, ValueError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error) as error:
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        TypeError,
+        AttributeError,
+        zipfile.BadZipFile,
+        zlib.error,
+    ) as error:
         raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
     for mean, cov in pairs:
         if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise UsageError(f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together")
+            raise UsageError(
+                f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together"
+            )
         if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
             raise UsageError(f"{path} holds numbers that are not finite")
     pooled, spatial = [*(Gaussian(*map(torch.from_numpy, pair)) for pair in pairs), None][:2]

@@ -41,13 +41,17 @@ TAKEN_BY: dict[str, tuple[str, ...]] = {
 
 
 def check(options: SampleConfig, given: Iterable[str]) -> None:
-    """Raises UsageError for one of the `given` keys of a `sample` section that changes nothing beside the others."""
+    """Raises UsageError for one of the `given` keys of a `sample` section that changes nothing
+    beside the others.
+    """
     grid, guided = times.grid_of(options), options.cfg_scale != 1
     adaptive = options.sampler in _SOLVERS and options.method == "adaptive"
     multistep = options.sampler == "unipc" or options.method == "multistep"
     idle: dict[str, str] = {}
     if grid in times.INDEX_GRIDS:
-        idle |= dict.fromkeys(("end", "denoise_to_zero"), f"on the grid {grid}, only on {', '.join(times.FREE_GRIDS)}")
+        idle |= dict.fromkeys(
+            ("end", "denoise_to_zero"), f"on the grid {grid}, only on {', '.join(times.FREE_GRIDS)}"
+        )
     if adaptive:
         idle |= dict.fromkeys(("steps", "grid", "taylor"), "with sample.method adaptive")
     if not multistep:
@@ -56,7 +60,9 @@ def check(options: SampleConfig, given: Iterable[str]) -> None:
         keys = ("cfg_channels", "cfg_schedule", "cfg_power", "cfg_interval", "guide", "guide_ema")
         idle |= dict.fromkeys(keys, "where nothing is guided (sample.cfg_scale 1)")
     elif options.cfg_schedule != "power_cosine":
-        idle["cfg_power"] = f"with sample.cfg_schedule {options.cfg_schedule}, only with power_cosine"
+        idle["cfg_power"] = (
+            f"with sample.cfg_schedule {options.cfg_schedule}, only with power_cosine"
+        )
     if options.guide is None:
         idle.setdefault("guide_ema", "without a sample.guide")
     if not options.clip and options.threshold is None:

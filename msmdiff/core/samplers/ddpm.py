@@ -8,10 +8,11 @@ from msmdiff.core.diffusion.process import Denoiser, Noise, Process
 
 
 def posterior(process: Process, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of q(x_s | x_t, x0) for each step of times [S + 1]: the mean's factors of x0 and of x_t, and the logarithms of
-    its variance and of beta = 1 - (alpha_t / alpha_s)^2; all [S] float64.
+    """Of q(x_s | x_t, x0) for each step of times [S + 1]: the mean's factors of x0 and of x_t, and
+    the logarithms of its variance and of beta = 1 - (alpha_t / alpha_s)^2; all [S] float64.
 
-    A last step to the clean image has no variance; for its logarithm it is given the step's before, as ADM does.
+    A last step to the clean image has no variance; for its logarithm it is given the step's before,
+    as ADM does.
     """
     alpha, sigma = process.alpha_sigma(times)
     ratio = alpha[:-1] / alpha[1:]
@@ -24,12 +25,18 @@ def posterior(process: Process, times: Tensor) -> tuple[Tensor, Tensor, Tensor, 
 
 
 def sample(
-    denoise: Denoiser, process: Process, x: Tensor, times: Tensor, noise: Noise, options: SampleConfig
+    denoise: Denoiser,
+    process: Process,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise,
+    options: SampleConfig,
 ) -> Tensor:
     """x [B, C, H, W] at times[0] -> x at times[-1].
 
-    The variance of a step is the posterior's (`options.variance` small) or beta (large), or, where the network learns
-    it, between the two (Nichol & Dhariwal 2021, eq. 15). A step to t = 0 adds no noise.
+    The variance of a step is the posterior's (`options.variance` small) or beta (large), or, where
+    the network learns it, between the two (Nichol & Dhariwal 2021, eq. 15). A step to t = 0 adds no
+    noise.
     """
     from_x0, from_x, low, high = (table.tolist() for table in posterior(process, times))
     fixed = high if options.variance == "large" else low

@@ -1,13 +1,15 @@
 """Exponential integrators: DPM-Solver, DPM-Solver++ (Lu et al. 2022) and UniPC (Zhao et al. 2023).
 
-With the half log-SNR l = log(alpha / sigma), the probability-flow ODE from s to t has the exact solution
+With the half log-SNR l = log(alpha / sigma), the probability-flow ODE from s to t has the exact
+solution
 
-    x_t = sigma_t / sigma_s x_s + alpha_t  int_0^h e^(u - h) x0(l_s + u) du      (DPM-Solver++, UniPC)
-    x_t = alpha_t / alpha_s x_s - sigma_t  int_0^h e^(h - u) eps(l_s + u) du     (DPM-Solver)
+    x_t = sigma_t / sigma_s x_s + alpha_t  int_0^h e^(u - h) x0(l_s + u) du      (DPM-Solver++,
+    UniPC) x_t = alpha_t / alpha_s x_s - sigma_t  int_0^h e^(h - u) eps(l_s + u) du     (DPM-Solver)
 
-where h = l_t - l_s. The second is the first with l, alpha, sigma and x0 replaced by -l, sigma, alpha and eps, so that
-one code serves both. A method of order p puts a polynomial through p values of the network; its integral is a weighted
-sum of them, with weights that depend on times only and are computed before the first step.
+where h = l_t - l_s. The second is the first with l, alpha, sigma and x0 replaced by -l, sigma,
+alpha and eps, so that one code serves both. A method of order p puts a polynomial through p values
+of the network; its integral is a weighted sum of them, with weights that depend on times only and
+are computed before the first step.
 """
 
 from collections.abc import Callable
@@ -28,20 +30,29 @@ class _Line:
     def __init__(self, process: Process, times: Tensor, predicts: str) -> None:
         alpha, sigma = process.alpha_sigma(times)
         half = process.log_snr(times) / 2
-        self.l, self.own, self.other = (half, alpha, sigma) if predicts == "x0" else (-half, sigma, alpha)
+        self.l, self.own, self.other = (
+            (half, alpha, sigma) if predicts == "x0" else (-half, sigma, alpha)
+        )
 
-    def step(self, s: int, t: int, at: list[int], rule: Callable[[float, list[float]], list[float]]) -> list[float]:
-        """[factor of x_s, weights of the network's values at the times `at`] for the step from s to t.
+    def step(
+        self, s: int, t: int, at: list[int], rule: Callable[[float, list[float]], list[float]]
+    ) -> list[float]:
+        """[factor of x_s, weights of the network's values at the times `at`] for the step from s to
+        t.
 
         `rule` takes h and the places of those values in units of h from s.
         """
         h = (self.l[t] - self.l[s]).item()
         places = [((self.l[k] - self.l[s]) / h).item() for k in at]
-        return [(self.other[t] / self.other[s]).item(), *(self.own[t].item() * w for w in rule(h, places))]
+        return [
+            (self.other[t] / self.other[s]).item(),
+            *(self.own[t].item() * w for w in rule(h, places)),
+        ]
 
 
 def interpolate(h: float, places: list[float], curvature: float = 1.0) -> list[float]:
-    """Weights w with sum_j w_j m(places_j) = int_0^1 h e^(-h (1 - u)) p(u) du for the polynomial p through the values.
+    """Weights w with sum_j w_j m(places_j) = int_0^1 h e^(-h (1 - u)) p(u) du for the polynomial p
+    through the values.
 
     `curvature` multiplies the integral of the quadratic term.
     """
@@ -61,7 +72,9 @@ def _midpoint(h: float, places: list[float]) -> list[float]:
 
 
 def _single(h: float, places: list[float], taylor: bool) -> list[float]:
-    """Values at the start and at inner places; the published third-order rule leaves out the first inner one."""
+    """Values at the start and at inner places; the published third-order rule leaves out the first
+    inner one.
+    """
     if taylor or len(places) == 1:
         return interpolate(h, places)
     if len(places) == 2:
@@ -71,18 +84,28 @@ def _single(h: float, places: list[float], taylor: bool) -> list[float]:
 
 
 def _multi(h: float, places: list[float], taylor: bool) -> list[float]:
-    """Values at the start and before it. The published third-order rule halves the quadratic term, which leaves it at
-    second-order accuracy; `unipc` takes it in full."""
-    return _midpoint(h, places) if len(places) == 2 and not taylor else interpolate(h, places, curvature=0.5)
+    """Values at the start and before it. The published third-order rule halves the quadratic term,
+    which leaves it at second-order accuracy; `unipc` takes it in full."""
+    return (
+        _midpoint(h, places)
+        if len(places) == 2 and not taylor
+        else interpolate(h, places, curvature=0.5)
+    )
 
 
 def sample(
-    denoise: Denoiser, process: Process, x: Tensor, times: Tensor, noise: Noise, options: SampleConfig
+    denoise: Denoiser,
+    process: Process,
+    x: Tensor,
+    times: Tensor,
+    noise: Noise,
+    options: SampleConfig,
 ) -> Tensor:
-    """x [B, C, H, W] at times[0] -> x at times[-1], of which a last zero is reached by one plain prediction of x0.
+    """x [B, C, H, W] at times[0] -> x at times[-1], of which a last zero is reached by one plain
+    prediction of x0.
 
-    A singlestep method's times include the inner ones of its steps, see `times.visited`. Raises UsageError where
-    there are fewer steps than the order has.
+    A singlestep method's times include the inner ones of its steps, see `times.visited`. Raises
+    UsageError where there are fewer steps than the order has.
     """
     predicts = "eps" if options.sampler == "dpm_solver" else "x0"
     to_zero = bool(times[-1] == 0)
@@ -111,12 +134,18 @@ def _combine(factors: list[float], x: Tensor, values: list[Tensor]) -> Tensor:
 
 
 def _singlestep(
-    evaluate: Callable[[Tensor, int], Tensor], line: _Line, x: Tensor, evaluations: int, options: SampleConfig
+    evaluate: Callable[[Tensor, int], Tensor],
+    line: _Line,
+    x: Tensor,
+    evaluations: int,
+    options: SampleConfig,
 ) -> Tensor:
     if options.method == "singlestep" and evaluations % options.order:
         raise UsageError(
-            f"sample.method singlestep of order {options.order} cannot cut {evaluations} given steps into threes or "
-            f"twos of its own: choose a multiple of {options.order}, method fast, or sample.grid logsnr"
+            f"sample.method singlestep of order {options.order} cannot cut {evaluations} given "
+            "steps into threes or "
+            f"twos of its own: choose a multiple of {options.order}, method fast, or "
+            "sample.grid logsnr"
         )
     plan: list[tuple[int, bool, list[float]]] = []
     for order in solver_orders(options.method, evaluations, options.order):
@@ -136,14 +165,20 @@ def _singlestep(
 
 
 def _multistep(
-    evaluate: Callable[[Tensor, int], Tensor], line: _Line, x: Tensor, steps: int, options: SampleConfig
+    evaluate: Callable[[Tensor, int], Tensor],
+    line: _Line,
+    x: Tensor,
+    steps: int,
+    options: SampleConfig,
 ) -> Tensor:
     if steps < options.order:
         raise UsageError(f"sample.steps {steps} are fewer than sample.order {options.order}")
     unipc, plan, corrections = options.sampler == "unipc", [], [[0.0]]
     rule = interpolate if unipc else partial(_multi, taylor=options.taylor)
     for i in range(steps):
-        order = min(options.order, i + 1, steps - i if options.lower_order_final and steps < 10 else 3)
+        order = min(
+            options.order, i + 1, steps - i if options.lower_order_final and steps < 10 else 3
+        )
         past = list(range(i, i - order, -1))
         plan.append(line.step(i, i + 1, past, rule))
         corrections.append(line.step(i, i + 1, [i + 1, *past], interpolate))
@@ -159,9 +194,16 @@ def _multistep(
 
 
 def _adaptive(
-    denoise: Denoiser, process: Process, x: Tensor, start: Tensor, end: Tensor, predicts: str, options: SampleConfig
+    denoise: Denoiser,
+    process: Process,
+    x: Tensor,
+    start: Tensor,
+    end: Tensor,
+    predicts: str,
+    options: SampleConfig,
 ) -> Tensor:
-    """DPM-Solver-12 and -23 (Lu et al. 2022, appendix C): the difference of two orders sets the step.
+    """DPM-Solver-12 and -23 (Lu et al. 2022, appendix C): the difference of two orders sets the
+    step.
 
     Reading that difference makes the host wait at every step, and couples the images of a batch.
     """
@@ -204,8 +246,12 @@ def _adaptive(
         size = (relative * torch.maximum(tried.abs(), lower.abs())).clamp(min=absolute)
         error = ((better - tried) / size).flatten(1).square().mean(1).sqrt().max().cpu()
         if not error.isfinite():
-            raise MsmdiffError("sampling gave numbers that are not finite: try a method of fixed steps, or fp32")
+            raise MsmdiffError(
+                "sampling gave numbers that are not finite: try a method of fixed steps, or fp32"
+            )
         if error <= 1:
             x, lower, time = better, tried, ahead
-        h = torch.minimum(safety * h * error.clamp(min=1e-30) ** (-1 / order), half(end) - half(time))
+        h = torch.minimum(
+            safety * h * error.clamp(min=1e-30) ** (-1 / order), half(end) - half(time)
+        )
     return x

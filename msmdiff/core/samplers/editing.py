@@ -13,10 +13,11 @@ Wrap = Callable[[Denoiser, Tensor], tuple[Denoiser, Tensor]]
 
 
 def inpainting(process: Process, known: Tensor, keep: Tensor) -> Wrap:
-    """Replacement conditioning (Song et al. 2021, appendix I.2): the kept part is always the known x0, noised.
+    """Replacement conditioning (Song et al. 2021, appendix I.2): the kept part is always the known
+    x0, noised.
 
-    known [1, C, H, W] and keep, bool [1, 1, H, W], are in the space of the diffusion. The noise of the kept part is
-    the initial noise throughout, so that every sampler carries it along exactly.
+    known [1, C, H, W] and keep, bool [1, 1, H, W], are in the space of the diffusion. The noise of
+    the kept part is the initial noise throughout, so that every sampler carries it along exactly.
     """
 
     def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
@@ -54,11 +55,16 @@ class Trajectory:
     def pick(self, columns: int) -> list[Tensor]:
         """So many of them, evenly from the first to the last."""
         last = len(self.x0) - 1
-        return [self.x0[round(i * last / max(columns - 1, 1))] for i in range(min(columns, len(self.x0)))]
+        return [
+            self.x0[round(i * last / max(columns - 1, 1))]
+            for i in range(min(columns, len(self.x0)))
+        ]
 
 
 def slerp(a: Tensor, b: Tensor, steps: int) -> Tensor:
-    """Noises from a to b [C, H, W] along the great circle, which keeps their norm: [steps, C, H, W]."""
+    """Noises from a to b [C, H, W] along the great circle, which keeps their norm: [steps, C, H,
+    W].
+    """
     cosine = (a * b).sum() / (a.norm() * b.norm())
     angle = cosine.clamp(-1, 1).acos()
     w = torch.linspace(0, 1, steps, device=a.device).view(-1, 1, 1, 1)

@@ -32,13 +32,15 @@ def combine(
     A scale of 1 is the conditional network, of 0 the unconditional one; both cost one pass.
 
     Args:
-        x, time, y: [B, C, H, W], [B], and classes [B] or the features of a text [B, tokens, width] or None.
+        x, time, y: [B, C, H, W], [B], and classes [B] or the features of a text [B, tokens, width]
+            or None.
         null: the class that stands for no label, or the features of an empty text [tokens, width].
         scale: one number, or [B].
-        channels: guide the first so many output channels, and take the others from the conditional pass. The
-            published samplers of DiT, MDT and EDT guide 3, also where the latents have 4. A learned variance, behind
-            the C channels of the prediction, is never guided.
-        guide: a weaker network in the unconditional one's place (autoguidance, Karras et al. 2024), on the same y.
+        channels: guide the first so many output channels, and take the others from the conditional
+            pass. The published samplers of DiT, MDT and EDT guide 3, also where the latents have 4.
+            A learned variance, behind the C channels of the prediction, is never guided.
+        guide: a weaker network in the unconditional one's place (autoguidance, Karras et al. 2024),
+            on the same y.
 
     Raises UsageError for a guide whose output has another shape.
     """
@@ -48,14 +50,20 @@ def combine(
     if guide is not None:
         conditional, other = network(x, time, y), guide(x, time, y)
         if conditional.shape != other.shape:
-            raise UsageError(f"the guide gives {other.shape[1]} channels, the network {conditional.shape[1]}")
+            raise UsageError(
+                f"the guide gives {other.shape[1]} channels, the network {conditional.shape[1]}"
+            )
     else:
         assert y is not None
         empty = torch.full_like(y, null) if isinstance(null, int) else null.to(y).expand_as(y)
         if fixed and scale == 0 and channels is None:
             return network(x, time, empty)
-        conditional, other = network(torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, empty])).chunk(2)
-    strength = scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if isinstance(scale, Tensor) else scale
+        conditional, other = network(
+            torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, empty])
+        ).chunk(2)
+    strength = (
+        scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if isinstance(scale, Tensor) else scale
+    )
     mixed = other + strength * (conditional - other)
     guided = min(channels or x.shape[1], x.shape[1])
     if guided == conditional.shape[1]:
@@ -64,10 +72,14 @@ def combine(
 
 
 def power_cosine(scale: float, power: float, timesteps: int = 1000) -> Strength:
-    """MDT's schedule (Gao et al. 2023): none at t = T, rising to `scale` at t = 0, the later the larger `power`."""
+    """MDT's schedule (Gao et al. 2023): none at t = T, rising to `scale` at t = 0, the later the
+    larger `power`.
+    """
 
     def strength(time: Tensor) -> Tensor:
-        return 1 + (scale - 1) * (1 - torch.cos(math.pi * (1 - time.float() / timesteps) ** power)) / 2
+        return (
+            1 + (scale - 1) * (1 - torch.cos(math.pi * (1 - time.float() / timesteps) ** power)) / 2
+        )
 
     return strength
 
@@ -87,7 +99,8 @@ def schedule(options: SampleConfig, process: Process) -> Strength:
         over_time = power_cosine(scale, options.cfg_power, timesteps)
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise UsageError(
-            f"sample.cfg_interval {interval} must be two rising noise levels sigma / alpha, such as 0.3, 5"
+            f"sample.cfg_interval {interval} must be two rising noise levels sigma / alpha, "
+            "such as 0.3, 5"
         )
 
     def strength(t: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""Which times a sampler visits, from pure noise (t = 1) down to the clean image (t = 0), as falling float64 tensors."""
+"""Which times a sampler visits, from pure noise (t = 1) down to the clean image (t = 0), as falling
+float64 tensors.
+"""
 
 import torch
 from torch import Tensor
@@ -7,7 +9,7 @@ from msmdiff.core.config import SampleConfig
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import UsageError
 
-# ------------------------------------------------------------------ training steps, with the clean image at the end
+# ------------------------------------------------------------------ training steps, with the clean
 
 
 def even(timesteps: int, steps: int | str) -> Tensor:
@@ -17,22 +19,31 @@ def even(timesteps: int, steps: int | str) -> Tensor:
 
 
 def maskdm(timesteps: int, steps: int | str) -> Tensor:
-    """MaskDM's DDIM grid: the integer part of a float32 linspace(-1, T - 1, steps + 1); index -1 is clean."""
-    indices = torch.linspace(-1, timesteps - 1, _count(timesteps, steps) + 1, dtype=torch.float32).int().flip(0)
+    """MaskDM's DDIM grid: the integer part of a float32 linspace(-1, T - 1, steps + 1); index -1 is
+    clean.
+    """
+    indices = (
+        torch.linspace(-1, timesteps - 1, _count(timesteps, steps) + 1, dtype=torch.float32)
+        .int()
+        .flip(0)
+    )
     return (indices.double() + 1) / timesteps
 
 
 def adm(timesteps: int, steps: int | str) -> Tensor:
     """ADM's respacing (Nichol & Dhariwal 2021), then clean.
 
-    `250`: so many evenly rounded indices from 0 to T - 1. `10,20,30`: so many in each third. `ddim25`: the integer
-    stride from 0 that gives 25. Raises UsageError where there is none, or a part has fewer indices.
+    `250`: so many evenly rounded indices from 0 to T - 1. `10,20,30`: so many in each third.
+    `ddim25`: the integer stride from 0 that gives 25. Raises UsageError where there is none, or a
+    part has fewer indices.
     """
     if str(steps).startswith("ddim"):
         wanted = int(str(steps)[4:])
         strides = [s for s in range(1, timesteps + 1) if len(range(0, timesteps, s)) == wanted]
         if not strides:
-            raise UsageError(f"sample.steps {steps}: no whole stride takes {wanted} of {timesteps} time steps")
+            raise UsageError(
+                f"sample.steps {steps}: no whole stride takes {wanted} of {timesteps} time steps"
+            )
         kept = list(range(0, timesteps, strides[0]))
     else:
         counts, kept, start = [int(count) for count in str(steps).split(",")], [], 0
@@ -50,18 +61,23 @@ def adm(timesteps: int, steps: int | str) -> Tensor:
 
 def _number(steps: int | str) -> int:
     if not isinstance(steps, int):
-        raise UsageError(f"sample.steps {steps} is a spacing of the adm grid (sample.grid); other grids take a number")
+        raise UsageError(
+            f"sample.steps {steps} is a spacing of the adm grid (sample.grid); other grids "
+            "take a number"
+        )
     return steps
 
 
 def _count(timesteps: int, steps: int | str) -> int:
     steps = _number(steps)
     if not 1 <= steps <= timesteps:
-        raise UsageError(f"sample.steps {steps} must lie between 1 and the process's {timesteps} time steps")
+        raise UsageError(
+            f"sample.steps {steps} must lie between 1 and the process's {timesteps} time steps"
+        )
     return steps
 
 
-# ------------------------------------------------------------------ free times: intervals + 1, from `start` to `end`
+# ------------------------------------------------------------------ free times: intervals + 1, from
 
 
 def uniform(process: Process, intervals: int, start: float, end: float) -> Tensor:
@@ -101,15 +117,20 @@ def grid_of(options: SampleConfig) -> str:
 def visited(process: Process, options: SampleConfig) -> Tensor:
     """The times of a `sample` section.
 
-    DDIM and DDPM visit even training steps unless told otherwise, solvers even steps of log-SNR. On free times the
-    multistep solvers make `steps` intervals and stop at the last time; all others use the last of their steps to
-    reach the clean image.
+    DDIM and DDPM visit even training steps unless told otherwise, solvers even steps of log-SNR. On
+    free times the multistep solvers make `steps` intervals and stop at the last time; all others
+    use the last of their steps to reach the clean image.
 
-    Raises UsageError for a spacing or a number of steps that the grid has not, and for an end without noise.
+    Raises UsageError for a spacing or a number of steps that the grid has not, and for an end
+    without noise.
     """
     solver = options.sampler in ("dpm_solver", "dpm_solver++", "unipc")
     if (grid := grid_of(options)) in INDEX_GRIDS:
-        return INDEX_GRIDS[grid](process.timesteps, options.steps).clamp(max=process.latest).unique_consecutive()
+        return (
+            INDEX_GRIDS[grid](process.timesteps, options.steps)
+            .clamp(max=process.latest)
+            .unique_consecutive()
+        )
     steps = _number(options.steps)
     ends = (process.latest, options.end or process.earliest)
     if not process.log_snr(torch.tensor(ends[1], dtype=torch.float64)).isfinite():
@@ -120,7 +141,8 @@ def visited(process: Process, options: SampleConfig) -> Tensor:
         return torch.cat([FREE_GRIDS[grid](process, steps - 1, *ends), zero])
     if options.sampler != "unipc" and options.method in ("singlestep", "fast"):
         orders = solver_orders(options.method, steps, options.order)
-        # U-ViT's fast solver on even times goes through a fine grid; DPM-Solver-fast cuts equal steps of log-SNR.
+        # U-ViT's fast solver on even times goes through a fine grid; DPM-Solver-fast cuts equal
+        # steps of log-SNR.
         if options.method == "fast" and grid != "logsnr":
             times = FREE_GRIDS[grid](process, steps, *ends)
         else:
@@ -131,14 +153,18 @@ def visited(process: Process, options: SampleConfig) -> Tensor:
 
 
 def solver_orders(method: str, evaluations: int, order: int) -> list[int]:
-    """The orders of a singlestep solver's steps, each of which takes as many evaluations as its order.
+    """The orders of a singlestep solver's steps, each of which takes as many evaluations as its
+    order.
 
-    `singlestep`: all of one order, as many as fit. `fast`: all evaluations are used, the last ones at lower order
-    (Lu et al. 2022, appendix D.3). Raises UsageError for fewer evaluations than one step of `singlestep` takes.
+    `singlestep`: all of one order, as many as fit. `fast`: all evaluations are used, the last ones
+    at lower order (Lu et al. 2022, appendix D.3). Raises UsageError for fewer evaluations than one
+    step of `singlestep` takes.
     """
     if method == "singlestep":
         if evaluations < order:
-            raise UsageError(f"sample.steps {evaluations} are fewer than one step of sample.order {order} takes")
+            raise UsageError(
+                f"sample.steps {evaluations} are fewer than one step of sample.order {order} takes"
+            )
         return [order] * (evaluations // order)
     full, rest = divmod(evaluations, order)
     if order == 3 and rest == 0:

@@ -24,19 +24,22 @@ def save(
     config: Config,
     keep: int,
 ) -> Path:
-    """Write `checkpoints/img-NNNNNNNNN/` and refresh `weights.safetensors`; then drop all but the newest `keep`.
+    """Write `checkpoints/img-NNNNNNNNN/` and refresh `weights.safetensors`; then drop all but the
+    newest `keep`.
 
     Args:
         run: the run's directory.
         images_seen: names the checkpoint.
-        state: what torch saves beside the weights (optimiser, counters): numbers, text and tensors only.
-        networks: state dicts by file stem, `model` and any `ema-DECAY`; the first average (else the model) is what
-            sample and finetune take.
+        state: what torch saves beside the weights (optimiser, counters): numbers, text and tensors
+            only.
+        networks: state dicts by file stem, `model` and any `ema-DECAY`; the first average (else the
+            model) is what sample and finetune take.
         config: goes into every weights file.
         keep: how many checkpoints stay.
 
-    Everything goes to a temporary directory that is renamed when it is on the disk, so a kill or a full disk leaves
-    the earlier checkpoints as they were. Raises MsmdiffError when it cannot be written.
+    Everything goes to a temporary directory that is renamed when it is on the disk, so a kill or a
+    full disk leaves the earlier checkpoints as they were. Raises MsmdiffError when it cannot be
+    written.
     """
     folder = run / "checkpoints"
     final, part = folder / f"img-{images_seen:09d}", folder / f".img-{images_seen:09d}.part"
@@ -45,7 +48,9 @@ def save(
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, tensors in networks.items():
-            weights.save(part / f"{name}.safetensors", tensors, config, images_seen=images_seen, weights=name)
+            weights.save(
+                part / f"{name}.safetensors", tensors, config, images_seen=images_seen, weights=name
+            )
         torch.save(state, part / "state.pt")
         sizes = {p.name: p.stat().st_size for p in part.iterdir()}
         (part / "DONE").write_text(json.dumps(sizes))
@@ -55,7 +60,11 @@ def save(
         part.rename(final)
         _fsync(folder)
         publish(final, run, (averages or ["model"])[0])
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch and safetensors wrap a full disk in their own
+    except (
+        OSError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # torch and safetensors wrap a full disk in their own
         shutil.rmtree(part, ignore_errors=True)
         raise MsmdiffError(
             f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
@@ -76,7 +85,9 @@ def _best(run: Path) -> Path | None:
 
 
 def newest(run: Path) -> Path | None:
-    """The newest whole checkpoint of a run, or None: one whose files all have the sizes that DONE recorded."""
+    """The newest whole checkpoint of a run, or None: one whose files all have the sizes that DONE
+    recorded.
+    """
     return next((path for path in reversed(_all(run)) if _is_whole(path)), None)
 
 
@@ -88,12 +99,14 @@ def whole(run: Path) -> list[Path]:
 def clear_torn(run: Path) -> list[Path]:
     """Remove what a kill or a full disk left half written; returns the checkpoints that were.
 
-    Raises MsmdiffError, and removes nothing, when no checkpoint is whole: starting over is the user's to say.
+    Raises MsmdiffError, and removes nothing, when no checkpoint is whole: starting over is the
+        user's to say.
     """
     torn = [path for path in _all(run) if not _is_whole(path)]
     if torn and newest(run) is None:
         raise MsmdiffError(
-            f"no checkpoint under {run / 'checkpoints'} is whole (the newest is {torn[-1].name}): restore one, or "
+            f"no checkpoint under {run / 'checkpoints'} is whole (the newest is {torn[-1].name}): "
+            "restore one, or "
             "remove that folder to start over"
         )
     for path in [*torn, *(run / "checkpoints").glob(".img-*.part")]:
@@ -102,7 +115,9 @@ def clear_torn(run: Path) -> list[Path]:
 
 
 def publish(path: Path, run: Path, stem: str) -> None:
-    """Make the run's `weights.safetensors` that of a checkpoint, atomically; a link where the file system has links."""
+    """Make the run's `weights.safetensors` that of a checkpoint, atomically; a link where the file
+    system has links.
+    """
     target = run / "weights.safetensors"
     part = target.with_name(f".{target.name}.part")
     part.unlink(missing_ok=True)
@@ -115,7 +130,9 @@ def publish(path: Path, run: Path, stem: str) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The state and the networks of a checkpoint, on the CPU. Raises MsmdiffError when it cannot be read."""
+    """The state and the networks of a checkpoint, on the CPU. Raises MsmdiffError when it cannot be
+    read.
+    """
     try:
         state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
         return state, {p.stem: load_file(p) for p in path.glob("*.safetensors")}

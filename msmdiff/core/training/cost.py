@@ -16,7 +16,8 @@ class Cost:
 
     Attributes:
         parameters: numbers in the network.
-        forward_flops: floating-point operations of one image's forward pass with every token (a multiply-add is two).
+        forward_flops: floating-point operations of one image's forward pass with every token (a
+            multiply-add is two).
         masked_flops: the same with the mask.
         activation_bytes: kept for the backward pass of one image in float32, with the mask.
         tokens, kept: tokens of an image, and those that the mask keeps.
@@ -37,14 +38,16 @@ class Cost:
         return 3 * (self.masked_flops + self.two_passes * self.forward_flops)
 
     def memory_bytes(self, config: Config, processes: int = 1, sharded: bool = False) -> int:
-        """A training process's estimated memory: weights, gradients, optimiser state, averages, activations.
+        """A training process's estimated memory: weights, gradients, optimiser state, averages,
+        activations.
 
         All but the activations are divided among the processes where `sharded`.
         """
         states = {"adamw": 2, "adan": 4, "adan-pytorch": 4}[config.optim.name]
         copies = 2 + states + len(config.ema.decays)
         micro = config.train.micro_batch_size or config.train.batch_size // processes
-        # Autocast keeps most activations in half the width; checkpointing keeps about one tensor per block.
+        # Autocast keeps most activations in half the width; checkpointing keeps about one tensor
+        # per block.
         share = 0.5 if config.train.precision in ("bf16", "fp16") else 1.0
         share *= 0.1 if config.train.gradient_checkpointing else 1.0
         each = 4 * self.parameters * copies / (processes if sharded else 1)
@@ -58,8 +61,18 @@ def measure(config: Config) -> Cost:
         network = parts.backbone
         x, t = torch.empty(1, *parts.codec.shape), torch.empty(1)
         context = road.context_shape(config)
-        y = torch.empty(1, *context) if context else torch.zeros(1, dtype=torch.long) if network.num_classes else None
-        keep = torch.empty(1, parts.mask.kept, dtype=torch.long) if parts.mask.kept < parts.mask.tokens else None
+        y = (
+            torch.empty(1, *context)
+            if context
+            else torch.zeros(1, dtype=torch.long)
+            if network.num_classes
+            else None
+        )
+        keep = (
+            torch.empty(1, parts.mask.kept, dtype=torch.long)
+            if parts.mask.kept < parts.mask.tokens
+            else None
+        )
         saved: dict[int, int] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:

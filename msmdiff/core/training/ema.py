@@ -34,7 +34,9 @@ class Averages:
                 use_foreach=True,
                 include_online_model=False,
             )
-            if constant:  # ema-pytorch would otherwise copy the weights once more after the first step
+            if (
+                constant
+            ):  # ema-pytorch would otherwise copy the weights once more after the first step
                 ema.initted.fill_(True)
                 ema.step.fill_(1)
             ema.ema_model.eval()

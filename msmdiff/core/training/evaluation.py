@@ -1,4 +1,6 @@
-"""Distances along a run: while it trains, or of its checkpoints afterwards; the curve, and which was best."""
+"""Distances along a run: while it trains, or of its checkpoints afterwards; the curve, and which
+was best.
+"""
 
 import hashlib
 import json
@@ -18,17 +20,31 @@ from msmdiff.core.training.run import Run
 
 
 class Evaluator:
-    """The Fréchet distance of `eval.n` samples, seeds from 0 on, to `eval.reference`, else to the training data.
+    """The Fréchet distance of `eval.n` samples, seeds from 0 on, to `eval.reference`, else to the
+    training data.
 
-    Raises UsageError or MsmdiffError, before any training, for features or a reference that cannot be had.
+    Raises UsageError or MsmdiffError, before any training, for features or a reference that cannot
+    be had.
     """
 
-    def __init__(self, config: Config, parts: Parts, run: Run, source: Source, device: Any, note: Callable) -> None:
-        self.config, self.parts, self.run, self.device, self._note = config, parts, run, device, note
+    def __init__(
+        self, config: Config, parts: Parts, run: Run, source: Source, device: Any, note: Callable
+    ) -> None:
+        self.config, self.parts, self.run, self.device, self._note = (
+            config,
+            parts,
+            run,
+            device,
+            note,
+        )
         options, side = config.eval, config.data.image_size
         if context_shape(config):
-            raise UsageError("eval.every: measuring while training does not draw from text; set it to 0")
-        self.features = features.build(options.features, Path(options.weights) if options.weights else None, device)
+            raise UsageError(
+                "eval.every: measuring while training does not draw from text; set it to 0"
+            )
+        self.features = features.build(
+            options.features, Path(options.weights) if options.weights else None, device
+        )
         self._kept = run.path / "eval-reference.npz" if options.reference is None else None
         self._reference: Images = (
             open_input(options.reference, crop=side) if options.reference else Stored(source, side)
@@ -43,13 +59,19 @@ class Evaluator:
 
     def _drawn(self, network: Any) -> Drawn:
         config = self.config.model_copy(
-            update={"sample": previews.alone(self.config.sample, bool(self.config.model.num_classes))}
+            update={
+                "sample": previews.alone(self.config.sample, bool(self.config.model.num_classes))
+            }
         )
-        loaded = weights.Loaded(network, self.parts.process, self.parts.codec, config, {}, self.run.path)
+        loaded = weights.Loaded(
+            network, self.parts.process, self.parts.codec, config, {}, self.run.path
+        )
         return Drawn("samples", loaded, self.config.eval.n, self.device)
 
     def measured(self, images_seen: int) -> bool:
-        """Whether the run's log has this step's distance, measured as now: settings may change between two starts."""
+        """Whether the run's log has this step's distance, measured as now: settings may change
+        between two starts.
+        """
         return any(m["images"] == images_seen for m in self._alike())
 
     def _alike(self) -> list[dict[str, Any]]:
@@ -61,26 +83,40 @@ class Evaluator:
         `saved`: whether this step's checkpoint is.
         """
         if self._reference.stored is None:
-            self._note(f"measuring {len(self._reference):,} reference images ({self.features.name})")
+            self._note(
+                f"measuring {len(self._reference):,} reference images ({self.features.name})"
+            )
             self._reference.stored = evaluate.of_input(self._reference, self.features)
             if self._kept and self.run.writes:
                 statistics.save(self._kept, self._reference.stored)
         training = network.training
         drawn = evaluate.of_input(self._drawn(network.eval()), self.features, 64)
         network.train(training)
-        score, step = evaluate.compare(drawn, self._reference.stored, self.features), self.config.train.batch_size
-        line = {"images": images_seen, "step": images_seen // step, score.name: score.value, "eval_n": drawn.count}
+        score, step = (
+            evaluate.compare(drawn, self._reference.stored, self.features),
+            self.config.train.batch_size,
+        )
+        line = {
+            "images": images_seen,
+            "step": images_seen // step,
+            score.name: score.value,
+            "eval_n": drawn.count,
+        }
         self.run.log({**line, "saved": saved, "measured_as": self._how})
         if self.run.writes:
             points = [(m["images"], m[score.name], m["saved"]) for m in self._alike()]
             best = record(self.run.path, "best", score.title, points)
             if others := sum("eval_n" in m for m in self.run.metrics()) - len(points):
                 best += f" ({others} earlier, with other settings of eval or sample, do not count)"
-            self._note(f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} samples; {best}")
+            self._note(
+                f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} "
+                f"samples; {best}"
+            )
 
 
 def record(run: Path, stem: str, title: str, points: Sequence[tuple[int, float, bool]]) -> str:
-    """Note the lowest of (images seen, value, whether saved) in `STEM.json`, and draw them all in `previews/`.
+    """Note the lowest of (images seen, value, whether saved) in `STEM.json`, and draw them all in
+    `previews/`.
 
     The checkpoint that `best.json` names stays when older ones go.
     """
@@ -92,10 +128,14 @@ def record(run: Path, stem: str, title: str, points: Sequence[tuple[int, float, 
     return f"best so far {value:.4f} at image {images:,}"
 
 
-def open_run(run: Path, reference: str | None, crop: int | None) -> tuple[Path, dict[int, Path], str, int | None]:
-    """A run's directory, the weights of every whole checkpoint by images seen, and a reference with its crop.
+def open_run(
+    run: Path, reference: str | None, crop: int | None
+) -> tuple[Path, dict[int, Path], str, int | None]:
+    """A run's directory, the weights of every whole checkpoint by images seen, and a reference with
+    its crop.
 
-    The weights are the first average's, or else the model's; the reference, unless given, the training data.
+    The weights are the first average's, or else the model's; the reference, unless given, the
+    training data.
     """
     path = run if run.is_dir() else Path("runs") / run
     config = Run(path, writes=False).stored_config()
@@ -106,5 +146,8 @@ def open_run(run: Path, reference: str | None, crop: int | None) -> tuple[Path, 
     if reference is None:
         reference, crop = config.data.source, crop or config.data.image_size
         if draws(reference) or not is_data(reference):
-            raise UsageError(f"--run {run}: the data it was trained on, {reference}, is not there: name the other side")
+            raise UsageError(
+                f"--run {run}: the data it was trained on, {reference}, is not there: name "
+                "the other side"
+            )
     return path, found, reference, crop

@@ -16,11 +16,15 @@ from msmdiff.core.errors import UsageError
 from msmdiff.core.training import sharding
 
 AUTOCAST_WIDTH = 64
-"""From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions (docs/benchmarks.md)."""
+"""From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions
+(docs/benchmarks.md).
+"""
 
 
 def choose_precision(config: Config, device: str) -> Any:
-    """`auto` -> bf16 where it is faster: CUDA with bf16, or a CPU with bf16 instructions from AUTOCAST_WIDTH on."""
+    """`auto` -> bf16 where it is faster: CUDA with bf16, or a CPU with bf16 instructions from
+    AUTOCAST_WIDTH on.
+    """
     wanted = config.train.precision
     if wanted == "fp16" and device == "cpu":
         raise UsageError("train.precision fp16 needs a GPU: use bf16 or fp32 on a CPU")
@@ -34,12 +38,15 @@ def choose_precision(config: Config, device: str) -> Any:
 
 
 def accelerator(config: Config, run_path: Path) -> Any:
-    """One process of however many the launcher started. Raises UsageError for a launch that would not work together."""
+    """One process of however many the launcher started. Raises UsageError for a launch that would
+    not work together.
+    """
     from accelerate import Accelerator  # takes a second, and only training needs it
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
-    # Accelerate keeps one state per process, which would fix the precision of every later training to the first one's.
+    # Accelerate keeps one state per process, which would fix the precision of every later training
+    # to the first one's.
     AcceleratorState._reset_state()
     _refuse_lonely_launch()
     shards = sharding.plugin(config.train.precision)
@@ -47,7 +54,9 @@ def accelerator(config: Config, run_path: Path) -> Any:
     machine.prepare(config.train.threads)
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
-            raise UsageError(f"train.trackers names {tracker}, which is not installed: pip install {tracker}")
+            raise UsageError(
+                f"train.trackers names {tracker}, which is not installed: pip install {tracker}"
+            )
     made = Accelerator(
         cpu=not cuda,
         mixed_precision={"fp32": "no"}.get(config.train.precision, config.train.precision),
@@ -55,15 +64,19 @@ def accelerator(config: Config, run_path: Path) -> Any:
         project_dir=str(run_path),
         step_scheduler_with_optimizer=False,
         fsdp_plugin=shards,
-        # A plain pass leaves MDT's side block and mask token without gradients, which DDP must know.
+        # A plain pass leaves MDT's side block and mask token without gradients, which DDP must
+        # know.
         kwargs_handlers=[
             DistributedDataParallelKwargs(
-                find_unused_parameters=str(config.model.family).startswith("mdt") and config.objective.name == "dsm"
+                find_unused_parameters=str(config.model.family).startswith("mdt")
+                and config.objective.name == "dsm"
             )
         ],
     )
     if shards and not made.is_fsdp2:
-        raise UsageError("sharding (FSDP) takes processes with a GPU each: start those, or leave out --use_fsdp")
+        raise UsageError(
+            "sharding (FSDP) takes processes with a GPU each: start those, or leave out --use_fsdp"
+        )
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if launched > 1 and made.num_processes == 1:
         raise UsageError(
@@ -74,8 +87,13 @@ def accelerator(config: Config, run_path: Path) -> Any:
 
 
 def _refuse_lonely_launch() -> None:
-    # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves only this trace.
-    if os.environ.get("ACCELERATE_USE_CPU") and "MASTER_PORT" in os.environ and "WORLD_SIZE" not in os.environ:
+    # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves
+    # only this trace.
+    if (
+        os.environ.get("ACCELERATE_USE_CPU")
+        and "MASTER_PORT" in os.environ
+        and "WORLD_SIZE" not in os.environ
+    ):
         raise UsageError(
             "`accelerate launch --cpu` starts one process whatever --num_processes says: "
             "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
@@ -83,7 +101,9 @@ def _refuse_lonely_launch() -> None:
 
 
 def process() -> tuple[torch.device, bool]:
-    """Where there is no training: this process's device, and whether it reports; joined with others of a launch."""
+    """Where there is no training: this process's device, and whether it reports; joined with others
+    of a launch.
+    """
     _refuse_lonely_launch()
     machine.prepare()
     cuda = torch.cuda.is_available()
@@ -91,13 +111,16 @@ def process() -> tuple[torch.device, bool]:
         return torch.device("cuda" if cuda else "cpu"), True
     from accelerate import PartialState
 
-    # Statistics of a CPU's features are summed too, and whoever is done early waits for the slowest share.
+    # Statistics of a CPU's features are summed too, and whoever is done early waits for the slowest
+    # share.
     state = PartialState(cpu=not cuda, backend="gloo", timeout=timedelta(days=7))
     return state.device, state.is_main_process
 
 
 class Signals:
-    """While active, SIGINT and SIGTERM only leave a note, so that a step ends before the run is saved."""
+    """While active, SIGINT and SIGTERM only leave a note, so that a step ends before the run is
+    saved.
+    """
 
     def __init__(self) -> None:
         self.received: int | None = None

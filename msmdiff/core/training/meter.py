@@ -20,7 +20,9 @@ class Meter:
         mean: of a tensor over all processes, each of which reads at the same steps.
     """
 
-    def __init__(self, cost: Cost, device: torch.device, mean: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+    def __init__(
+        self, cost: Cost, device: torch.device, mean: Callable[[Tensor], Tensor] = lambda x: x
+    ) -> None:
         self.cost, self.device, self._mean = cost, device, mean
         self._reset()
 
@@ -30,8 +32,12 @@ class Meter:
         self._grad_norm = self._waited = 0.0
         self._spent = 0.0
 
-    def add(self, terms: dict[str, Tensor], grad_norm: float, images: int, seconds: float, waited: float) -> None:
-        """Take in one optimiser step: its mean loss terms, images, and time, of which `waited` for data."""
+    def add(
+        self, terms: dict[str, Tensor], grad_norm: float, images: int, seconds: float, waited: float
+    ) -> None:
+        """Take in one optimiser step: its mean loss terms, images, and time, of which `waited` for
+        data.
+        """
         for name, value in terms.items():
             self._terms[name] = self._terms[name] + value if name in self._terms else value
         self._grad_norm += grad_norm

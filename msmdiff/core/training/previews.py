@@ -24,9 +24,11 @@ def to_hwc(images: Tensor) -> np.ndarray:
 
 
 def alone(options: SampleConfig, labelled: bool) -> SampleConfig:
-    """The sample section for a network in training: no scale without labels to guide by, and no autoguidance.
+    """The sample section for a network in training: no scale without labels to guide by, and no
+    autoguidance.
 
-    That scale is for its guide, another network's weights: here it is to be seen how this one is getting on.
+    That scale is for its guide, another network's weights: here it is to be seen how this one is
+    getting on.
     """
     if labelled and options.guide is None:
         return options
@@ -38,7 +40,14 @@ def samples_at(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}-samples.png")
 
 
-def draw(network: Any, parts: Parts, config: Config, dataset: TrainingImages, device: torch.device, stem: Path) -> None:
+def draw(
+    network: Any,
+    parts: Parts,
+    config: Config,
+    dataset: TrainingImages,
+    device: torch.device,
+    stem: Path,
+) -> None:
     """Write `STEM-samples.png`, and `STEM-masked.png` where the training masks."""
     training = network.training
     network.eval()
@@ -54,9 +63,15 @@ def draw(network: Any, parts: Parts, config: Config, dataset: TrainingImages, de
 
 
 def samples(
-    network: Any, parts: Parts, config: Config, device: torch.device, count: int = 40, context: Tensor | None = None
+    network: Any,
+    parts: Parts,
+    config: Config,
+    device: torch.device,
+    count: int = 40,
+    context: Tensor | None = None,
 ) -> Image.Image:
-    """A grid of `count` samples from seeds 0, 1, ...; a conditional network shows its classes in turn, by columns.
+    """A grid of `count` samples from seeds 0, 1, ...; a conditional network shows its classes in
+    turn, by columns.
 
     A network that draws from text takes context, [count, tokens, width].
     """
@@ -88,12 +103,19 @@ def curve(path: Path, title: str, points: Sequence[tuple[int, float]]) -> None:
 
 @torch.no_grad()
 def masked_view(
-    network: Any, parts: Parts, images: Tensor, seed: int, device: torch.device, context: Tensor | None = None
+    network: Any,
+    parts: Parts,
+    images: Tensor,
+    seed: int,
+    device: torch.device,
+    context: Tensor | None = None,
 ) -> Image.Image:
-    """One column per image: the image, its visible part, that part noised, and the x0 predicted from it.
+    """One column per image: the image, its visible part, that part noised, and the x0 predicted
+    from it.
 
-    images is what the codec encodes, [N, ...]. The noise is that of t = 0.5, the mask that of the objective's last
-    pass. A network that drops tokens predicts the visible ones only; MDT fills in the others.
+    images is what the codec encodes, [N, ...]. The noise is that of t = 0.5, the mask that of the
+    objective's last pass. A network that drops tokens predicts the visible ones only; MDT fills in
+    the others.
     """
 
     def draw(purpose: str, place: torch.device | str = device) -> torch.Generator:
@@ -105,14 +127,18 @@ def masked_view(
     if keep is None:
         keep = torch.arange(parts.mask.tokens, device=device).expand(len(x0), -1)
     t = torch.full((len(x0),), 0.5, device=device)
-    x_t = parts.process.add_noise(x0, t, torch.randn(x0.shape, generator=draw("noise"), device=device))
+    x_t = parts.process.add_noise(
+        x0, t, torch.randn(x0.shape, generator=draw("noise"), device=device)
+    )
     output = network(x_t, parts.process.model_time(t), context, keep).float()
 
     def visible(tokens: Tensor) -> Tensor:
         """Kept tokens [N, K, D] -> their image, zero (mid-grey) elsewhere."""
         canvas = tokens.new_zeros(len(tokens), parts.mask.tokens, tokens.shape[-1])
         return unpatchify(
-            canvas.scatter(1, keep.unsqueeze(-1).expand_as(tokens), tokens), network.patch_size, network.grid
+            canvas.scatter(1, keep.unsqueeze(-1).expand_as(tokens), tokens),
+            network.patch_size,
+            network.grid,
         )
 
     def of_kept(image: Tensor) -> Tensor:

@@ -1,4 +1,6 @@
-"""A run: its directory, who may write there, what it was started with, its log, and what it reports."""
+"""A run: its directory, who may write there, what it was started with, its log, and what it
+reports.
+"""
 
 import fcntl
 import json
@@ -61,9 +63,13 @@ class Run:
             self._lock = (path / ".lock").open("w")
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise MsmdiffError(f"another process is training in {path}: wait for it, or give another --run") from None
+            raise MsmdiffError(
+                f"another process is training in {path}: wait for it, or give another --run"
+            ) from None
         except OSError as error:
-            raise MsmdiffError(f"run directory {path} cannot be written: {error.strerror or error}") from None
+            raise MsmdiffError(
+                f"run directory {path} cannot be written: {error.strerror or error}"
+            ) from None
 
     def stored_config(self) -> Config | None:
         """The configuration this run was started with, or None for a new run."""
@@ -77,11 +83,15 @@ class Run:
         return self.stored_config() if checkpoint.newest(self.path) else None
 
     def admit(self, config: Config) -> None:
-        """Check that `config` continues what this run computed. Raises UsageError with the differences."""
+        """Check that `config` continues what this run computed. Raises UsageError with the
+        differences.
+        """
         if (stored := self.begun()) is None:
             return
         if changes := configuration.difference(stored, config):
-            shown = "; ".join(f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items())
+            shown = "; ".join(
+                f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items()
+            )
             raise UsageError(
                 f"{self.path} was trained with another configuration ({shown}): "
                 "run the same command to resume it, or give another --run"
@@ -94,7 +104,9 @@ class Run:
         files.write_text(self.path / "config.yaml", config.to_yaml())
         files.write_json(self.path / "run.json", _circumstances(command))
         kept = [line for line in self._lines() if line["images"] <= images_seen]
-        files.write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        files.write_text(
+            self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)
+        )
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
@@ -125,7 +137,10 @@ class Run:
 def _circumstances(command: str) -> dict[str, Any]:
     package = Path(msmdiff.__file__).parent
     git = subprocess.run(
-        ["git", "-C", str(package), "describe", "--always", "--dirty"], capture_output=True, text=True, check=False
+        ["git", "-C", str(package), "describe", "--always", "--dirty"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
     return {
         "command": command,
@@ -135,6 +150,8 @@ def _circumstances(command: str) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or "cpu",
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else platform.processor() or "cpu",
         "threads": torch.get_num_threads(),
     }

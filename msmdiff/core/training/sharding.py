@@ -1,4 +1,6 @@
-"""Sharded training: Accelerate's FSDP 2 splits weights and optimiser state over processes, checkpoints stay whole."""
+"""Sharded training: Accelerate's FSDP 2 splits weights and optimiser state over processes,
+checkpoints stay whole.
+"""
 
 import os
 import sys
@@ -16,7 +18,9 @@ _WANTED = {
     "fsdp_offload_params": ("false", "false", ", and use more processes"),
     "fsdp_activation_checkpointing": ("false", "false", " and train.gradient_checkpointing=true"),
 }
-"""Accelerate's settings that matter here: their defaults, the only values that work, and what to do besides."""
+"""Accelerate's settings that matter here: their defaults, the only values that work, and what to do
+besides.
+"""
 
 
 def asked() -> bool:
@@ -25,14 +29,18 @@ def asked() -> bool:
 
 
 def plugin(precision: Any) -> Any:
-    """How Accelerate is to shard, if that is asked for. Raises UsageError for what does not work here."""
+    """How Accelerate is to shard, if that is asked for. Raises UsageError for what does not work
+    here.
+    """
     if not asked():
         return None
     for option, (default, wanted, besides) in _WANTED.items():
         if (found := os.environ.get(option.upper(), default).lower()) != wanted:
             raise UsageError(f"{option} {found} is not supported: set {option}: {wanted}{besides}")
     if precision == "fp16":
-        raise UsageError("train.precision fp16 is not supported with sharding (FSDP): use bf16 or fp32")
+        raise UsageError(
+            "train.precision fp16 is not supported with sharding (FSDP): use bf16 or fp32"
+        )
     from accelerate.utils import FullyShardedDataParallelPlugin
     from torch.distributed.fsdp import MixedPrecisionPolicy
 
@@ -40,20 +48,27 @@ def plugin(precision: Any) -> Any:
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
         transformer_cls_names_to_wrap=["Block"],
-        # Precision is autocast's as everywhere else: parameters, gradients and their sums stay fp32.
+        # Precision is autocast's as everywhere else: parameters, gradients and their sums stay
+        # fp32.
         mixed_precision_policy=MixedPrecisionPolicy(),
         cpu_ram_efficient_loading=False,  # every process starts from the same weights already
     )
 
 
 def prepare(
-    accelerator: Any, network: nn.Module, optimizer: torch.optim.Optimizer, averages: Iterable[nn.Module]
+    accelerator: Any,
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    averages: Iterable[nn.Module],
 ) -> tuple[Any, Any]:
-    """Accelerate's model and optimiser; where it shards, the averages (copies of the network) are sharded alike."""
+    """Accelerate's model and optimiser; where it shards, the averages (copies of the network) are
+    sharded alike.
+    """
     if accelerator.is_fsdp2:
         from accelerate.utils import convert_outputs_to_fp32, fsdp2_prepare_model
 
-        # Accelerate wraps a network's forward pass like this for every way of training but this one.
+        # Accelerate wraps a network's forward pass like this for every way of training but this
+        # one.
         network.forward = convert_outputs_to_fp32(accelerator.autocast()(network.forward))
         for average in averages:
             fsdp2_prepare_model(accelerator, average)
@@ -61,7 +76,9 @@ def prepare(
 
 
 def whole(tree: Any, keep: bool = True) -> Any:
-    """Nested dicts and tuples with shards put together on the CPU (None unless `keep`); every process must call it."""
+    """Nested dicts and tuples with shards put together on the CPU (None unless `keep`); every
+    process must call it.
+    """
 
     def gather(shard: Any) -> Tensor | None:
         full = shard.full_tensor()
@@ -79,7 +96,10 @@ def load(network: nn.Module, full: dict[str, Tensor]) -> None:
 def load_optimizer(optimizer: Any, state: dict[str, Any]) -> None:
     """Load an optimiser's whole state, of which torch would give every process all."""
     own = [p for group in optimizer.param_groups for p in group["params"]]
-    shares = {i: {name: _share(v, own[i]) for name, v in values.items()} for i, values in state["state"].items()}
+    shares = {
+        i: {name: _share(v, own[i]) for name, v in values.items()}
+        for i, values in state["state"].items()
+    }
     optimizer.load_state_dict({**state, "state": shares})
 
 
@@ -92,6 +112,8 @@ def _share(full: Tensor, own: Any) -> Tensor:
 
 
 def _shard_type() -> Any:
-    """DTensor, or nothing where nobody has imported it: that takes a second, and nothing is sharded then."""
+    """DTensor, or nothing where nobody has imported it: that takes a second, and nothing is sharded
+    then.
+    """
     module = sys.modules.get("torch.distributed.tensor")
     return module.DTensor if module else ()

@@ -36,7 +36,8 @@ def train(
     allow_partial: bool = False,
     command: str = "",
 ) -> Summary:
-    """Train until `train.steps` or `train.max_seconds`; continues the run in `run_path` when there is one.
+    """Train until `train.steps` or `train.max_seconds`; continues the run in `run_path` when there
+    is one.
 
     Args:
         config: need not be resolved.
@@ -45,8 +46,8 @@ def train(
         allow_partial: start from weights (`train.init_from`) even if few of them fit.
         command: what the user typed, for the run's record.
 
-    Raises UsageError for a configuration that cannot work or differs from the run's, and MsmdiffError when training
-    has to stop; whatever was checkpointed by then is intact.
+    Raises UsageError for a configuration that cannot work or differs from the run's, and
+    MsmdiffError when training has to stop; whatever was checkpointed by then is intact.
     """
     trainer = Trainer(config, run_path, reporter, allow_partial, command)
     try:
@@ -58,7 +59,9 @@ def train(
 class Trainer:
     """Everything a run needs, built once; `fit` is the loop."""
 
-    def __init__(self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str) -> None:
+    def __init__(
+        self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str
+    ) -> None:
         self.reporter = reporter
         self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
         source = open_training(config.data, self._note)
@@ -68,8 +71,13 @@ class Trainer:
             config.optim.decay_steps = begun.optim.decay_steps
         config = road.resolve(config, source.num_classes)
         source.check(config)
-        config.train.precision = launch.choose_precision(config, "cuda" if torch.cuda.is_available() else "cpu")
-        self.dataset, self.listing = TrainingImages(source, config.data, config.train.seed), source.identity()
+        config.train.precision = launch.choose_precision(
+            config, "cuda" if torch.cuda.is_available() else "cpu"
+        )
+        self.dataset, self.listing = (
+            TrainingImages(source, config.data, config.train.seed),
+            source.identity(),
+        )
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
@@ -87,7 +95,8 @@ class Trainer:
         self.micro = train.micro_batch_size or max(1, train.batch_size // world)
         if train.batch_size % (self.micro * world):
             raise UsageError(
-                f"train.batch_size {train.batch_size} does not divide by {world} processes x micro-batches of "
+                f"train.batch_size {train.batch_size} does not divide by {world} processes x "
+                "micro-batches of "
                 f"{self.micro}"
             )
 
@@ -117,12 +126,16 @@ class Trainer:
         if train.compile:
             backbone.compile()  # in place: parameter names stay as they are
         trained = (backbone, optim.build(config.optim, backbone.parameters()))
-        self.model, self.optimizer = sharding.prepare(self.accelerator, *trained, self.averages.networks.values())
+        self.model, self.optimizer = sharding.prepare(
+            self.accelerator, *trained, self.averages.networks.values()
+        )
         self.images_seen, self.seconds, self.skipped = 0, 0.0, 0
         if found:
             self._restore(found)
         self.cost = cost.measure(config)
-        self.meter = Meter(self.cost, self.device, lambda terms: self.accelerator.reduce(terms, "mean"))
+        self.meter = Meter(
+            self.cost, self.device, lambda terms: self.accelerator.reduce(terms, "mean")
+        )
         judged = (config, self.parts, self.run, self.dataset.source, self.device, self._note)
         self.evaluator = Evaluator(*judged) if config.eval.every else None
         self.run.start(config, command, self.images_seen)
@@ -138,18 +151,28 @@ class Trainer:
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
         saved_at = self.images_seen or -1
         # A kill may have come between a checkpoint and what follows it; the first process can tell.
-        previewed_at = saved_at if self._agree(self.main and previews.samples_at(self._stem).is_file()) else -1
-        measured = self.main and self.evaluator is not None and self.evaluator.measured(self.images_seen)
+        previewed_at = (
+            saved_at if self._agree(self.main and previews.samples_at(self._stem).is_file()) else -1
+        )
+        measured = (
+            self.main and self.evaluator is not None and self.evaluator.measured(self.images_seen)
+        )
         evaluated_at = saved_at if self._agree(measured) else -1
         with launch.Signals() as signals:
             while True:
                 step = self.images_seen // train.batch_size
                 told = self._agree(signals.received is not None)
-                late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
+                late = train.max_seconds is not None and self._agree(
+                    self.seconds >= train.max_seconds
+                )
                 done = self.images_seen >= total or told or late
                 if self.images_seen and (done or step % train.log_every == 0):
                     self._log(total)
-                if self.images_seen and saved_at != self.images_seen and (done or step % train.checkpoint_every == 0):
+                if (
+                    self.images_seen
+                    and saved_at != self.images_seen
+                    and (done or step % train.checkpoint_every == 0)
+                ):
                     self._save()
                     saved_at = self.images_seen
                 if told and self.images_seen < total:
@@ -160,12 +183,18 @@ class Trainer:
                     previewed_at = self.images_seen
                 due = done or (self.config.eval.every and step % self.config.eval.every == 0)
                 if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
-                    self.evaluator(self._sampled(), self.images_seen, done or step % train.checkpoint_every == 0)
+                    self.evaluator(
+                        self._sampled(),
+                        self.images_seen,
+                        done or step % train.checkpoint_every == 0,
+                    )
                     evaluated_at = self.images_seen
                 if done:
                     break
                 self._step(stream_of_batches)
-        signal = signals.received or (SIGTERM if told else None)  # of all processes, one may have been told
+        signal = signals.received or (
+            SIGTERM if told else None
+        )  # of all processes, one may have been told
         return Summary(self.run.path, self.images_seen, step, self.seconds, self.main, signal)
 
     def _step(self, stream_of_batches: Any) -> None:
@@ -174,8 +203,11 @@ class Trainer:
         rate = optim.learning_rate(self.config.optim, self.images_seen, train.batch_size)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        # Nothing draws from the global generators; this keeps it so even for a layer that one day would.
-        torch.manual_seed(key(train.seed, "global", self.accelerator.process_index, self.images_seen))
+        # Nothing draws from the global generators; this keeps it so even for a layer that one day
+        # would.
+        torch.manual_seed(
+            key(train.seed, "global", self.accelerator.process_index, self.images_seen)
+        )
         accumulate = train.batch_size // (self.micro * self.accelerator.num_processes)
         terms: dict[str, Tensor] = {}
         for i in range(accumulate):
@@ -197,7 +229,13 @@ class Trainer:
         spent = time.perf_counter() - started
         self.seconds += spent
         finite = grad_norm is not None and math.isfinite(grad_norm)
-        self.meter.add(terms, grad_norm if grad_norm is not None and finite else 0.0, train.batch_size, spent, waited)
+        self.meter.add(
+            terms,
+            grad_norm if grad_norm is not None and finite else 0.0,
+            train.batch_size,
+            spent,
+            waited,
+        )
 
     def _accumulate(self, batch: Batch, accumulate: int) -> dict[str, Tensor]:
         """Backward through one micro-batch; returns its share of the step's loss terms, detached."""
@@ -206,10 +244,15 @@ class Trainer:
             return stream(device, self.config.train.seed, purpose, batch.position)
 
         images = batch.images.to(self.device, non_blocking=True)
-        labels = batch.labels.to(self.device, non_blocking=True) if batch.labels is not None else None
+        labels = (
+            batch.labels.to(self.device, non_blocking=True) if batch.labels is not None else None
+        )
         flipped = None
         if self.config.data.hflip:
-            flipped = torch.rand(len(images), generator=draw("flip"), device=self.device) < self.config.data.hflip
+            flipped = (
+                torch.rand(len(images), generator=draw("flip"), device=self.device)
+                < self.config.data.hflip
+            )
         x0 = self.parts.codec.encode(flip(images, flipped), draw("codec"))
         terms = self.parts.objective(self.model, x0, labels, draw)
         self.accelerator.backward(terms["loss"] / accumulate)
@@ -218,7 +261,11 @@ class Trainer:
     def _checked_norm(self, terms: dict[str, Tensor]) -> float | None:
         """Clip the gradients and return their norm; None where this step must not be taken."""
         limit = self.config.optim.clip_grad_norm
-        norm = float(sharding.whole(self.accelerator.clip_grad_norm_(self.model.parameters(), limit or math.inf)))
+        norm = float(
+            sharding.whole(
+                self.accelerator.clip_grad_norm_(self.model.parameters(), limit or math.inf)
+            )
+        )
         if math.isfinite(norm):
             return norm
         loss_is_finite = all(bool(torch.isfinite(value)) for value in terms.values())
@@ -229,13 +276,18 @@ class Trainer:
         if self.config.train.on_nonfinite == "skip":
             if scaler is not None:
                 self.optimizer.step()  # leaves the step out too, and has to be told of every gradient it unscaled
-            self._note(f"image {self.images_seen:,}: gradient norm {norm}, step skipped ({self.skipped} so far)")
+            self._note(
+                f"image {self.images_seen:,}: gradient norm {norm}, step skipped "
+                f"({self.skipped} so far)"
+            )
             return None
         shown = ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
         good = checkpoint.newest(self.run.path)
         raise MsmdiffError(
-            f"stopped before the update at image {self.images_seen:,}: {shown}, gradient norm {norm}; "
-            f"the last good checkpoint is {good or 'none yet'}. A lower optim.lr or train.precision fp32 may help; "
+            f"stopped before the update at image {self.images_seen:,}: {shown}, gradient "
+            f"norm {norm}; "
+            f"the last good checkpoint is {good or 'none yet'}. A lower optim.lr or "
+            "train.precision fp32 may help; "
             "train.on_nonfinite=skip goes on and counts"
         )
 
@@ -301,7 +353,9 @@ class Trainer:
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
         networks = {"model": self.accelerator.unwrap_model(self.model).state_dict()}
-        networks |= {f"ema-{decay}": net.state_dict() for decay, net in self.averages.networks.items()}
+        networks |= {
+            f"ema-{decay}": net.state_dict() for decay, net in self.averages.networks.items()
+        }
         state, networks = sharding.whole((state, networks), keep=self.main)
         if self.main:
             keep = self.config.train.keep_checkpoints
@@ -318,25 +372,36 @@ class Trainer:
             self.parts.objective.history.load_state_dict(state["times"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.images_seen, self.seconds, self.skipped = state["images_seen"], state["seconds"], state["skipped"]
+        self.images_seen, self.seconds, self.skipped = (
+            state["images_seen"],
+            state["seconds"],
+            state["skipped"],
+        )
         listing = state.get("listing", self.listing)
         if (state["data"], listing) != (count := len(self.dataset.source), self.listing):
             others = " others, or of other classes" if state["data"] == count else ""
             raise UsageError(
-                f"{self.run.path} was trained on {state['data']:,} images, {self.config.data.source} now has "
+                f"{self.run.path} was trained on {state['data']:,} images, "
+                f"{self.config.data.source} now has "
                 f"{count:,}{others}: restore the data, or finetune --ckpt from it in another --run"
             )
         if self.main:
             stem = next((f"ema-{decay}" for decay in self.averages.networks), "model")
             checkpoint.publish(path, self.run.path, stem)
         self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
-        if state["processes"] != self.accelerator.num_processes and not self.config.train.micro_batch_size:
+        if (
+            state["processes"] != self.accelerator.num_processes
+            and not self.config.train.micro_batch_size
+        ):
             self._note(
-                f"{state['processes']} processes before, {self.accelerator.num_processes} now: other random draws"
+                f"{state['processes']} processes before, {self.accelerator.num_processes} now: "
+                "other random draws"
             )
 
     def _with_statistics(self, config: Config) -> Config:
-        """Measure what the codec needs to know of the data, once; a resumed run keeps what it measured."""
+        """Measure what the codec needs to know of the data, once; a resumed run keeps what it
+        measured.
+        """
         codec = codecs.build(config.codec, config.data.image_size)
         if not isinstance(codec, DwtCodec) or (config.codec.mean and config.codec.std):
             return config
@@ -351,26 +416,41 @@ class Trainer:
 
     def _introduce(self, total: int) -> None:
         mask, cost_, limit = self.parts.mask, self.cost, self.config.train.max_seconds
-        goal = f"{total:,} images to see" if limit is None else f"{limit:,.0f} seconds of steps, or {total:,} images"
+        goal = (
+            f"{total:,} images to see"
+            if limit is None
+            else f"{limit:,.0f} seconds of steps, or {total:,} images"
+        )
         self._note(
-            f"{self.run.path}: {cost_.parameters / 1e6:.2f} M parameters, {len(self.dataset.source):,} images, "
-            f"batch {self.config.train.batch_size}, {self.config.train.precision} on {self.device.type} x "
+            f"{self.run.path}: {cost_.parameters / 1e6:.2f} M parameters, "
+            f"{len(self.dataset.source):,} images, "
+            f"batch {self.config.train.batch_size}, {self.config.train.precision} on "
+            f"{self.device.type} x "
             f"{self.accelerator.num_processes}, {goal}"
         )
         if self.config.objective.name == "mdt":
             low, spread = self.config.mask.ratio, self.config.mask.spread or 0.0
             self._note(
-                f"a second pass hides {low:.0%}" + (f" to {low + spread:.0%}" if spread else "") + " of the tokens"
+                f"a second pass hides {low:.0%}"
+                + (f" to {low + spread:.0%}" if spread else "")
+                + " of the tokens"
             )
         elif self.config.mask.ratio or mask.kept < mask.tokens:
             self._note(
-                f"the network sees {mask.kept} of {mask.tokens} tokens ({mask.effective_ratio:.1%} hidden), "
+                f"the network sees {mask.kept} of {mask.tokens} tokens "
+                f"({mask.effective_ratio:.1%} hidden), "
                 f"{cost_.masked_flops / cost_.forward_flops:.1%} of the full pass"
             )
 
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size
-        return Chunks(self.images_seen, batch_size, self.micro, accelerator.process_index, accelerator.num_processes)
+        return Chunks(
+            self.images_seen,
+            batch_size,
+            self.micro,
+            accelerator.process_index,
+            accelerator.num_processes,
+        )
 
     def _agree(self, stop: bool) -> bool:
         """Whether any process wants to stop; all must leave the loop at the same step."""

@@ -1,4 +1,6 @@
-"""Starting from other weights: what fits is loaded, positions are resized, and everything else is named."""
+"""Starting from other weights: what fits is loaded, positions are resized, and everything else is
+named.
+"""
 
 import math
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ from msmdiff.core.weights import Stored
 
 @dataclass
 class Report:
-    """Names of parameters, by what became of them; `share` is the loaded part of the network's numbers."""
+    """Names of parameters, by what became of them; `share` is the loaded part of the network's
+    numbers.
+    """
 
     loaded: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
@@ -28,17 +32,21 @@ class Report:
         lines = [f"loaded {len(self.loaded)} tensors ({self.share:.0%} of the parameters)"]
         for name in ("resized", "missing", "unexpected"):
             if names := getattr(self, name):
-                lines.append(f"{name} {len(names)}: {', '.join(names[:6])}{', ...' if len(names) > 6 else ''}")
+                lines.append(
+                    f"{name} {len(names)}: "
+                    f"{', '.join(names[:6])}{', ...' if len(names) > 6 else ''}"
+                )
         return lines
 
 
 def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Report:
     """Load `stored` into a fresh `backbone`, in place.
 
-    Learned positions and relative-position tables go to another grid by bicubic interpolation, special tokens
-    unchanged, fixed positions are computed anew; a label table keeps the rows of the classes both have, and its null
-    class; tensors of another shape stay as initialised ("missing").
-    Raises UsageError when less than half of the network's numbers are loaded, unless `allow_partial`.
+    Learned positions and relative-position tables go to another grid by bicubic interpolation,
+    special tokens unchanged, fixed positions are computed anew; a label table keeps the rows of the
+    classes both have, and its null class; tensors of another shape stay as initialised ("missing").
+    Raises UsageError when less than half of the network's numbers are loaded, unless
+    `allow_partial`.
     """
     with torch.device("meta"):
         origin = road.build(stored.config).backbone
@@ -49,19 +57,33 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
     for name, target in own.items():
         source = stored.tensors.get(name)
         fitted = None
-        if source is not None and source.shape == target.shape and not _moved(name, origin, backbone):
+        if (
+            source is not None
+            and source.shape == target.shape
+            and not _moved(name, origin, backbone)
+        ):
             fitted = source
             report.loaded.append(name)
         elif source is not None and name in fixed:
             fitted = target
             report.resized.append(name)
-        elif source is not None and name.endswith("pos_embed") and source.shape[-1] == target.shape[-1]:
+        elif (
+            source is not None
+            and name.endswith("pos_embed")
+            and source.shape[-1] == target.shape[-1]
+        ):
             fitted = _resize_positions(source, target, origin, backbone)
             report.resized.append(name)
-        elif source is not None and name.endswith("bias_table") and source.shape[-1] == target.shape[-1]:
+        elif (
+            source is not None
+            and name.endswith("bias_table")
+            and source.shape[-1] == target.shape[-1]
+        ):
             fitted = _resize_bias_table(source, target)
             report.resized.append(name)
-        elif name == "label_emb.weight" and source is not None and source.shape[1] == target.shape[1]:
+        elif (
+            name == "label_emb.weight" and source is not None and source.shape[1] == target.shape[1]
+        ):
             fitted, shared = target.clone(), min(origin.num_classes, backbone.num_classes)
             fitted[:shared] = source[:shared]
             if len(source) > origin.num_classes and len(target) > backbone.num_classes:
@@ -76,14 +98,17 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
     if report.share < 0.5 and not allow_partial:
         details = "; ".join(report.lines()[1:])
         raise UsageError(
-            f"only {report.share:.0%} of the network's parameters are in {stored.path} ({details}): is it another "
+            f"only {report.share:.0%} of the network's parameters are in {stored.path} "
+            f"({details}): is it another "
             "architecture? --allow-partial starts from it all the same"
         )
     return report
 
 
 def _moved(name: str, origin: Any, backbone: Any) -> bool:
-    """Same shape, other meaning: the grid, the special tokens or the classes changed, and the rows happen to agree."""
+    """Same shape, other meaning: the grid, the special tokens or the classes changed, and the rows
+    happen to agree.
+    """
     if name == "label_emb.weight":
         return origin.num_classes != backbone.num_classes
     same = _grids(origin) == _grids(backbone) and origin.special_tokens == backbone.special_tokens
@@ -96,7 +121,9 @@ def _grids(network: Any) -> list[tuple[int, int]]:
 
 
 def _resize_positions(source: Tensor, target: Tensor, origin: Any, backbone: Any) -> Tensor:
-    """[1, S + L, D] -> [1, S' + L', D], grid by grid; a special token that is new keeps its fresh row."""
+    """[1, S + L, D] -> [1, S' + L', D], grid by grid; a special token that is new keeps its fresh
+    row.
+    """
     fitted = target.clone()
     for row, token in enumerate(backbone.special_tokens):
         if token in origin.special_tokens:
@@ -104,24 +131,31 @@ def _resize_positions(source: Tensor, target: Tensor, origin: Any, backbone: Any
     old, new = len(origin.special_tokens), len(backbone.special_tokens)
     for grid, size in zip(_grids(origin), _grids(backbone), strict=True):
         patches, old = source[:, old : old + math.prod(grid)], old + math.prod(grid)
-        fitted[:, new : new + math.prod(size)] = patches if grid == size else _interpolate(patches, grid, size)
+        fitted[:, new : new + math.prod(size)] = (
+            patches if grid == size else _interpolate(patches, grid, size)
+        )
         new += math.prod(size)
     return fitted
 
 
 def _resize_bias_table(source: Tensor, target: Tensor) -> Tensor:
-    """Biases by relative position on square grids, [(2n - 1)^2 + spare, heads] -> those of another n.
+    """Biases by relative position on square grids, [(2n - 1)^2 + spare, heads] -> those of another
+    n.
 
-    The outermost positions meet the outermost: a head that looks at the far corner still does. MDT's spare rows, which
-    nothing reads, stay as they are.
+    The outermost positions meet the outermost: a head that looks at the far corner still does.
+    MDT's spare rows, which nothing reads, stay as they are.
     """
     old, new = math.isqrt(len(source)), math.isqrt(len(target))
     table = _interpolate(source[None, : old**2], (old, old), (new, new), align_corners=True)[0]
     return torch.cat([table, target[new**2 :]])
 
 
-def _interpolate(rows: Tensor, grid: tuple[int, int], size: tuple[int, int], align_corners: bool = False) -> Tensor:
+def _interpolate(
+    rows: Tensor, grid: tuple[int, int], size: tuple[int, int], align_corners: bool = False
+) -> Tensor:
     """[1, rows * columns, D] on one grid -> the same field on another, bicubic."""
     image = rows.transpose(1, 2).unflatten(2, grid)  # [1, D, rows, columns]
-    image = F.interpolate(image, size=size, mode="bicubic", align_corners=align_corners, antialias=not align_corners)
+    image = F.interpolate(
+        image, size=size, mode="bicubic", align_corners=align_corners, antialias=not align_corners
+    )
     return image.flatten(2).transpose(1, 2)

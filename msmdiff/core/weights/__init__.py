@@ -26,7 +26,9 @@ FORMAT_VERSION = 1
 
 @dataclass
 class Stored:
-    """A weights file as it lies on disk: the tensors, the configuration they belong to, and notes about them."""
+    """A weights file as it lies on disk: the tensors, the configuration they belong to, and notes
+    about them.
+    """
 
     path: Path
     tensors: dict[str, Tensor]
@@ -51,10 +53,17 @@ class Loaded:
 def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -> None:
     """Write a weights file, atomically: an existing file is replaced only by a whole one.
 
-    The configuration, the format's version and the notes (images seen, which average, ...) go into the metadata.
+    The configuration, the format's version and the notes (images seen, which average, ...) go into
+    the metadata.
     """
-    about = {"version": FORMAT_VERSION, "config": config.as_dict(), **{k: str(v) for k, v in notes.items()}}
-    metadata = {"msmdiff": json.dumps(about)}  # one entry: safetensors writes several in no particular order
+    about = {
+        "version": FORMAT_VERSION,
+        "config": config.as_dict(),
+        **{k: str(v) for k, v in notes.items()},
+    }
+    metadata = {
+        "msmdiff": json.dumps(about)
+    }  # one entry: safetensors writes several in no particular order
     part = path.with_name(f".{path.name}.part")
     save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
     with part.open("rb") as file:
@@ -62,16 +71,19 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -
     part.replace(path)
 
 
-def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto") -> Stored:
+def read(
+    path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto"
+) -> Stored:
     """Read a weights file, ours or a published project's, onto the CPU.
 
     Args:
-        given: model fields for a published file whose shapes do not tell them (num_heads), see `published.read`.
+        given: model fields for a published file whose shapes do not tell them (num_heads), see
+            `published.read`.
         average: take a published checkpoint's averaged weights where it has them.
         family: the published project, or auto.
 
-    Raises MsmdiffError or UsageError for a file that is missing, truncated, of no known layout or from a newer
-    version. Nothing in it is executed.
+    Raises MsmdiffError or UsageError for a file that is missing, truncated, of no known layout or
+    from a newer version. Nothing in it is executed.
     """
     if is_ours(path):
         about = _about(path)
@@ -81,7 +93,9 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
         except (SafetensorError, OSError) as error:
             raise MsmdiffError(f"{path} is truncated or damaged: {error}") from None
     found = published.read(path, given, average, family)
-    config = road.resolve(configuration.build({**found.sections, "model": found.model.model_dump()}))
+    config = road.resolve(
+        configuration.build({**found.sections, "model": found.model.model_dump()})
+    )
     return Stored(path, found.tensors, config, found.notes)
 
 
@@ -105,7 +119,10 @@ def _about(path: Path) -> dict[str, Any]:
     except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
         raise MsmdiffError(f"{path} has damaged metadata: {error}") from None
     if version > FORMAT_VERSION:
-        raise MsmdiffError(f"{path} was written by a newer msmdiff; this one reads format {FORMAT_VERSION}: upgrade it")
+        raise MsmdiffError(
+            f"{path} was written by a newer msmdiff; this one reads format "
+            f"{FORMAT_VERSION}: upgrade it"
+        )
     return about
 
 
@@ -115,25 +132,36 @@ def load(
     layers: Sequence[dict[str, Any]] = (),
     **model_fields: Any,
 ) -> Loaded:
-    """The network of a weights file, a run, or a published checkpoint, in evaluation mode on `device`.
+    """The network of a weights file, a run, or a published checkpoint, in evaluation mode on
+    `device`.
 
     Args:
         path: as `locate` takes it; of a run, `sample.ema` says which average.
-        layers: nested configuration dictionaries laid over the stored one, for example {"codec": {"vae": FOLDER}}.
+        layers: nested configuration dictionaries laid over the stored one, for example {"codec":
+            {"vae": FOLDER}}.
         model_fields: what the shapes of a published checkpoint do not tell, such as num_heads=16.
 
-    Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a source that is not
-    there or does not say enough.
+    Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a
+    source that is not there or does not say enough.
     """
-    asked = [layer["sample"]["ema"] for layer in layers if (layer.get("sample") or {}).get("ema") is not None]
+    asked = [
+        layer["sample"]["ema"]
+        for layer in layers
+        if (layer.get("sample") or {}).get("ema") is not None
+    ]
     stored = read(locate(path, ema=asked[-1] if asked else None), model_fields)
     config = road.resolve(configuration.build(stored.config.as_dict(), *layers))
-    if config.sample.ema is not None and not asked and not Path(path).is_file():  # as the run was set up
+    if (
+        config.sample.ema is not None and not asked and not Path(path).is_file()
+    ):  # as the run was set up
         stored = read(locate(path, ema=config.sample.ema), model_fields)
     own = stored.config.model.model_dump() if is_ours(stored.path) else model_fields
     for name, value in model_fields.items():
         if own.get(name) != value:
-            raise UsageError(f"model.{name} {value}: {stored.path} says itself what its network is ({own.get(name)})")
+            raise UsageError(
+                f"model.{name} {value}: {stored.path} says itself what its network is "
+                f"({own.get(name)})"
+            )
     codecs.check(config.codec, [key for layer in layers for key in layer.get("codec") or {}])
     parts = road.build(config)
     try:
@@ -143,15 +171,21 @@ def load(
     backbone = parts.backbone.to(device).eval().requires_grad_(False)
     if config.sample.amm is not None:
         if not hasattr(backbone, "set_amm"):
-            raise UsageError(f"sample.amm {config.sample.amm}: {config.model.family} has no attention modulation")
+            raise UsageError(
+                f"sample.amm {config.sample.amm}: {config.model.family} has no attention modulation"
+            )
         formula = config.model.model_dump().get("amm_formula", "exp")
         backbone.set_amm(config.sample.amm, formula, cfg_scale=config.sample.cfg_scale)
     guide = _guide(config, parts.codec.shape, device) if config.sample.guide else None
-    return Loaded(backbone, parts.process.to(device), parts.codec, config, stored.notes, stored.path, guide)
+    return Loaded(
+        backbone, parts.process.to(device), parts.codec, config, stored.notes, stored.path, guide
+    )
 
 
 def _guide(config: Config, shape: tuple[int, int, int], device: torch.device | str) -> Any:
-    """The network of `sample.guide`. Raises UsageError where it does not predict what the guided one does."""
+    """The network of `sample.guide`. Raises UsageError where it does not predict what the guided
+    one does.
+    """
     source = str(config.sample.guide)
     plain = {"sample": {"guide": None, "amm": None}}
     guide = load(locate(source, ema=config.sample.guide_ema), device, (plain,))
@@ -159,12 +193,14 @@ def _guide(config: Config, shape: tuple[int, int, int], device: torch.device | s
     for name in ("schedule", "timesteps", "prediction"):
         if getattr(ours, name) != getattr(theirs, name):
             raise UsageError(
-                f"the guide {source} has process.{name} {getattr(theirs, name)}, not {getattr(ours, name)}: "
+                f"the guide {source} has process.{name} {getattr(theirs, name)}, not "
+                f"{getattr(ours, name)}: "
                 "a guide is a weaker version of the same model"
             )
     if guide.codec.shape != shape or guide.config.model.num_classes != config.model.num_classes:
         raise UsageError(
-            f"the guide {source} is for {guide.codec.shape} and {guide.config.model.num_classes} classes, "
+            f"the guide {source} is for {guide.codec.shape} and "
+            f"{guide.config.model.num_classes} classes, "
             f"not {shape} and {config.model.num_classes}"
         )
     return guide.backbone
@@ -173,8 +209,8 @@ def _guide(config: Config, shape: tuple[int, int, int], device: torch.device | s
 def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = None) -> Path:
     """The weights file that a user means by a file, a run directory, or a run's name.
 
-    `ema` picks another average of a run than the first: that of its newest checkpoint. Raises UsageError when there
-    is no such run, or none of its weights yet.
+    `ema` picks another average of a run than the first: that of its newest checkpoint. Raises
+    UsageError when there is no such run, or none of its weights yet.
     """
     for path in (Path(source), runs / source):
         if path.is_dir() and any(path.glob("nnet*.pth")):
@@ -182,19 +218,26 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
         if path.is_dir():
             if ema is not None:
                 averages = sorted(
-                    path.glob(f"checkpoints/img-*/ema-{ema:g}.safetensors"), key=lambda p: (len(p.parent.name), p)
+                    path.glob(f"checkpoints/img-*/ema-{ema:g}.safetensors"),
+                    key=lambda p: (len(p.parent.name), p),
                 )
                 if not averages:
                     raise UsageError(f"{path} has no average with decay {ema:g} in its checkpoints")
                 return averages[-1]
             if not (path / "weights.safetensors").is_file():
-                raise UsageError(f"{path} holds no weights.safetensors: is it a run that has saved a checkpoint?")
+                raise UsageError(
+                    f"{path} holds no weights.safetensors: is it a run that has saved a checkpoint?"
+                )
             return path / "weights.safetensors"
         if path.is_file():
             if ema is not None:
-                raise UsageError(f"{path} is one file: which average (--ema {ema:g}) can be chosen of a run only")
+                raise UsageError(
+                    f"{path} is one file: which average (--ema {ema:g}) can be chosen of a run only"
+                )
             return path
-    raise UsageError(f"'{source}' is neither a weights file nor a run directory, here or under {runs}/")
+    raise UsageError(
+        f"'{source}' is neither a weights file nor a run directory, here or under {runs}/"
+    )
 
 
 def newest(runs: Path = Path("runs")) -> Path:
@@ -202,7 +245,8 @@ def newest(runs: Path = Path("runs")) -> Path:
     found = list(runs.glob("*/weights.safetensors"))
     if not found:
         raise UsageError(
-            f"no run with weights under {runs}/: name a run or a file, or train one with `msmdiff pretrain`"
+            f"no run with weights under {runs}/: name a run or a file, or train one with "
+            "`msmdiff pretrain`"
         )
     return max(found, key=lambda p: p.stat().st_mtime).parent
 

@@ -21,16 +21,21 @@ PAIRS: Pairs = [
 ]
 
 CAVEAT = (
-    "diffusers spaces DiT's time frequencies over 127 steps where DiT has 128, so its outputs equal ours at t = 0 "
-    "only; for equal ones at every t, set block.norm1.emb.time_proj.downscale_freq_shift = 0 on each transformer block"
+    "diffusers spaces DiT's time frequencies over 127 steps where DiT has 128, so its outputs "
+    "equal ours at t = 0 "
+    "only; for equal ones at every t, set block.norm1.emb.time_proj.downscale_freq_shift = 0 on "
+    "each transformer block"
 )
 
 
-def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int]) -> tuple[dict[str, Any], Tensors]:
+def export(
+    tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int]
+) -> tuple[dict[str, Any], Tensors]:
     """A DiT's tensors -> the content of `config.json`, and diffusers' state dict.
 
-    diffusers keeps a copy of the time and label embeddings in every block. Raises UsageError for a network that its
-    class cannot hold: another family, an unconditional one, another MLP ratio than 4.
+    diffusers keeps a copy of the time and label embeddings in every block. Raises UsageError for a
+    network that its class cannot hold: another family, an unconditional one, another MLP ratio than
+    4.
     """
     fields = model.model_dump()
     problem = ""
@@ -43,7 +48,9 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int]) ->
     elif int(fields["hidden_size"] * fields["mlp_ratio"]) != 4 * fields["hidden_size"]:
         problem = f"model.mlp_ratio {fields['mlp_ratio']}"
     if problem:
-        raise UsageError(f"--format diffusers holds class-conditional DiT with an MLP ratio of 4, not {problem}")
+        raise UsageError(
+            f"--format diffusers holds class-conditional DiT with an MLP ratio of 4, not {problem}"
+        )
     channels, side, _ = shape
     config = {
         "_class_name": "DiTTransformer2DModel",
@@ -58,11 +65,20 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int]) ->
         "norm_eps": 1e-6,
     }
     state = rename({k: v for k, v in tensors.items() if k != "pos_embed"}, PAIRS)
-    state["pos_embed.proj.weight"] = linear_to_kernel(state["pos_embed.proj.weight"], fields["patch_size"])
+    state["pos_embed.proj.weight"] = linear_to_kernel(
+        state["pos_embed.proj.weight"], fields["patch_size"]
+    )
     for name in [n for n in state if ".to_qkv." in n]:
         q, k, v = state.pop(name).chunk(3)
-        state |= {name.replace("to_qkv", f"to_{part}"): t.clone() for part, t in (("q", q), ("k", k), ("v", v))}
-    shared = {name: state.pop(name) for name in list(state) if name.startswith(("time_embed.", "label_emb."))}
+        state |= {
+            name.replace("to_qkv", f"to_{part}"): t.clone()
+            for part, t in (("q", q), ("k", k), ("v", v))
+        }
+    shared = {
+        name: state.pop(name)
+        for name in list(state)
+        if name.startswith(("time_embed.", "label_emb."))
+    }
     for i in range(fields["depth"]):
         for theirs, ours in (("linear_1", "time_embed.0"), ("linear_2", "time_embed.2")):
             for part in ("weight", "bias"):

@@ -32,7 +32,9 @@ ENDS: Pairs = [
 
 
 def matches(names: set[str]) -> bool:
-    return "x_embedder.proj.weight" in names and not any(n.startswith(("sideblocks.", "down_blocks.")) for n in names)
+    return "x_embedder.proj.weight" in names and not any(
+        n.startswith(("sideblocks.", "down_blocks.")) for n in names
+    )
 
 
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
@@ -63,13 +65,19 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
 # ------------------------------------------------------------------ shared with MDT and EDT
 
 
-def read_ends(tensors: Tensors, given: Mapping[str, Any]) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
+def read_ends(
+    tensors: Tensors, given: Mapping[str, Any]
+) -> tuple[tuple[int, int, int], int, dict[str, Any]]:
     """Input shape, classes, and the fields that the embeddings and the final layer tell."""
     width, channels, patch, _ = tensors["x_embedder.proj.weight"].shape
     side = patch * side_of(tensors["pos_embed"].shape[1], "pos_embed")
     table = tensors.get("y_embedder.embedding_table.weight")
     out = len(tensors["final_layer.linear.bias"])
-    fields = {"patch_size": patch, "hidden_size": width, "learn_sigma": out == 2 * channels * patch**2}
+    fields = {
+        "patch_size": patch,
+        "hidden_size": width,
+        "learn_sigma": out == 2 * channels * patch**2,
+    }
     if table is None:
         return (channels, side, side), 0, fields
     fields["null_class"] = has_null_class(given, len(table))
@@ -89,9 +97,12 @@ def ends_to_published(tensors: Tensors, network: Network, pairs: Pairs) -> Tenso
 def adm_sections(network: Network, preset: dict[str, Any]) -> dict[str, Any]:
     """What these networks were trained for, and the `sample` section they were sampled with.
 
-    The scale is 1 where there is nothing to guide away from. A variance that is not learned is beta.
+    The scale is 1 where there is nothing to guide away from. A variance that is not learned is
+    beta.
     """
     guided = network.num_classes and network.fields.get("null_class", True)
     common = latent_sections(network.shape) | no_label_dropout(network)
     common["process"] = {"schedule": "linear", "timesteps": 1000, "prediction": "eps"}
-    return common | {"sample": preset | ({} if guided else {"cfg_scale": 1.0, "cfg_schedule": "constant"})}
+    return common | {
+        "sample": preset | ({} if guided else {"cfg_scale": 1.0, "cfg_schedule": "constant"})
+    }

@@ -25,15 +25,21 @@ def matches(names: set[str]) -> bool:
 
 
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
-    """Stage depths come from the blocks' widths and tables: the published table does not fit the published figures."""
+    """Stage depths come from the blocks' widths and tables: the published table does not fit the
+    published figures.
+    """
     shape, num_classes, fields = read_ends(tensors, given)
     tables = [tensors.get(f"blocks.{i}.{TABLE}") for i in range(count(tensors, "blocks."))]
     if any(table is None for table in tables):
-        raise MsmdiffError("an EDT checkpoint has a relative-position table in every block, and this one lacks some")
+        raise MsmdiffError(
+            "an EDT checkpoint has a relative-position table in every block, and this "
+            "one lacks some"
+        )
     stages = [list(group) for _, group in groupby(tables, key=lambda table: table.shape)]  # type: ignore[union-attr]
     if len(stages) != 5:
         raise MsmdiffError(
-            f"an EDT checkpoint has five stages, and this one's relative-position tables form {len(stages)}"
+            "an EDT checkpoint has five stages, and this one's relative-position tables form "
+            f"{len(stages)}"
         )
     depths = [len(stage) for stage in stages]
     starts = [sum(depths[:i]) for i in range(5)]
@@ -42,7 +48,9 @@ def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
         "stage_widths": widths,
         "stage_depths": depths,
         "stage_heads": [stage[0].shape[1] for stage in stages],  # type: ignore[union-attr]
-        "mlp_ratio": mlp_ratio({widths[s]: len(tensors[f"blocks.{i}.mlp.fc1.bias"]) for s, i in enumerate(starts)}),
+        "mlp_ratio": mlp_ratio(
+            {widths[s]: len(tensors[f"blocks.{i}.mlp.fc1.bias"]) for s, i in enumerate(starts)}
+        ),
         # XL is the size with this mask, and the only one with so many blocks in its first stage.
         "mid_mask": depths[0] > edt.MID_BLOCK,
         "amm": "default" if sum(depths) in edt.EDT.AMM else "off",
@@ -59,7 +67,9 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
-    """Linear schedule with learned variance, min-SNR weights; strength 4 as in the published image generator."""
+    """Linear schedule with learned variance, min-SNR weights; strength 4 as in the published image
+    generator.
+    """
     known = network.fields["amm"] == "default"  # else the authors chose no blocks for this depth
     common = adm_sections(network, PRESETS["edt"] | ({} if known else {"amm": None}))
     common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
@@ -68,5 +78,7 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
 
 def _numbering(network: Network) -> Pairs:
     """Block numbers run on through the stages."""
-    places = [(s, j) for s, depth in enumerate(network.fields["stage_depths"]) for j in range(depth)]
+    places = [
+        (s, j) for s, depth in enumerate(network.fields["stage_depths"]) for j in range(depth)
+    ]
     return [(f"blocks.{i}.", f"stages.{s}.{j}.") for i, (s, j) in enumerate(places)]

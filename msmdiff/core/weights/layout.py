@@ -1,4 +1,6 @@
-"""What the maps of the published layouts have in common: reading shapes, renaming, and reshaping patch kernels."""
+"""What the maps of the published layouts have in common: reading shapes, renaming, and reshaping
+patch kernels.
+"""
 
 import math
 from collections.abc import Iterable, Mapping
@@ -15,7 +17,9 @@ Pairs = list[tuple[str, str]]
 
 @dataclass(frozen=True)
 class Network:
-    """A network as its tensors describe it: our family, its input (C, H, W), its classes, its constructor's fields."""
+    """A network as its tensors describe it: our family, its input (C, H, W), its classes, its
+    constructor's fields.
+    """
 
     family: str
     shape: tuple[int, int, int]
@@ -24,7 +28,9 @@ class Network:
 
 
 def rename(tensors: Mapping[str, Tensor], pairs: Pairs) -> Tensors:
-    """Rename keys by (old, new) pairs: the first that the key starts with, then every pair that begins with a dot."""
+    """Rename keys by (old, new) pairs: the first that the key starts with, then every pair that
+    begins with a dot.
+    """
 
     def renamed(name: str) -> str:
         for old, new in pairs:
@@ -68,29 +74,43 @@ def side_of(tokens: float, what: str) -> int:
 
 
 def mlp_ratio(inner: Mapping[int, int]) -> float:
-    """The ratio from which a constructor computes int(width * ratio) = inner[width], of few digits where there is one.
+    """The ratio from which a constructor computes int(width * ratio) = inner[width], of few digits
+    where there is one.
 
     Raises MsmdiffError where no ratio gives all.
     """
-    low, high = max(n / width for width, n in inner.items()), min((n + 1) / width for width, n in inner.items())
+    low, high = (
+        max(n / width for width, n in inner.items()),
+        min((n + 1) / width for width, n in inner.items()),
+    )
     for ratio in (low, *(round((low + high) / 2, digits) for digits in range(16))):
         if all(int(width * ratio) == n for width, n in inner.items()):
             return ratio
-    raise MsmdiffError(f"no one MLP ratio gives the inner widths {list(inner.values())} at {list(inner)}")
+    raise MsmdiffError(
+        f"no one MLP ratio gives the inner widths {list(inner.values())} at {list(inner)}"
+    )
 
 
-def heads(given: Mapping[str, Any], sizes: Iterable[Mapping[str, Any]], width: int, depth: int, odd: bool) -> int:
-    """Attention heads, which shapes do not tell: as given, else those of the published sizes of this width and depth.
+def heads(
+    given: Mapping[str, Any], sizes: Iterable[Mapping[str, Any]], width: int, depth: int, odd: bool
+) -> int:
+    """Attention heads, which shapes do not tell: as given, else those of the published sizes of
+    this width and depth.
 
     `odd`: depths 2k and 2k + 1 are the same network. Raises UsageError when neither says.
     """
     if "num_heads" in given:
         return int(given["num_heads"])
     group = 2 if odd else 1
-    known = {s["num_heads"] for s in sizes if s["hidden_size"] == width and s["depth"] // group == depth // group}
+    known = {
+        s["num_heads"]
+        for s in sizes
+        if s["hidden_size"] == width and s["depth"] // group == depth // group
+    }
     if len(known) != 1:
         raise UsageError(
-            f"the number of attention heads cannot be read from shapes, and no published size has width {width} and "
+            "the number of attention heads cannot be read from shapes, and no published size has "
+            f"width {width} and "
             f"depth {depth}: give it with --set model.num_heads=... (a divisor of {width})"
         )
     return known.pop()
@@ -100,7 +120,8 @@ IMAGENET_CLASSES = 1000
 
 
 def has_null_class(given: Mapping[str, Any], rows: int) -> bool:
-    """Whether the last row of a label table is the null class: as given, or else unless there are 1000 rows.
+    """Whether the last row of a label table is the null class: as given, or else unless there are
+    1000 rows.
 
     U-ViT's ImageNet-64 models were published without one.
     """
@@ -109,11 +130,15 @@ def has_null_class(given: Mapping[str, Any], rows: int) -> bool:
 
 def no_label_dropout(network: Network) -> dict[str, Any]:
     """The part of the configuration that follows from having no null class."""
-    return {"objective": {"label_dropout": 0.0}} if network.fields.get("null_class") is False else {}
+    return (
+        {"objective": {"label_dropout": 0.0}} if network.fields.get("null_class") is False else {}
+    )
 
 
 def latent_sections(shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Configuration of data and codec: four channels are Stable Diffusion's latents, three are pixels."""
+    """Configuration of data and codec: four channels are Stable Diffusion's latents, three are
+    pixels.
+    """
     channels, _, side = shape
     if channels == 4:
         return {"data": {"image_size": 8 * side}, "codec": {"name": "vae"}}

@@ -46,9 +46,13 @@ def matches(names: set[str]) -> bool:
 
 def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     wavelet = "approx_to_output.weight" in tensors
-    kernel = tensors["encoder.approx_patch_embed.proj.weight" if wavelet else "encoder.patch_embed.proj.weight"]
+    kernel = tensors[
+        "encoder.approx_patch_embed.proj.weight" if wavelet else "encoder.patch_embed.proj.weight"
+    ]
     width, channels, patch, _ = kernel.shape
-    fields = {"patch_size": patch, "hidden_size": width} | read_blocks(tensors, given, width, "encoder.")
+    fields = {"patch_size": patch, "hidden_size": width} | read_blocks(
+        tensors, given, width, "encoder."
+    )
     labels = tensors.get("encoder.label_emb.weight")
     num_classes = 0 if labels is None else len(labels)
     tokens = tensors["encoder.encoder_pos_embed"].shape[1] - (1 if labels is None else 2)
@@ -58,7 +62,9 @@ def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     _, details, detail_patch, _ = tensors["encoder.detail_patch_embed.proj.weight"].shape
     scale = detail_patch // patch
     side = patch * side_of(tokens * scale**2 / (scale**2 + 1), "encoder_pos_embed")
-    return Network("maskdwt", (channels + details, side, side), num_classes, fields | {"detail_scale": scale})
+    return Network(
+        "maskdwt", (channels + details, side, side), num_classes, fields | {"detail_scale": scale}
+    )
 
 
 def to_ours(tensors: Tensors, network: Network) -> Tensors:
@@ -67,7 +73,8 @@ def to_ours(tensors: Tensors, network: Network) -> Tensors:
         ours[name] = kernel_to_linear(ours[name])
     if (null := ours.pop("uncond_embed", None)) is not None:
         ours["label_emb.weight"] = torch.cat([ours["label_emb.weight"], null.reshape(1, -1)])
-    # There is no bias for the keys: it adds the same to all scores of a query, which softmax does not see.
+    # There is no bias for the keys: it adds the same to all scores of a query, which softmax does
+    # not see.
     for name in [n for n in ours if n.endswith("attn.q_bias")]:
         q = ours.pop(name)
         v = ours.pop(name.replace("q_bias", "v_bias"))
@@ -86,15 +93,21 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
         tensors |= {"label_emb.weight": table[:-1].clone(), "uncond_embed": table[-1:].clone()}
     for name in [n for n in tensors if n.endswith("attn.qkv.bias")]:
         q, _, v = tensors.pop(name).chunk(3)
-        tensors |= {name.replace("qkv.bias", "q_bias"): q.clone(), name.replace("qkv.bias", "v_bias"): v.clone()}
+        tensors |= {
+            name.replace("qkv.bias", "q_bias"): q.clone(),
+            name.replace("qkv.bias", "v_bias"): v.clone(),
+        }
     return rename(tensors, BACK)
 
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
-    """The schedule is the one of the buffers beside the network; a bare state dict is taken for cosine."""
+    """The schedule is the one of the buffers beside the network; a bare state dict is taken for
+    cosine.
+    """
     _, _, side = network.shape
     if network.family == "maskdwt":
-        # Coefficients of an image in 0..1, the approximation mapped by 2v - 1; ours are of an image in -1..1.
+        # Coefficients of an image in 0..1, the approximation mapped by 2v - 1; ours are of an image
+        # in -1..1.
         codec = {
             "name": "dwt",
             "wavelet": "haar",
@@ -111,7 +124,8 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
 
 
 def checkpoint(state: Tensors, alpha_bar: Tensor) -> dict[str, Any]:
-    """The file around a network's keys: MaskDM's training code reads `model`, its evaluation `ema` and the buffers.
+    """The file around a network's keys: MaskDM's training code reads `model`, its evaluation `ema`
+    and the buffers.
 
     alpha_bar [T + 1] float64 is `Process.alpha_bar`, from 1 at the clean image on.
     """
@@ -135,7 +149,9 @@ def checkpoint(state: Tensors, alpha_bar: Tensor) -> dict[str, Any]:
         "posterior_mean_coef2": (1 - before) * alphas.sqrt() / (1 - now),
     }
     model = {f"model.{k}": v for k, v in state.items()} | {k: v.float() for k, v in buffers.items()}
-    copies = {f"{place}.{k}": v for place in ("online_model", "ema_model") for k, v in model.items()}
+    copies = {
+        f"{place}.{k}": v for place in ("online_model", "ema_model") for k, v in model.items()
+    }
     ema = {"initted": torch.tensor(True), "step": torch.tensor(0), **copies}
     return {"step": 0, "model": model, "ema": ema, "scaler": None}
 
@@ -144,6 +160,8 @@ def _schedule(betas: Tensor | None) -> tuple[str, int]:
     if betas is None:
         return "cosine", 1000
     for name, function in (("cosine", cosine_betas), ("linear", linear_betas)):
-        if torch.allclose(betas.double(), torch.from_numpy(function(len(betas))), rtol=1e-4, atol=1e-7):
+        if torch.allclose(
+            betas.double(), torch.from_numpy(function(len(betas))), rtol=1e-4, atol=1e-7
+        ):
             return name, len(betas)
     raise MsmdiffError("its noise schedule (betas) is neither MaskDM's cosine nor its linear one")

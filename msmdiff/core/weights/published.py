@@ -1,4 +1,6 @@
-"""Opens the checkpoints that DiT, MDT, EDT, U-ViT and MaskDM published, and writes their layouts back."""
+"""Opens the checkpoints that DiT, MDT, EDT, U-ViT and MaskDM published, and writes their layouts
+back.
+"""
 
 import argparse
 import pickle
@@ -42,7 +44,13 @@ FORMATS: dict[str, Format] = {
     name: cast(Format, module)
     for name, module in {"edt": edt, "mdt": mdt, "dit": dit, "maskdm": maskdm, "uvit": uvit}.items()
 }
-WRITES = {"dit": {"dit"}, "mdt": {"mdt", "mdtv2"}, "edt": {"edt"}, "uvit": {"uvit"}, "maskdm": {"uvit", "maskdwt"}}
+WRITES = {
+    "dit": {"dit"},
+    "mdt": {"mdt", "mdtv2"},
+    "edt": {"edt"},
+    "uvit": {"uvit"},
+    "maskdm": {"uvit", "maskdwt"},
+}
 """Our families that each layout can hold."""
 
 
@@ -54,8 +62,10 @@ class Published:
         tensors: our network's tensors, complete and of the right shapes.
         model: the resolved model section.
         shape: (C, H, W) of the network's input.
-        sections: the other sections of the configuration that say what it was trained for, as nested dictionaries.
-        notes: where it came from: `layout`, `weights` (which of the file's), `size` (published, "" for none).
+        sections: the other sections of the configuration that say what it was trained for, as
+            nested dictionaries.
+        notes: where it came from: `layout`, `weights` (which of the file's), `size` (published, ""
+            for none).
     """
 
     path: Path
@@ -72,7 +82,9 @@ class Published:
         return network.eval()
 
 
-def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto") -> Published:
+def read(
+    path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto"
+) -> Published:
     """Read a published checkpoint: a state dict, a training checkpoint, or U-ViT's folder of one.
 
     Args:
@@ -80,8 +92,9 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
         average: take the averaged weights (EMA) where the file has them beside the last ones.
         family: a name in FORMATS, or auto to go by the keys.
 
-    Raises MsmdiffError or UsageError, in one sentence, for a file that is missing, damaged, of another project or of
-    another family than forced, for one that would execute code, and for tensors that are not exactly a network's.
+    Raises MsmdiffError or UsageError, in one sentence, for a file that is missing, damaged, of
+    another project or of another family than forced, for one that would execute code, and for
+    tensors that are not exactly a network's.
     """
     given = dict(given or {})
     content, file = load(path, average)
@@ -92,18 +105,24 @@ def read(path: Path, given: Mapping[str, Any] | None = None, average: bool = Tru
         network = layout.describe(state, given)
         num_classes = given.pop("num_classes", network.num_classes)
         model = backbones.resolve(
-            ModelConfig(name=None, family=network.family, num_classes=num_classes, **network.fields | given)
+            ModelConfig(
+                name=None, family=network.family, num_classes=num_classes, **network.fields | given
+            )
         )
         with torch.device("meta"):
             expected = backbones.build(model, network.shape).state_dict()
         tensors = layout.to_ours(state, network)
         sections = layout.sections(network, buffers)
     except KeyError as error:
-        raise MsmdiffError(f"{path} looks like a {name} checkpoint, but lacks the tensor {error}") from None
+        raise MsmdiffError(
+            f"{path} looks like a {name} checkpoint, but lacks the tensor {error}"
+        ) from None
     except (UsageError, MsmdiffError) as error:
         raise type(error)(f"{path}: {error}") from None
     except (ValueError, IndexError, RuntimeError):
-        raise MsmdiffError(f"{path} looks like a {name} checkpoint, but its tensors have other shapes") from None
+        raise MsmdiffError(
+            f"{path} looks like a {name} checkpoint, but its tensors have other shapes"
+        ) from None
     check(path, tensors, expected)
     notes = {"layout": name, "weights": which or file.name, "size": size_of(model)}
     return Published(path, tensors, model, network.shape, sections, notes)
@@ -116,9 +135,15 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
     """
     if name not in WRITES:
         raise UsageError(f"--format {name}: the published layouts are {', '.join(WRITES)}")
-    fields = {k: v for k, v in model.model_dump().items() if k not in ("name", "family", "num_classes")}
+    fields = {
+        k: v for k, v in model.model_dump().items() if k not in ("name", "family", "num_classes")
+    }
     family, num_classes = str(model.family), int(model.num_classes)
-    plain = {"final_conv": False, "context_tokens": 0, "skip": True, "null_class": True} if name == "maskdm" else {}
+    plain = (
+        {"final_conv": False, "context_tokens": 0, "skip": True, "null_class": True}
+        if name == "maskdm"
+        else {}
+    )
     odd = [k for k, value in plain.items() if fields.get(k, value) != value]
     if family not in WRITES[name] or odd:
         what = f"model.{odd[0]}={fields[odd[0]]}" if odd else f"model.family {family}"
@@ -127,16 +152,19 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
 
 
 def load(path: Path, average: bool = True) -> tuple[Any, Path]:
-    """What lies in a file, and which file it was (a folder of U-ViT has two). Never executes anything.
+    """What lies in a file, and which file it was (a folder of U-ViT has two). Never executes
+    anything.
 
-    Raises UsageError where there is none, and MsmdiffError for anything but a safetensors file or a torch file of
-    plain values.
+    Raises UsageError where there is none, and MsmdiffError for anything but a safetensors file or a
+    torch file of plain values.
     """
     if path.is_dir():
         names = ("nnet_ema.pth", "nnet.pth") if average else ("nnet.pth",)
         found = [path / name for name in names if (path / name).is_file()]
         if not found:
-            raise MsmdiffError(f"{path} is a folder without {' or '.join(names)}: name a checkpoint file")
+            raise MsmdiffError(
+                f"{path} is a folder without {' or '.join(names)}: name a checkpoint file"
+            )
         path = found[0]
     if not path.is_file():
         raise UsageError(f"{path} does not exist")
@@ -156,16 +184,26 @@ def load(path: Path, average: bool = True) -> tuple[Any, Path]:
                 f"{path} asks to run code ({wanted[1]}), so it was not opened; nothing was executed"
             ) from None
         raise MsmdiffError(f"{path} is not a checkpoint that torch wrote, or is damaged") from None
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+    except (
+        SafetensorError,
+        RuntimeError,
+        EOFError,
+        OSError,
+        ValueError,
+        KeyError,
+        zipfile.BadZipFile,
+    ) as error:
         reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
         raise MsmdiffError(f"{path} is truncated or damaged: {reason[0]}") from None
 
 
 def unwrap(content: Any, average: bool = True) -> tuple[Tensors, Tensors, str]:
-    """A checkpoint's content -> the network's tensors, the buffers saved beside them, and which weights they are.
+    """A checkpoint's content -> the network's tensors, the buffers saved beside them, and which
+    weights they are.
 
-    Training checkpoints hold `model` and `ema`; MaskDM's hold the network inside its diffusion (`model.`), and its
-    average inside ema_pytorch's (`ema_model.`). The name is "" for a bare state dict.
+    Training checkpoints hold `model` and `ema`; MaskDM's hold the network inside its diffusion
+    (`model.`), and its average inside ema_pytorch's (`ema_model.`). The name is "" for a bare state
+    dict.
     """
     which = ""
     if isinstance(content, Mapping):
@@ -180,13 +218,19 @@ def unwrap(content: Any, average: bool = True) -> tuple[Tensors, Tensors, str]:
         if any(name.startswith(prefix) for name in state):
             inner = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
             if prefix == "model.":
-                return inner, {name: t for name, t in state.items() if not name.startswith(prefix)}, which
+                return (
+                    inner,
+                    {name: t for name, t in state.items() if not name.startswith(prefix)},
+                    which,
+                )
             state = inner
     return state, {}, which
 
 
 def recognise(path: Path, names: set[str], family: str = "auto") -> str:
-    """The layout (a name in FORMATS) of a state dict with these keys. Raises when it is none, or not the one forced."""
+    """The layout (a name in FORMATS) of a state dict with these keys. Raises when it is none, or
+    not the one forced.
+    """
     found = next((name for name, layout in FORMATS.items() if layout.matches(names)), None)
     if family != "auto" and family not in FORMATS:
         raise UsageError(f"--family {family}: the families are auto, {', '.join(FORMATS)}")
@@ -201,13 +245,21 @@ def recognise(path: Path, names: set[str], family: str = "auto") -> str:
 def check(path: Path, tensors: Tensors, expected: Mapping[str, Tensor]) -> None:
     """Raises MsmdiffError unless the tensors are exactly a network's, by name and shape."""
     problems = []
-    for what, names in (("lacks", expected.keys() - tensors.keys()), ("has", tensors.keys() - expected.keys())):
+    for what, names in (
+        ("lacks", expected.keys() - tensors.keys()),
+        ("has", tensors.keys() - expected.keys()),
+    ):
         if names:
             more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            problems.append(f"{what} {'the tensor' if what == 'lacks' else 'an unknown tensor'} {min(names)}{more}")
+            problems.append(
+                f"{what} {'the tensor' if what == 'lacks' else 'an unknown tensor'} "
+                f"{min(names)}{more}"
+            )
     for name in sorted(expected.keys() & tensors.keys()):
         if tensors[name].shape != expected[name].shape:
-            problems.append(f"has {name} of shape {list(tensors[name].shape)}, not {list(expected[name].shape)}")
+            problems.append(
+                f"has {name} of shape {list(tensors[name].shape)}, not {list(expected[name].shape)}"
+            )
             break
     if problems:
         raise MsmdiffError(f"{path} {' and '.join(problems)} (in msmdiff's names)")
@@ -221,6 +273,8 @@ def size_of(model: ModelConfig) -> str:
         return given // 2 if name == "depth" and model.family in ("uvit", "maskdwt") else given
 
     for size, known in backbones.SIZES.items():
-        if size != "tiny" and all(value(k, fields.get(k)) == value(k, v) for k, v in known.items() if k != "amm"):
+        if size != "tiny" and all(
+            value(k, fields.get(k)) == value(k, v) for k, v in known.items() if k != "amm"
+        ):
             return size
     return ""

@@ -38,7 +38,9 @@ def describe(tensors: Tensors, given: Mapping[str, Any]) -> Network:
     fields = {"patch_size": patch, "hidden_size": width} | read_blocks(tensors, given, width)
     fields["final_conv"] = "final_layer.weight" in tensors
     # Without out-blocks there is nothing to skip to.
-    fields["skip"] = count(tensors, "out_blocks.") == 0 or "out_blocks.0.skip_linear.weight" in tensors
+    fields["skip"] = (
+        count(tensors, "out_blocks.") == 0 or "out_blocks.0.skip_linear.weight" in tensors
+    )
     extras, num_classes = 1, 0
     if "label_emb.weight" in tensors:
         rows = len(tensors["label_emb.weight"])
@@ -63,7 +65,9 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
-    """Text-to-image and the latent models without a convolution (huge) are discrete, all others continuous in time."""
+    """Text-to-image and the latent models without a convolution (huge) are discrete, all others
+    continuous in time.
+    """
     text = bool(network.fields.get("context_tokens"))
     latent = network.shape[0] == 4
     discrete = text or (latent and not network.fields["final_conv"])
@@ -73,13 +77,21 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     common["process"] = {"schedule": "scaled_linear" if discrete else "vp_sde", "prediction": "eps"}
     common |= no_label_dropout(network)
     # The 512-pixel models (patch 4) use another scale than the 256-pixel ones.
-    preset = PRESETS["uvit-t2i" if text else "uvit-512" if network.fields["patch_size"] == 4 else "uvit"]
+    preset = PRESETS[
+        "uvit-t2i" if text else "uvit-512" if network.fields["patch_size"] == 4 else "uvit"
+    ]
     scale = preset["cfg_scale"] if latent and (text or network.num_classes) else 1.0
-    return common | {"sample": (preset if discrete else PRESETS["uvit-continuous"]) | {"cfg_scale": scale}}
+    return common | {
+        "sample": (preset if discrete else PRESETS["uvit-continuous"]) | {"cfg_scale": scale}
+    }
 
 
-def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int, prefix: str = "") -> dict[str, Any]:
-    """The fields that blocks tell. MaskDM has the same blocks behind a prefix, but for the name of its biases."""
+def read_blocks(
+    tensors: Tensors, given: Mapping[str, Any], width: int, prefix: str = ""
+) -> dict[str, Any]:
+    """The fields that blocks tell. MaskDM has the same blocks behind a prefix, but for the name of
+    its biases.
+    """
     depth = 2 * count(tensors, f"{prefix}in_blocks.") + 1
     sizes = [*uvit.SIZES.values(), *maskdwt.SIZES.values()]
     return {
@@ -87,5 +99,7 @@ def read_blocks(tensors: Tensors, given: Mapping[str, Any], width: int, prefix: 
         "num_heads": heads(given, sizes, width, depth, odd=True),
         "mlp_ratio": mlp_ratio({width: len(tensors[f"{prefix}mid_block.mlp.fc1.bias"])}),
         "mlp_time_embed": f"{prefix}time_embed.0.weight" in tensors,
-        "qkv_bias": any(f"{prefix}mid_block.attn.{name}" in tensors for name in ("qkv.bias", "q_bias")),
+        "qkv_bias": any(
+            f"{prefix}mid_block.attn.{name}" in tensors for name in ("qkv.bias", "q_bias")
+        ),
     }

@@ -20,7 +20,9 @@ def test_the_bound_is_zero_for_the_true_posterior_and_positive_otherwise():
     exact = hybrid.terms(noise, torch.cat([eps, -torch.ones_like(eps)], 1), x0, eps, t)
     torch.testing.assert_close(exact["vb"], torch.zeros(3), atol=1e-5, rtol=0)
     assert (exact["mse"] == 0).all()
-    assert (hybrid.terms(noise, torch.cat([eps, torch.ones_like(eps)], 1), x0, eps, t)["vb"][:2] > 1e-4).all()
+    assert (
+        hybrid.terms(noise, torch.cat([eps, torch.ones_like(eps)], 1), x0, eps, t)["vb"][:2] > 1e-4
+    ).all()
 
 
 def test_the_bound_trains_the_variance_only():
@@ -36,7 +38,9 @@ def test_visible_tokens_give_the_image_s_loss_when_all_are_visible():
     noise = process.build(ProcessConfig(schedule="linear", weighting="min_snr"))
     x0, eps, t = draw(noise, [1, 500])
     output = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1))
-    row = [z.permute(0, 2, 3, 1).reshape(2, 4, -1) for z in (output, x0, eps)]  # any order of pixels does
+    row = [
+        z.permute(0, 2, 3, 1).reshape(2, 4, -1) for z in (output, x0, eps)
+    ]  # any order of pixels does
     flat = hybrid.terms(noise, *(hybrid.channels_first(z, 2) for z in row), t)
     for name, value in hybrid.terms(noise, output, x0, eps, t).items():
         torch.testing.assert_close(flat[name], value)
@@ -65,7 +69,8 @@ def test_the_network_is_fed_what_it_was_trained_with():
         ("vp_sde", [0.999, 499.5, 999]),
     ):
         torch.testing.assert_close(
-            process.build(ProcessConfig(schedule=schedule)).model_time(t), torch.tensor(expected).float()
+            process.build(ProcessConfig(schedule=schedule)).model_time(t),
+            torch.tensor(expected).float(),
         )
 
 
@@ -78,4 +83,6 @@ def test_the_continuous_process_is_variance_preserving(sampling):
     alpha, sigma = noise.alpha_sigma(t)
     torch.testing.assert_close(alpha**2 + sigma**2, torch.ones_like(t))
     torch.testing.assert_close(noise.log_snr(t), 2 * (alpha / sigma).log())
-    torch.testing.assert_close(noise.alpha_sigma(torch.ones(1))[0], torch.tensor([0.0065715]), atol=1e-5, rtol=1e-3)
+    torch.testing.assert_close(
+        noise.alpha_sigma(torch.ones(1))[0], torch.tensor([0.0065715]), atol=1e-5, rtol=1e-3
+    )

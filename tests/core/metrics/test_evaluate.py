@@ -54,7 +54,13 @@ def test_features_are_kept_while_few_or_when_asked(keep):
 
 def test_statistics_files_keep_everything_and_are_pytorch_fids(tmp_path):
     x = torch.from_numpy(RNG.normal(size=(3, 4))).float()
-    known = {"features": "pixel-8x8", "resize": "area", "precision": "fp32", "image_size": "8x8", "crop": "adm 8"}
+    known = {
+        "features": "pixel-8x8",
+        "resize": "area",
+        "precision": "fp32",
+        "image_size": "8x8",
+        "crop": "adm 8",
+    }
     stats = Statistics(Gaussian.fit(x), 3, known, Gaussian.fit(x[:, :2]), x)
     statistics.save(tmp_path / "new" / "s.npz", stats)
     again = statistics.load(tmp_path / "new" / "s.npz")
@@ -79,7 +85,13 @@ def test_files_that_do_not_say_are_known_by_their_layout(tmp_path):
     found = statistics.load(tmp_path / "fid_stats.npz")
     assert found.settings == {"features": "inception-2048/6726825d", "resize": "pytorch-fid"}
     assert (found.assumed, found.count) == (True, 0)
-    np.savez(tmp_path / "adm.npz", **wide, mu_s=np.zeros(5), sigma_s=np.eye(5), arr_0=np.zeros((3, 8, 8, 3), np.uint8))
+    np.savez(
+        tmp_path / "adm.npz",
+        **wide,
+        mu_s=np.zeros(5),
+        sigma_s=np.eye(5),
+        arr_0=np.zeros((3, 8, 8, 3), np.uint8),
+    )
     opened = inputs.open_input(str(tmp_path / "adm.npz"))
     assert opened.stored.settings["resize"] == "adm"
     assert opened.stored.spatial.mean.shape == (5,)
@@ -91,16 +103,23 @@ def test_files_that_do_not_say_are_known_by_their_layout(tmp_path):
 def test_unequal_rules_are_refused_unless_asked_for(tmp_path, monkeypatch):
     a, b = pictures(tmp_path / "a", 4), str(tmp_path / "b.npz")
     small = inputs.Stored(Files(pictures(tmp_path / "small", 4, (16, 16)), "none"))
-    (scores,), _, _ = evaluate.evaluate([a], small.spec, features="pixel")  # averages over areas: any size will do
+    (scores,), _, _ = evaluate.evaluate(
+        [a], small.spec, features="pixel"
+    )  # averages over areas: any size will do
     assert scores[0].value > 0
     monkeypatch.setattr(PixelFeatures, "resize", "some-rule")
     statistics.save(tmp_path / "b.npz", evaluate.of_input(small, PixelFeatures()))
-    with pytest.raises(UsageError, match=r"differs from .*b.npz in image_size 24x24 against 16x16: --allow-mismatch"):
+    with pytest.raises(
+        UsageError,
+        match=r"differs from .*b.npz in image_size 24x24 against 16x16: --allow-mismatch",
+    ):
         evaluate.evaluate([a], b, features="pixel")
     with pytest.raises(UsageError, match="image_size 24x24 against 16x16"):
         evaluate.evaluate([a], small.spec, features="pixel")
     notes = []
-    (scores,), _, _ = evaluate.evaluate([a], b, features="pixel", allow_mismatch=True, note=notes.append)
+    (scores,), _, _ = evaluate.evaluate(
+        [a], b, features="pixel", allow_mismatch=True, note=notes.append
+    )
     assert scores[0].value > 0
     assert "image_size 24x24 against 16x16; compared all the same" in notes[0]
     (scores,), _, passes = evaluate.evaluate([a], small.spec, features="pixel", crop=16)
@@ -112,9 +131,13 @@ def test_unequal_rules_are_refused_unless_asked_for(tmp_path, monkeypatch):
     with pytest.raises(UsageError, match="features pixel-8x8 against pixel-9x9"):
         evaluate.evaluate([small.spec], str(tmp_path / "c.npz"), features="pixel")
     with pytest.raises(UsageError, match="holds statistics only"):
-        evaluate.evaluate([small.spec], str(tmp_path / "c.npz"), ["kid"], features="pixel", allow_mismatch=True)
+        evaluate.evaluate(
+            [small.spec], str(tmp_path / "c.npz"), ["kid"], features="pixel", allow_mismatch=True
+        )
     np.savez(tmp_path / "d.npz", mu=np.zeros(3), sigma=np.eye(3))
-    with pytest.raises(UsageError, match=r"holds statistics of 3 unnamed features, .* pixel-8x8 \(192\)"):
+    with pytest.raises(
+        UsageError, match=r"holds statistics of 3 unnamed features, .* pixel-8x8 \(192\)"
+    ):
         evaluate.evaluate([a], str(tmp_path / "d.npz"), features="pixel")
 
 
@@ -123,10 +146,19 @@ def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
     metrics = ["fid", "kid", "prdc"]
     (direct,), _, passes = evaluate.evaluate([a], b, metrics, features="pixel", bootstrap=4)
     statistics.save(tmp_path / "b.npz", passes[0].sets[-1])
-    (stored,), _, _ = evaluate.evaluate([a], str(tmp_path / "b.npz"), metrics, features="pixel", bootstrap=4)
+    (stored,), _, _ = evaluate.evaluate(
+        [a], str(tmp_path / "b.npz"), metrics, features="pixel", bootstrap=4
+    )
     assert [s.value for s in stored] == pytest.approx([s.value for s in direct], rel=1e-12)
     assert stored[0].interval == pytest.approx(direct[0].interval, rel=1e-9)
-    assert [s.name for s in direct] == ["fd_pixel", "kid", "precision", "recall", "density", "coverage"]
+    assert [s.name for s in direct] == [
+        "fd_pixel",
+        "kid",
+        "precision",
+        "recall",
+        "density",
+        "coverage",
+    ]
     low, high = direct[0].interval
     assert 0 <= low < direct[0].value < high
 
@@ -134,7 +166,9 @@ def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
 def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     a = pictures(tmp_path / "a", 3)
     _, _, (made,) = evaluate.evaluate([a], None, features="pixel")
-    assert made.sets[0].rows is not None  # so few that they are kept, which serves everything but a picture
+    assert (
+        made.sets[0].rows is not None
+    )  # so few that they are kept, which serves everything but a picture
     statistics.save(tmp_path / "b.npz", made.sets[0])
     monkeypatch.setattr(evaluate, "of_input", None)
     with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):
@@ -155,11 +189,16 @@ def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):
         evaluate.evaluate([a], ref, weights=random_inception, resize="adm")
     made.sets[0].settings = {}
     statistics.save(tmp_path / "ref.npz", made.sets[0])
-    with pytest.raises(UsageError, match=r"features inception-2048/\w+ against inception-2048/6726825d"):
+    with pytest.raises(
+        UsageError, match=r"features inception-2048/\w+ against inception-2048/6726825d"
+    ):
         evaluate.evaluate([a], ref, weights=random_inception)
     notes = []
     evaluate.evaluate([a], ref, weights=random_inception, allow_mismatch=True, note=notes.append)
-    assert "does not say how it was made; going by its layout: inception-2048/6726825d, adm" in notes[1]
+    assert (
+        "does not say how it was made; going by its layout: inception-2048/6726825d, adm"
+        in notes[1]
+    )
 
 
 def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
@@ -167,7 +206,9 @@ def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
     Image.new("RGB", (41, 24)).save(tmp_path / "a" / "zebra.png")
     for workers in (0, 1):
         opened = inputs.Stored(Files(folder, "none"), workers=workers)
-        with pytest.raises(MsmdiffError, match=r"mixes sizes: zebra\.png is 41x24, the first is 24x24"):
+        with pytest.raises(
+            MsmdiffError, match=r"mixes sizes: zebra\.png is 41x24, the first is 24x24"
+        ):
             evaluate.of_input(opened, PixelFeatures())
     (tmp_path / "a" / "zebra.png").write_bytes(b"x")
     good = inputs.Stored(Files(folder, "none"), workers=1)
@@ -177,7 +218,10 @@ def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
     assert notes == [f"left out: 1 of 151 images in {folder}: zebra.png ({good.bad[150]})"]
     for name in ("000", "001"):
         (tmp_path / "a" / f"{name}.png").write_bytes(b"y")
-    with pytest.raises(MsmdiffError, match=r"3 of 151 images in .* cannot be read, more than 1%, the first is 000.png"):
+    with pytest.raises(
+        MsmdiffError,
+        match=r"3 of 151 images in .* cannot be read, more than 1%, the first is 000.png",
+    ):
         inputs.Stored(Files(folder, "none"))
 
 

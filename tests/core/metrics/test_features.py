@@ -29,14 +29,21 @@ def test_pixel_features_are_area_means():
 def test_the_clean_rule_is_pillows_bicubic_in_float(shape):
     """clean-fid resizes every channel as a float image, so that nothing is rounded, and clips."""
     image = np.random.default_rng(1).integers(0, 256, (*shape, 3), np.uint8)
-    channels = [Image.fromarray(image[..., c].astype(np.float32)).resize((299, 299), Image.BICUBIC) for c in range(3)]
+    channels = [
+        Image.fromarray(image[..., c].astype(np.float32)).resize((299, 299), Image.BICUBIC)
+        for c in range(3)
+    ]
     expected = np.stack([np.asarray(c).clip(0, 255) for c in channels])
     got = RESIZES["clean"](torch.from_numpy(image).permute(2, 0, 1)[None], 299)[0]
-    np.testing.assert_allclose(got * 128 + 128, expected, atol=1e-2)  # of 255; torch keeps its weights in float32
+    np.testing.assert_allclose(
+        got * 128 + 128, expected, atol=1e-2
+    )  # of 255; torch keeps its weights in float32
 
 
 def test_the_adm_rule_is_tensorflow_1s():
-    """Output i is read at i x in / out: the first pixel is kept, and the last output lies short of the last pixel."""
+    """Output i is read at i x in / out: the first pixel is kept, and the last output lies short of
+    the last pixel.
+    """
     ramp = torch.arange(4, dtype=torch.uint8).mul(64).view(1, 1, 1, 4).expand(1, 3, 4, 4)
     got = RESIZES["adm"](ramp, 8)[0, 0, 0] * 128 + 128
     assert got.tolist() == [0, 32, 64, 96, 128, 160, 192, 192]
@@ -60,7 +67,9 @@ def test_inception_features_equal_pytorch_fids(random_inception):
     assert expected.std() > 1e-3
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
     # mixed_6's first seven channels are those of its first branch; ADM flattens them channels last.
-    torch.testing.assert_close(spatial, seen[0][:, :7].permute(0, 2, 3, 1).flatten(1), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(
+        spatial, seen[0][:, :7].permute(0, 2, 3, 1).flatten(1), rtol=1e-4, atol=1e-4
+    )
     assert spatial.shape == (3, features.spatial_width) == (3, 2023)
     logits = torch.nn.functional.linear(got, state["fc.weight"]).double()
     torch.testing.assert_close(features.probabilities(got), logits.softmax(1), rtol=1e-5, atol=1e-8)
@@ -82,12 +91,17 @@ def test_missing_or_wrong_weights_are_one_sentence(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(MsmdiffError, match=r"pt_inception-2015-12-05-6726825d.pth \(sha256 6726825d.*--weights FILE"):
+    with pytest.raises(
+        MsmdiffError,
+        match=r"pt_inception-2015-12-05-6726825d.pth \(sha256 6726825d.*--weights FILE",
+    ):
         InceptionFeatures(None)
     cached = tmp_path / "hub" / "checkpoints" / module.INCEPTION_FILE
     cached.write_bytes(b"torn")
     for given in (None, cached):
-        with pytest.raises(MsmdiffError, match=f"{cached} has sha256 .* not 6726825d.*: it is damaged"):
+        with pytest.raises(
+            MsmdiffError, match=f"{cached} has sha256 .* not 6726825d.*: it is damaged"
+        ):
             InceptionFeatures(given)
     ours = tmp_path / "ours" / module.INCEPTION_FILE
     ours.parent.mkdir()
@@ -121,26 +135,38 @@ def test_dino_reads_the_published_layout_and_shrinks_its_positions(tmp_path):
     torch.testing.assert_close(table[:, 0], state["pos_embed"][:, 0])
     flat = module._positions(torch.ones(1, 1370, 2), 16)
     torch.testing.assert_close(flat, torch.ones(1, 257, 2))
-    # Its offset of 0.1 takes output i from (i + 1/2) 37 / 16.1 - 1/2: on a ramp about that number, and without the
-    # offset up to 0.2 more.
+    # Its offset of 0.1 takes output i from (i + 1/2) 37 / 16.1 - 1/2: on a ramp about that number,
+    # and without the offset up to 0.2 more.
     ramp = torch.cat([torch.zeros(1, 1, 1), torch.arange(37.0).repeat(37).view(1, -1, 1)], 1)
     places = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
-    torch.testing.assert_close(module._positions(ramp, 16)[0, 1:17, 0][1:-1], places[1:-1], rtol=0, atol=0.06)
+    torch.testing.assert_close(
+        module._positions(ramp, 16)[0, 1:17, 0][1:-1], places[1:-1], rtol=0, atol=0.06
+    )
     torch.save({k: v for k, v in state.items() if k != "norm.weight"}, tmp_path / "part.pth")
-    with pytest.raises(MsmdiffError, match=r"part.pth cannot be used as vit_small.*norm.weight.*--dinov2-weights"):
+    with pytest.raises(
+        MsmdiffError, match=r"part.pth cannot be used as vit_small.*norm.weight.*--dinov2-weights"
+    ):
         DinoFeatures(tmp_path / "part.pth", model=SMALL)
     with pytest.raises(MsmdiffError, match=r"none.pth cannot be used.*No such file"):
         DinoFeatures(tmp_path / "none.pth", model=SMALL)
 
 
 def test_settings_that_features_do_not_have_are_refused():
-    for more in ({"resize": "adm"}, {"precision": "bf16"}, {"metrics": {"sfid"}}, {"metrics": {"is"}}):
+    for more in (
+        {"resize": "adm"},
+        {"precision": "bf16"},
+        {"metrics": {"sfid"}},
+        {"metrics": {"is"}},
+    ):
         with pytest.raises(UsageError, match="are for --features inception, not pixel"):
             module.build("pixel", **more)
 
 
 @pytest.mark.gpu
 def test_a_gpu_gives_the_features_of_the_cpu(random_inception):
-    here, there = (InceptionFeatures(random_inception, device, spatial=True)(IMAGES) for device in ("cpu", "cuda"))
+    here, there = (
+        InceptionFeatures(random_inception, device, spatial=True)(IMAGES)
+        for device in ("cpu", "cuda")
+    )
     for one, two in zip(here, there, strict=True):
         torch.testing.assert_close(one, two.cpu(), rtol=1e-3, atol=1e-3)

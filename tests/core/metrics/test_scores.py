@@ -54,13 +54,18 @@ def test_fewer_samples_than_dimensions_are_exact():
     wide = Gaussian.fit(x @ q.T), Gaussian.fit(y @ q.T)
     assert wide[0].root is not None
     assert frechet_distance(*wide) == pytest.approx(there, rel=1e-10)
-    assert frechet_distance(wide[0], Gaussian(wide[1].mean, wide[1].cov)) == pytest.approx(there, rel=1e-6)
+    assert frechet_distance(wide[0], Gaussian(wide[1].mean, wide[1].cov)) == pytest.approx(
+        there, rel=1e-6
+    )
     assert frechet_distance(wide[0], wide[0]) < 1e-12
 
 
 def test_inception_score_of_certain_and_of_uniform_classes():
     assert inception_score(torch.eye(4).repeat(5, 1), splits=1)[0] == pytest.approx(4)
-    assert inception_score(torch.full((20, 4), 0.25), splits=10) == (pytest.approx(1), pytest.approx(0))
+    assert inception_score(torch.full((20, 4), 0.25), splits=10) == (
+        pytest.approx(1),
+        pytest.approx(0),
+    )
     p = torch.cat([torch.eye(2).repeat(3, 1), torch.full((6, 2), 0.5)])
     assert inception_score(p, splits=2) == (pytest.approx(1.5), pytest.approx(0.5))
     assert inception_score(p, split_size=6) == inception_score(p, splits=2)
@@ -73,7 +78,10 @@ def test_kid_is_unbiased_and_finds_a_shift():
     def kernel(a, b):
         return float((a @ b / 4 + 1) ** 3)
 
-    pairs = [np.mean([kernel(v[i], v[j]) for i in range(len(v)) for j in range(len(v)) if i != j]) for v in (x, y)]
+    pairs = [
+        np.mean([kernel(v[i], v[j]) for i in range(len(v)) for j in range(len(v)) if i != j])
+        for v in (x, y)
+    ]
     cross = np.mean([kernel(a, b) for a in x for b in y])
     assert polynomial_mmd(x, y) == pytest.approx(sum(pairs) - 2 * cross, rel=1e-9)
     assert abs(kid(x, y, 20, 40)[0]) < 0.5 < kid(x, y + 2, 20, 40)[0]
@@ -105,7 +113,9 @@ def test_prdc_and_neighbours_are_those_of_whole_matrices_whatever_the_tile(monke
     assert prdc(samples, reference, 3, 5) == pytest.approx(expected)
     for got, there in zip(nearest(samples, reference, 4), whole, strict=True):
         torch.testing.assert_close(got, there)
-    torch.testing.assert_close(whole[1], torch.cdist(samples, reference).topk(4, largest=False).indices)
+    torch.testing.assert_close(
+        whole[1], torch.cdist(samples, reference).topk(4, largest=False).indices
+    )
     own = torch.cdist(samples, samples).sort(1)
     torch.testing.assert_close(nearest(samples, None, 3)[0].sqrt(), own.values[:, 1:4])
     torch.testing.assert_close(nearest(samples, None, 3)[1], own.indices[:, 1:4])

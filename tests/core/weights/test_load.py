@@ -1,4 +1,6 @@
-"""`msmdiff.load` and the command line on published checkpoints: one way in, without a conversion step."""
+"""`msmdiff.load` and the command line on published checkpoints: one way in, without a conversion
+step.
+"""
 
 import json
 import shutil
@@ -15,7 +17,16 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.weights import published
 from msmdiff.core.weights.layout import mlp_ratio
 
-CASES = ["dit_released", "dit_train", "mdtv1", "mdtv2", "edt_s", "uvit_uncond_conv", "maskdm_cond", "maskdwt"]
+CASES = [
+    "dit_released",
+    "dit_train",
+    "mdtv1",
+    "mdtv2",
+    "edt_s",
+    "uvit_uncond_conv",
+    "maskdm_cond",
+    "maskdwt",
+]
 
 
 def heads_of(case):
@@ -28,7 +39,9 @@ def heads_of(case):
 
 
 def fields(golden, name):
-    """Head counts are given where neither shapes nor a published size tell them, as a user would be told to."""
+    """Head counts are given where neither shapes nor a published size tell them, as a user would be
+    told to.
+    """
     return {} if name in ("mdtv1", "mdtv2", "edt_s") else heads_of(golden / name)
 
 
@@ -73,14 +86,19 @@ def test_conversion_and_export_round_trip_on_the_command_line(golden, cli, tmp_p
     assert "final.modulation.weight" in cli("weights", "show", str(source), "--keys").stdout
     done = cli("weights", "convert", str(source), "--family", "dit", code=2)
     assert "is a mdt checkpoint, not dit" in done.stderr
-    assert "cannot hold a network" in cli("weights", "export", "mdt.safetensors", "--format", "dit", code=2).stderr
+    assert (
+        "cannot hold a network"
+        in cli("weights", "export", "mdt.safetensors", "--format", "dit", code=2).stderr
+    )
 
 
 def test_maskdm_is_written_as_its_own_code_saves_it(golden, cli, tmp_path):
     source = golden / "maskdm_cond" / "checkpoint.pt"
     sets = [f"--set=model.{k}={v}" for k, v in fields(golden, "maskdm_cond").items()]
     cli("weights", "export", str(source), *sets, "--format", "maskdm", "-o", "back.pt")
-    back, original = (torch.load(path, weights_only=True) for path in (tmp_path / "back.pt", source))
+    back, original = (
+        torch.load(path, weights_only=True) for path in (tmp_path / "back.pt", source)
+    )
     assert back["model"].keys() == original["model"].keys()
     assert back["ema"].keys() == original["ema"].keys()
     for name, tensor in original["ema"].items():
@@ -91,7 +109,10 @@ def test_maskdm_is_written_as_its_own_code_saves_it(golden, cli, tmp_path):
         if not name.startswith("model."):
             gap = dict(rtol=1e-4, atol=1e-6) if "log" in name else dict(rtol=2e-5, atol=1e-7)
             torch.testing.assert_close(back["model"][name], tensor, **gap)
-    loaded = [msmdiff.load(path, **fields(golden, "maskdm_cond")) for path in (tmp_path / "back.pt", source)]
+    loaded = [
+        msmdiff.load(path, **fields(golden, "maskdm_cond"))
+        for path in (tmp_path / "back.pt", source)
+    ]
     assert loaded[0].config == loaded[1].config
 
 
@@ -100,7 +121,14 @@ def small_dit(**fields):
         {
             "data": {"image_size": 16},
             "process": {"schedule": "linear"},
-            "model": {"name": None, "family": "dit", "patch_size": 2, "hidden_size": 24, "depth": 3, "num_heads": 3}
+            "model": {
+                "name": None,
+                "family": "dit",
+                "patch_size": 2,
+                "hidden_size": 24,
+                "depth": 3,
+                "num_heads": 3,
+            }
             | {"num_classes": 5, "learn_sigma": True, **fields},
         }
     )
@@ -115,7 +143,10 @@ def test_diffusers_opens_an_exported_dit_and_computes_the_same(cli, tmp_path):
     diffusers = pytest.importorskip("diffusers")
     config, network = small_dit()
     weights.save(tmp_path / "dit.safetensors", network.state_dict(), config)
-    assert "downscale_freq_shift = 0" in cli("weights", "export", "dit.safetensors", "--format", "diffusers").stdout
+    assert (
+        "downscale_freq_shift = 0"
+        in cli("weights", "export", "dit.safetensors", "--format", "diffusers").stdout
+    )
     theirs, loading = diffusers.DiTTransformer2DModel.from_pretrained(
         tmp_path / "dit.diffusers", output_loading_info=True
     )
@@ -133,10 +164,16 @@ def test_diffusers_opens_an_exported_dit_and_computes_the_same(cli, tmp_path):
 
 
 def test_what_diffusers_cannot_hold_is_refused(cli, tmp_path):
-    for fields, complaint in ((dict(num_classes=0), "num_classes 0"), (dict(mlp_ratio=2.0), "mlp_ratio 2.0")):
+    for fields, complaint in (
+        (dict(num_classes=0), "num_classes 0"),
+        (dict(mlp_ratio=2.0), "mlp_ratio 2.0"),
+    ):
         config, network = small_dit(**fields)
         weights.save(tmp_path / "dit.safetensors", network.state_dict(), config)
-        assert complaint in cli("weights", "export", "dit.safetensors", "--format", "diffusers", code=2).stderr
+        assert (
+            complaint
+            in cli("weights", "export", "dit.safetensors", "--format", "diffusers", code=2).stderr
+        )
     assert not (tmp_path / "dit.diffusers").exists()
 
 
@@ -175,21 +212,43 @@ def test_a_local_vae_decodes_published_latents(golden, cli, tmp_path, vae):
     images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
     moments = codec.pack(images)
     posterior = network.eval().encode(images / 127.5 - 1).latent_dist
-    torch.testing.assert_close(moments, torch.cat([posterior.mean, posterior.std], 1), rtol=1e-4, atol=1e-5)
-    draws = torch.stack([codec.encode(moments, torch.Generator().manual_seed(i)) for i in range(400)])
-    torch.testing.assert_close(draws.mean(0) / 0.5, posterior.mean, rtol=0.1, atol=0.3 * posterior.std.max().item())
+    torch.testing.assert_close(
+        moments, torch.cat([posterior.mean, posterior.std], 1), rtol=1e-4, atol=1e-5
+    )
+    draws = torch.stack(
+        [codec.encode(moments, torch.Generator().manual_seed(i)) for i in range(400)]
+    )
+    torch.testing.assert_close(
+        draws.mean(0) / 0.5, posterior.mean, rtol=0.1, atol=0.3 * posterior.std.max().item()
+    )
     sets = [f"--set=model.{k}={v}" for k, v in fields(golden, "dit_released").items()]
     cli("sample", source, *sets, "--set", "codec.vae=vae", "--n", "2", "--steps", "2", "--out", "s")
     assert np.asarray(Image.open(tmp_path / "s" / "000001.png")).shape == (side, side, 3)
     (tmp_path / "vae" / "diffusion_pytorch_model.safetensors").write_bytes(b"torn")
-    done = cli("sample", source, *sets, "--set", "codec.vae=vae", "--n", "2", "--steps", "2", "--out", "s2", code=1)
+    done = cli(
+        "sample",
+        source,
+        *sets,
+        "--set",
+        "codec.vae=vae",
+        "--n",
+        "2",
+        "--steps",
+        "2",
+        "--out",
+        "s2",
+        code=1,
+    )
     assert "codec.vae vae cannot be loaded" in done.stderr
 
 
 def test_ours_and_theirs_come_through_one_door(golden, tmp_path):
     stored = weights.read(golden / "mdtv2" / "checkpoint.pt")
     weights.save(tmp_path / "ours.safetensors", stored.tensors, stored.config, **stored.notes)
-    ours, theirs = msmdiff.load(tmp_path / "ours.safetensors"), msmdiff.load(golden / "mdtv2" / "checkpoint.pt")
+    ours, theirs = (
+        msmdiff.load(tmp_path / "ours.safetensors"),
+        msmdiff.load(golden / "mdtv2" / "checkpoint.pt"),
+    )
     assert ours.config == theirs.config
     x, t = torch.randn(1, *ours.codec.shape), torch.tensor([5.0])
     assert torch.equal(ours.backbone(x, t), theirs.backbone(x, t))
@@ -198,7 +257,17 @@ def test_ours_and_theirs_come_through_one_door(golden, tmp_path):
 def test_a_distance_takes_a_published_checkpoint_directly(golden, cli):
     source = str(golden / "maskdm_uncond" / "checkpoint.pt")
     sets = [f"--set=model.{k}={v}" for k, v in fields(golden, "maskdm_uncond").items()]
-    done = cli("fid", source, "digits:test", *sets, "--set=sample.steps=3", "--n", "12", "--features", "pixel")
+    done = cli(
+        "fid",
+        source,
+        "digits:test",
+        *sets,
+        "--set=sample.steps=3",
+        "--n",
+        "12",
+        "--features",
+        "pixel",
+    )
     assert "(12 images) against digits:test (360 images)" in done.stdout
 
 
@@ -207,27 +276,60 @@ def test_a_network_without_a_null_class_opens(tmp_path, cli):
     config = road.resolve(
         configuration.build(
             {
-                "model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3, "null_class": False}
+                "model": {
+                    "name": "tiny",
+                    "hidden_size": 16,
+                    "num_heads": 2,
+                    "depth": 3,
+                    "null_class": False,
+                }
                 | {"num_classes": 1000, "final_conv": True},
                 "objective": {"label_dropout": 0.0},
             }
         )
     )
-    state = published.export(road.build(config).backbone.state_dict(), config.model, (3, 16, 16), "uvit")
+    state = published.export(
+        road.build(config).backbone.state_dict(), config.model, (3, 16, 16), "uvit"
+    )
     torch.save(state, tmp_path / "in64.pth")
     loaded = msmdiff.load(tmp_path / "in64.pth", num_heads=2)
     assert (loaded.config.model.num_classes, loaded.config.objective.label_dropout) == (1000, 0.0)
-    done = cli("sample", "in64.pth", "--set", "model.num_heads=2", "--n", "2", "--steps", "2", "--cfg", "2", code=2)
+    done = cli(
+        "sample",
+        "in64.pth",
+        "--set",
+        "model.num_heads=2",
+        "--n",
+        "2",
+        "--steps",
+        "2",
+        "--cfg",
+        "2",
+        code=2,
+    )
     assert "no null class to guide away from" in done.stderr
 
 
 @pytest.mark.parametrize("family", ["dit", "mdt", "mdtv2", "edt"])
 def test_labels_without_a_null_class_and_odd_mlp_ratios_open_when_told(tmp_path, cli, family):
-    """Trained without label dropout, a table of K rows is K classes; a variance that is not learned is beta."""
-    stages = {"stage_widths": [12, 16, 20, 16, 12], "stage_depths": [1] * 5, "stage_heads": [3, 4, 5, 4, 3]}
+    """Trained without label dropout, a table of K rows is K classes; a variance that is not learned
+    is beta.
+    """
+    stages = {
+        "stage_widths": [12, 16, 20, 16, 12],
+        "stage_depths": [1] * 5,
+        "stage_heads": [3, 4, 5, 4, 3],
+    }
     own = stages if family == "edt" else {"depth": 4, "num_heads": 3}
     own |= {"decode_layers": 2} if family.startswith("mdt") else {}
-    model = {"name": None, "family": family, "patch_size": 2, "hidden_size": 12, "mlp_ratio": 2.7, "num_classes": 10}
+    model = {
+        "name": None,
+        "family": family,
+        "patch_size": 2,
+        "hidden_size": 12,
+        "mlp_ratio": 2.7,
+        "num_classes": 10,
+    }
     model |= own | {"null_class": False}
     layers = {"data": {"image_size": 16}, "model": model, "objective": {"label_dropout": 0}}
     config = road.resolve(configuration.build(layers))
@@ -236,7 +338,9 @@ def test_labels_without_a_null_class_and_odd_mlp_ratios_open_when_told(tmp_path,
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.2)  # as published, the last layer is zero
     name = "mdt" if family == "mdtv2" else family
-    torch.save(published.export(network.state_dict(), config.model, (3, 16, 16), name), tmp_path / "k.pt")
+    torch.save(
+        published.export(network.state_dict(), config.model, (3, 16, 16), name), tmp_path / "k.pt"
+    )
     told = {"num_heads": 3} if family == "dit" else {}
     assert msmdiff.load(tmp_path / "k.pt", **told).config.model.num_classes == 9
     loaded = msmdiff.load(tmp_path / "k.pt", **told, null_class=False)
@@ -271,7 +375,9 @@ def test_widths_without_a_common_mlp_ratio_are_refused():
 
 
 def test_a_run_is_sampled_from_the_average_it_names(tmp_path):
-    config = road.resolve(configuration.build({"sample": {"ema": 0.99}, "ema": {"decays": [0.9, 0.99]}}))
+    config = road.resolve(
+        configuration.build({"sample": {"ema": 0.99}, "ema": {"decays": [0.9, 0.99]}})
+    )
     tensors = road.build(config).backbone.state_dict()
     folder = tmp_path / "r" / "checkpoints" / "img-000000008"
     folder.mkdir(parents=True)

@@ -13,11 +13,16 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.weights import published
 
 SHAPE = (4, 8, 8)
-STAGES = dict(stage_widths=[16, 24, 32, 24, 16], stage_depths=[1, 2, 1, 1, 1], stage_heads=[2, 2, 4, 2, 2])
+STAGES = dict(
+    stage_widths=[16, 24, 32, 24, 16], stage_depths=[1, 2, 1, 1, 1], stage_heads=[2, 2, 4, 2, 2]
+)
 MODELS = {
     "dit": ("dit", dict(patch_size=2, hidden_size=16, depth=2, num_heads=2, learn_sigma=True)),
     "mdt": ("mdt", dict(patch_size=2, hidden_size=16, depth=3, num_heads=2, decode_layers=2)),
-    "mdtv2": ("mdt", dict(patch_size=2, hidden_size=16, depth=4, num_heads=2, decode_layers=2, mlp_ratio=2.0)),
+    "mdtv2": (
+        "mdt",
+        dict(patch_size=2, hidden_size=16, depth=4, num_heads=2, decode_layers=2, mlp_ratio=2.0),
+    ),
     "edt": ("edt", dict(patch_size=2, hidden_size=16, **STAGES)),
     "uvit": ("uvit", dict(patch_size=2, hidden_size=16, depth=3, num_heads=2, final_conv=True)),
     "maskdwt": ("maskdm", dict(patch_size=2, hidden_size=16, depth=3, num_heads=2, detail_scale=2)),
@@ -26,7 +31,9 @@ MODELS = {
 
 def model_of(family, num_classes=3):
     layout, fields = MODELS[family]
-    model = backbones.resolve(ModelConfig(name=None, family=family, num_classes=num_classes, **fields))
+    model = backbones.resolve(
+        ModelConfig(name=None, family=family, num_classes=num_classes, **fields)
+    )
     network = backbones.build(model, SHAPE)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter)
@@ -46,7 +53,9 @@ def test_an_exported_network_reads_back_the_same(family, tmp_path):
     read = published.read(path, {"num_heads": 2} if family in ("dit", "uvit", "maskdwt") else {})
     assert (read.notes["layout"], read.shape) == (layout, SHAPE)
     wanted, got = model.model_dump(), read.model.model_dump()
-    assert {k: v for k, v in got.items() if k != "amm"} == {k: v for k, v in wanted.items() if k != "amm"}
+    assert {k: v for k, v in got.items() if k != "amm"} == {
+        k: v for k, v in wanted.items() if k != "amm"
+    }
     rebuilt = read.build().state_dict()
     assert all(torch.equal(rebuilt[name], tensor) for name, tensor in network.state_dict().items())
 
@@ -54,7 +63,12 @@ def test_an_exported_network_reads_back_the_same(family, tmp_path):
 def test_the_average_is_taken_unless_refused(tmp_path):
     state = exported("dit")
     average = {name: tensor + 1 for name, tensor in state.items()}
-    content = {"model": state, "ema": average, "opt": {"state": {}}, "args": argparse.Namespace(model="DiT-XL/2")}
+    content = {
+        "model": state,
+        "ema": average,
+        "opt": {"state": {}},
+        "args": argparse.Namespace(model="DiT-XL/2"),
+    }
     torch.save(content, tmp_path / "0000100.pt")
     bias = published.read(tmp_path / "0000100.pt", {"num_heads": 2}).tensors["patch_embed.bias"]
     assert torch.equal(bias, average["x_embedder.proj.bias"])
@@ -77,7 +91,9 @@ def test_uvits_folder_and_safetensors_are_read(tmp_path):
 
 def test_heads_are_asked_for_by_name(tmp_path):
     torch.save(exported("dit"), tmp_path / "dit.pt")
-    with pytest.raises(UsageError, match=r"dit.pt: the number of attention heads .* --set model.num_heads="):
+    with pytest.raises(
+        UsageError, match=r"dit.pt: the number of attention heads .* --set model.num_heads="
+    ):
         published.read(tmp_path / "dit.pt")
     with pytest.raises(UsageError, match="must divide by 4"):
         published.read(tmp_path / "dit.pt", {"num_heads": 5})
