@@ -1,11 +1,12 @@
-"""Names to things: the one way anything is added, from inside the package or from a user's own file.
+"""Names to things: the one way anything is added, from inside the package or from outside.
+file.
 
     @register("sampler", "ddim", DdimOptions)
     def sample(denoise, schedule, x, times, noise, *, eta=0.0): ...
 
-An entry is what was registered, under a kind and a name, with a typed model of the options that this
-choice takes. The options are keys of the configuration's section of that kind: they are validated,
-listed, stored, and refused where another choice is made.
+An entry is what was registered, under a kind and a name, with a typed model of the options that
+this choice takes. The options are keys of the configuration's section of that kind: they are
+validated, listed, stored, and refused where another choice is made.
 """
 
 import importlib
@@ -103,7 +104,8 @@ _loading: list[str] = []
 def register(
     kind: str, name: str, options: type[Options] = Options, summary: str | None = None
 ) -> Callable[[T], T]:
-    """Decorate (or call on) what `name` stands for among its `kind`; `summary` is else the docstring's first line.
+    """Decorate (or call on) what `name` stands for among its `kind`; `summary` is else the
+    docstring's first line.
 
     Raises UsageError for a name that another plugin, or the package itself, has already taken.
     """
@@ -131,7 +133,8 @@ def find(kind: str, name: str, where: str) -> Entry:
     known = entries(kind)
     if name not in known:
         raise UsageError(
-            f"{where} '{name}' is none of the {KINDS[kind].title}{nearest(str(name), list(known))}; "
+            f"{where} '{name}' is none of the "
+            f"{KINDS[kind].title}{nearest(str(name), list(known))}; "
             f"there are {', '.join(known)}"
         )
     return known[name]
@@ -162,8 +165,8 @@ def plugins() -> dict[str, str]:
 def load_plugin(spec: str) -> str:
     """Import a plugin that the user named: a Python file, or the name of an installed entry point.
 
-    Loading one again does nothing. Returns the plugin's name. Raises UsageError where there is none,
-    and MsmdiffError where it cannot be imported.
+    Loading one again does nothing. Returns the plugin's name. Raises UsageError where there is
+    none, and MsmdiffError where it cannot be imported.
     """
     path = Path(spec)
     name = path.stem if path.suffix == ".py" else spec
@@ -213,7 +216,9 @@ def _import_file(name: str, path: Path) -> None:
 
 
 def require_plugins(names: list[str], where: str) -> None:
-    """Raises UsageError unless the plugins that a stored file needs were loaded: nothing loads them unasked."""
+    """Raises UsageError unless the plugins that a stored file needs were loaded: nothing loads them
+    unasked.
+    """
     if missing := [name for name in names if name not in _plugins]:
         raise UsageError(
             f"{where} needs the plugin{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
