@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msmdiff.core.config import ProcessConfig
+from msmdiff.core.config import section
 from msmdiff.core.diffusion import process
 from msmdiff.core.weights import published
 
@@ -65,7 +65,7 @@ class Case:
 
     def process(self, **changes: Any) -> process.Process:
         """The process that the checkpoint was recognised to use."""
-        return process.build(ProcessConfig(**self.published().sections["process"] | changes))
+        return process.build(section("process", **self.published().sections["process"] | changes))
 
 
 @lru_cache

@@ -20,11 +20,16 @@ from torch import Tensor
 from msmdiff.core import backbones
 from msmdiff.core.backbones.edt import TokenMasks
 from msmdiff.core.backbones.layers import amm_matrix, gather_tokens, patchify
-from msmdiff.core.config import CodecConfig, ObjectiveConfig, OptimConfig, ProcessConfig
-from msmdiff.core.diffusion import codecs, hybrid, process, time_sampling
-from msmdiff.core.diffusion.masking import Mask, mdt_kept
+from msmdiff.core.backbones.maskdwt import PairRoute
+from msmdiff.core.backbones.routes import Route
+from msmdiff.core.condition import Classes, Condition, Text, Unconditional
+from msmdiff.core.config import section
+from msmdiff.core.diffusion import codecs, masking, process, time_sampling, variational
+from msmdiff.core.diffusion.masking import BlockMask, CropMask, PatchMask, mdt_kept
 from msmdiff.core.diffusion.objectives import Objective
-from msmdiff.core.samplers.guidance import combine, power_cosine
+from msmdiff.core.diffusion.schedules import Table, linear_betas
+from msmdiff.core.samplers.guidance import Guided, power_cosine
+from msmdiff.core.sections import ModelConfig
 from msmdiff.core.training import optim
 from msmdiff.core.weights import published
 
@@ -92,7 +97,7 @@ def drop_labels(case: Case, network: Any, y: Tensor, uniform: Tensor | None) -> 
 
 
 def hidden_tokens(case: Case, network: Any, inputs: Outputs, scalars: dict[str, Any]) -> Any:
-    """The call's mask in the form that the backbone takes."""
+    """The call's mask as the route that the backbone takes."""
     if "mask_noise" in inputs:
         tokens = inputs["mask_noise"].shape[1]
         extra = inputs["u"].item() if "u" in inputs else scalars.get("u")
@@ -101,18 +106,18 @@ def hidden_tokens(case: Case, network: Any, inputs: Outputs, scalars: dict[str, 
         if "ids_keep" in inputs:
             assert kept == scalars["len_keep"]
             assert torch.equal(keep, inputs["ids_keep"])
-        return keep
+        return Route(keep, 0, network.encoder_depth, "side", "all")
     if "down0_uniform" in inputs:
         hidden = {name: inputs[f"{name}_uniform"] < p for name, p in scalars["p"].items()}
-        return TokenMasks((hidden["down0"], hidden["down1"]), hidden.get("mid"))
+        return TokenMasks(down=(hidden["down0"], hidden["down1"]), mid=hidden.get("mid"))
     tokens = math.prod(network.grid)
     if "mask" in inputs:
         visible = ~inputs["mask"][:, len(network.special_tokens) :]
         groups = visible.split(tokens, dim=1)  # the wavelet network has two
         ids = tuple(v.nonzero()[:, 1].view(len(v), -1) + 0 for v in groups)
-        return ids[0] if len(ids) == 1 else ids
+        return Route(ids[0]) if len(ids) == 1 else PairRoute(ids[0], detail=ids[1])
     if scalars.get("mask") == "all False":
-        return torch.arange(tokens).expand(len(inputs["x"]), -1)
+        return Route(torch.arange(tokens).expand(len(inputs["x"]), -1))
     return None
 
 
@@ -131,9 +136,9 @@ def run_forward(case: Case, call: dict[str, Any]) -> Outputs:
         y = drop_labels(case, network, y[:count], inputs.get("label_drop_uniform"))
     if "context" in inputs:
         y = inputs["context"][:count].to(dtype)
-    keep = hidden_tokens(case, network, inputs, scalars)
+    route = hidden_tokens(case, network, inputs, scalars)
     with torch.no_grad():
-        output = network(x, t, y) if keep is None else network(x, t, y, keep)
+        output = network(x, t, y) if route is None else network(x, t, y, route)
     if isinstance(output, tuple):
         return dict(zip(("approx", "detail"), output, strict=True))
     return {"output": output}
@@ -155,10 +160,10 @@ def run_adm_guidance(case: Case, call: dict[str, Any]) -> Outputs:
         assert torch.equal(t[:half], t[half:])
         scale = scalars["cfg_scale"]
         if "scale_pow" in scalars:
-            scale = power_cosine(scale, scalars["scale_pow"], scalars["diffusion_steps"])(t[:half])
-        guided = combine(
-            network, x[:half], t[:half], y[:half], network.num_classes, scale, channels=3
-        )
+            strength = power_cosine(scale, cfg_power=scalars["scale_pow"])
+            scale = strength(1 - t[:half] / scalars["diffusion_steps"])
+        guide = Guided(network, Classes(network.num_classes), scale, channels=3)
+        guided = guide(x[:half], t[:half], y[:half])
         rest = network(x[:half], t[half:], y[half:])[:, 3:]
     return {"output": torch.cat([guided, torch.cat([guided[:, :3], rest], dim=1)])}
 
@@ -166,11 +171,13 @@ def run_adm_guidance(case: Case, call: dict[str, Any]) -> Outputs:
 def run_uvit_guidance(case: Case, call: dict[str, Any]) -> Outputs:
     inputs = case.inputs(call, {"x", "timesteps", "y", "context", "empty_context"})
     network = case.published().build()
-    null = inputs.get("empty_context", network.num_classes)
-    y = inputs["context"] if "context" in inputs else inputs["y"]
+    condition: Condition = Classes(network.num_classes)
+    y = inputs.get("context", inputs.get("y"))
+    if "context" in inputs:
+        condition = Text(*inputs["context"].shape[1:], null=inputs["empty_context"])
     with torch.no_grad():
-        scale = 1 + call["scalars"]["scale"]
-        return {"output": combine(network, inputs["x"], inputs["timesteps"], y, null, scale)}
+        guided = Guided(network, condition, 1 + call["scalars"]["scale"])
+        return {"output": guided(inputs["x"], inputs["timesteps"], y)}
 
 
 # ------------------------------------------------------------------ losses
@@ -186,16 +193,17 @@ def run_adm_step(case: Case, call: dict[str, Any]) -> Outputs:
         "weights", torch.tensor(call["scalars"].get("schedule_sampler_weights", 1.0))
     )
     network, noise = case.published().build().train(), case.process()
-    x0, t = inputs["x_start"], (inputs["t"] + 1) / noise.timesteps
-    assert torch.equal(noise.model_time(t).long(), inputs["t"])
+    x0, t = inputs["x_start"], (inputs["t"] + 1) / noise.schedule.timesteps
+    assert torch.equal(noise.schedule.clock(t).long(), inputs["t"])
     got: Outputs = {}
     total = torch.zeros(())
     for name, mark in zip(passes, marks, strict=True):
         eps = inputs[f"noise{mark}"]
         y = drop_labels(case, network, inputs["y"], inputs[f"label_drop_uniform{mark}"])
-        keep = hidden_tokens(case, network, inputs, call["scalars"]) if name == "masked" else None
-        output = network(noise.add_noise(x0, t, eps), noise.model_time(t), y, keep)
-        terms = hybrid.terms(noise, output, x0, eps, t)
+        masked = name == "masked"
+        route = hidden_tokens(case, network, inputs, call["scalars"]) if masked else None
+        output = noise.feed(network, noise.add_noise(x0, t, eps), t, y, route)
+        terms = variational.terms(noise, output, x0, eps, t)
         total = total + (terms["loss"] * weights).mean()
         got |= {f"{name}_{term}" if name else term: value for term, value in terms.items()}
     total.backward()
@@ -209,7 +217,8 @@ def run_losses(case: Case, call: dict[str, Any]) -> Outputs:
     prediction = "x0" if scalars.get("predict_xstart") else "eps"
     steps = case.hyper["diffusion_steps"]
     noise = process.build(
-        ProcessConfig(
+        section(
+            "process",
             schedule=case.hyper["noise_schedule"],
             timesteps=steps,
             prediction=prediction,
@@ -219,15 +228,15 @@ def run_losses(case: Case, call: dict[str, Any]) -> Outputs:
     x0, output = inputs["x_start"], inputs["model_output"]
     if not scalars.get("learn_sigma", True):
         output = output[:, : x0.shape[1]]
-    variational = (
+    bound = (
         "kl"
         if scalars.get("use_kl")
         else "rescaled"
         if scalars.get("rescale_learned_sigmas")
         else "hybrid"
     )
-    return hybrid.terms(
-        noise, output, x0, inputs["noise"], (inputs["t"] + 1) / steps, variational=variational
+    return variational.terms(
+        noise, output, x0, inputs["noise"], (inputs["t"] + 1) / steps, variational=bound
     )
 
 
@@ -237,11 +246,12 @@ def run_loss_second_moment(case: Case, call: dict[str, Any]) -> Outputs:
         "history_per_term": time_sampling.RECORDED,
         "uniform_prob": time_sampling.UNIFORM,
     }
-    history, got = time_sampling.LossSecondMoment(steps), {}
+    got: Outputs = {}
+    history = time_sampling.LossSecondMoment(Table(linear_betas(steps)))
     for phase in ("1", "2"):
         history.update((inputs[f"t{phase}"] + 1) / steps, inputs[f"loss{phase}"])
         got[f"weights{phase}"] = torch.from_numpy(history.weights())
-    t, importance = history.draw(4000, torch.Generator().manual_seed(0))
+    t, importance = history.draw(4000, lambda *_: torch.Generator().manual_seed(0))
     k = (t * steps).round().long() - 1
     assert (importance - case.tensors["phase2/importance"][k]).abs().max() < 1e-6
     drawn = torch.bincount(k, minlength=steps) / len(k)
@@ -254,7 +264,8 @@ def run_adan(case: Case, call: dict[str, Any]) -> Outputs:
     names = ("param0", "param1")
     inputs, scalars = case.inputs(call, {*names, "grads0", "grads1"}), call["scalars"]
     parameters = [torch.nn.Parameter(inputs[name].clone()) for name in names]
-    config = OptimConfig(
+    config = section(
+        "optim",
         name="adan",
         lr=scalars["lr"],
         betas=case.hyper["betas"],
@@ -279,12 +290,12 @@ def run_uvit_loss(case: Case, call: dict[str, Any]) -> Outputs:
     inputs = case.inputs(call, {"x0", "eps", "y", "context"} | ({"n"} if discrete else {"t"}))
     network = case.published().build().train()
     noise = case.process(schedule="scaled_linear" if discrete else "vp_sde")
-    t = inputs["n"] / noise.timesteps if discrete else inputs["t"]
+    t = inputs["n"] / noise.schedule.timesteps if discrete else inputs["t"]
     if discrete:
-        assert torch.equal(noise.model_time(t), inputs["n"].float())
+        assert torch.equal(noise.schedule.clock(t), inputs["n"].float())
     x_t = noise.add_noise(inputs["x0"], t, inputs["eps"])
-    output = network(x_t, noise.model_time(t), inputs.get("context", inputs.get("y")))
-    loss = hybrid.terms(noise, output, inputs["x0"], inputs["eps"], t)["loss"]
+    output = noise.feed(network, x_t, t, inputs.get("context", inputs.get("y")))
+    loss = variational.terms(noise, output, inputs["x0"], inputs["eps"], t)["loss"]
     loss.mean().backward()
     return {"loss": loss, "xn": x_t} | gradients(case, network)
 
@@ -296,11 +307,13 @@ def run_maskdm_loss(case: Case, call: dict[str, Any]) -> Outputs:
         case.published().build().train(),
         case.process(schedule=scalars["beta_schedule"]),
     )
-    x0, t = 2 * inputs["img"] - 1, (inputs["t"] + 1) / noise.timesteps
-    keep = hidden_tokens(case, network, inputs, {})
-    distance = ObjectiveConfig(loss={"l1": "l1", "l2": "mse"}[scalars["loss_type"]])
-    objective = Objective(noise, {}, distance, network.patch_size, None)
-    loss = objective.terms(network, x0, inputs["noise"], t, inputs.get("y"), keep)["loss"].mean()
+    x0, t = 2 * inputs["img"] - 1, (inputs["t"] + 1) / noise.schedule.timesteps
+    route = hidden_tokens(case, network, inputs, {})
+    distance = section("objective", loss={"l1": "l1", "l2": "mse"}[scalars["loss_type"]])
+    objective = Objective(
+        noise, None, {}, distance, patch_size=network.patch_size, condition=Unconditional()
+    )
+    loss = objective.terms(network, x0, inputs["noise"], t, inputs.get("y"), route)["loss"].mean()
     loss.backward()
     return {"loss": loss} | gradients(case, network)
 
@@ -312,14 +325,14 @@ def run_maskdwt_loss(case: Case, call: dict[str, Any]) -> Outputs:
     x0, eps, t = (
         torch.cat([2 * approx - 1, detail], dim=1),
         inputs["noise"],
-        (inputs["t"] + 1) / noise.timesteps,
+        (inputs["t"] + 1) / noise.schedule.timesteps,
     )
-    keep = hidden_tokens(case, network, inputs, {})
-    outputs = network(noise.add_noise(x0, t, eps), noise.model_time(t), None, keep)
+    route = hidden_tokens(case, network, inputs, {})
+    outputs = noise.feed(network, noise.add_noise(x0, t, eps), t, None, route)
     targets = patchify(eps[:, :3], network.patch_size), patchify(eps[:, 3:], network.detail_patch)
     parts = [
         (o - gather_tokens(e, k)).square().mean()
-        for o, e, k in zip(outputs, targets, keep, strict=True)
+        for o, e, k in zip(outputs, targets, (route.keep, route.detail), strict=True)
     ]
     sum(parts).backward()
     return {"loss": sum(parts), "approx_loss": parts[0], "detail_loss": parts[1]} | gradients(
@@ -333,7 +346,7 @@ def run_dwt(case: Case, call: dict[str, Any]) -> Outputs:
     """
     image = case.inputs(call, {"img"})["img"]
     sections = case.published().sections
-    codec = codecs.build(CodecConfig(**sections["codec"]), sections["data"]["image_size"])
+    codec = codecs.build(section("codec", **sections["codec"]), sections["data"]["image_size"])
     assert codec.shape == tuple(case.tensors["dwt"].shape[1:]) == case.published().shape
     coefficients = codec.transform(image)
     fed = coefficients.clone()
@@ -447,7 +460,7 @@ def test_table(case: Case, item: str) -> None:
         for name, expected in table["strength"].items():
             scale, power = (float(part.split("=")[1]) for part in name.split(","))
             torch.testing.assert_close(
-                power_cosine(scale, power)(torch.tensor(table["t"])),
+                power_cosine(scale, cfg_power=power)(1 - torch.tensor(table["t"]) / 1000),
                 torch.tensor(expected),
                 **table["tolerance"],
             )
@@ -466,8 +479,13 @@ def test_table(case: Case, item: str) -> None:
             assert int((matrix != 0).sum()) == facts["nonzero_entries"]
     elif item == "table":
         for r in rows:
-            kinds = {"block": r["block_size"] or 4, "crop": r["crop_size"], "rounding": "floor"}
-            mask = Mask((r["grid_side"],) * 2, r["ratio"] or 0.0, r["type"], **kinds)
+            own = {
+                "block": {"block": r["block_size"] or 4},
+                "crop": {"crop": r["crop_size"]},
+                "patch": {"rounding": "floor"},
+            }[r["type"]]
+            wish = section("mask", ratio=r["ratio"] or 0.0, kind=r["type"], **own)
+            mask = masking.build(wish, (r["grid_side"],) * 2)
             assert mask.tokens - mask.kept == r["masked_tokens"], r
     elif item == "dwt_table":
         for r in rows:
@@ -475,10 +493,10 @@ def test_table(case: Case, item: str) -> None:
                 ("approx", r["grid_side"]),
                 ("detail", r["grid_side"] // r["scale"]),
             ):
-                mask = Mask((side, side), r[f"{part}_ratio"], "block", r["block_size"])
+                mask = BlockMask((side, side), r[f"{part}_ratio"], block=r["block_size"])
                 assert mask.tokens - mask.kept == r[f"masked_{part}"], r
     else:
-        keep = Mask((16, 16), 0.5, "block", 4).draw(4000, torch.Generator().manual_seed(0))
+        keep = BlockMask((16, 16), 0.5, block=4).draw(4000, torch.Generator().manual_seed(0))
         hidden = 1 - torch.zeros(4000, 256).scatter(1, keep, 1).mean(0)
         assert (hidden - table["expected"]).abs().max() < 0.04
 
@@ -493,16 +511,14 @@ def test_example_masks(case: Case, item: str) -> None:
         kind, number = item.removeprefix("example/").split("_")[0], item.rsplit("_", 1)[1]
         if kind.startswith("crop"):
             window = int(kind.removeprefix("crop"))
-            mask = Mask((side, side), 0.0, "crop", crop=window)
+            mask = CropMask((side, side), 0.0, crop=window)
         else:
             block = int(kind.removeprefix("block") or 1) if kind != "patch" else 1
-            mask = Mask(
-                (side, side),
-                float(number),
-                "block" if block > 1 else "patch",
-                block,
-                rounding="floor",
-            )
+            ratio = float(number)
+            if block > 1:
+                mask = BlockMask((side, side), ratio, block=block)
+            else:
+                mask = PatchMask((side, side), ratio, rounding="floor")
             blocks = hidden.view(side // block, block, side // block, block)
             assert torch.equal(blocks, blocks[:, :1, :, :1].expand_as(blocks))
         assert int((~hidden).sum()) == mask.kept
@@ -537,19 +553,19 @@ def test_manifest(case: Case, item: str) -> None:
         keys = {name: tuple(shape) for name, shape in entry["state_dict"].items()}
         theirs = {name: torch.empty(shape, device="meta") for name, shape in keys.items()}
         layout = published.recognise(case.folder / item, set(theirs))
-        network = published.FORMATS[layout].describe(theirs, {})  # heads from the registry alone
+        network = published.formats()[layout].describe(theirs, {})  # heads from the registry alone
         size = backbones.ALIASES.get(entry["name"], entry["name"])
         model = backbones.resolve(
-            published.ModelConfig(
-                name=size if size in backbones.SIZES else None,
+            ModelConfig(
+                name=size if size in backbones.sizes() else None,
                 family=network.family,
                 num_classes=network.num_classes,
                 **network.fields,
             )
         )
         fields = model.model_dump()
-        if size in backbones.SIZES:
-            known = dict(backbones.SIZES[size])
+        if size in backbones.sizes():
+            known = dict(backbones.sizes()[size])
             if "decode_layer" in entry["hyper_parameters"]:
                 known.pop("decode_layers", None)  # some are listed with two
             depth = known.pop("depth", None)

@@ -7,13 +7,19 @@ import msmdiff
 
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
-    {"errors", "seeding", "machine"},
-    {"files", "presets"},
-    {"config"},
-    {"diffusion", "backbones"},
+    {"errors", "machine"},
+    {"seeding", "registry", "sections", "files"},
+    {"layers"},
+    {"presets"},
+    {"config", "condition"},
+    {"backbones"},
+    {"diffusion"},
+    {"samplers"},
     {"build"},
-    {"weights", "samplers", "data"},
-    {"training", "metrics"},
+    {"model", "data"},
+    {"weights"},
+    {"metrics"},
+    {"training"},
     {"bench", "gallery"},
     {"cli"},
 ]

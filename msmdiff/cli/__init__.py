@@ -7,7 +7,18 @@ import sys
 import typer
 
 from msmdiff import __version__
-from msmdiff.cli import bench, console, data, fid, quickstart, sample, training, weights
+from msmdiff.cli import (
+    bench,
+    console,
+    data,
+    fid,
+    listing,
+    plugins,
+    quickstart,
+    sample,
+    training,
+    weights,
+)
 
 app = typer.Typer(
     name="msmdiff",
@@ -36,8 +47,9 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, data, weights, bench, quickstart):
+for _module in (training, sample, fid, listing, data, weights, bench, quickstart):
     _module.register(app)
+plugins.accept(app)
 
 
 def main() -> None:

@@ -106,15 +106,24 @@ class Console:
             self._bar.stop()
             self._bar = None
 
-    def table(self, title: str, header: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
-        """A table: drawn on a terminal, aligned columns elsewhere, never cut."""
+    def table(
+        self,
+        title: str,
+        header: Sequence[str],
+        rows: Iterable[Sequence[str]],
+        figures: bool = True,
+    ) -> None:
+        """A table: drawn on a terminal, aligned columns elsewhere, never cut.
+
+        Columns behind the first are `figures`, and stand to the right, or words.
+        """
         rows = [[str(cell) for cell in row] for row in rows]
         if self._live:
             from rich.table import Table
 
             table = Table(title=title, title_justify="left")
             for i, name in enumerate(header):
-                table.add_column(name, justify="left" if i == 0 else "right")
+                table.add_column(name, justify="right" if i and figures else "left")
             for row in rows:
                 table.add_row(*row)
             self._rich.print(table)
@@ -123,10 +132,10 @@ class Console:
         self._rich.print(title, markup=False)
         for row in [list(header), *rows]:
             cells = [
-                cell.ljust(w) if i == 0 else cell.rjust(w)
+                cell.rjust(w) if i and figures else cell.ljust(w)
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
-            self._rich.print("  " + "  ".join(cells), markup=False)
+            self._rich.print("  " + "  ".join(cells).rstrip(), markup=False)
 
 
 def print_json(content: Any) -> None:

@@ -49,7 +49,7 @@ def encode(
     vae: Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id.")] = None,
     image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 256,
     codec: Annotated[
-        Literal["vae", "pixel"], typer.Option(help="pixel: cropped images, also for dwt.")
+        str, typer.Option(help="pixel: cropped images, also for dwt (`list codecs`).")
     ] = "vae",
     mirror: Annotated[
         bool, typer.Option("--mirror", help="Also the mirrored images, for data.hflip.")
@@ -136,8 +136,9 @@ def inspect(
     from msmdiff.core.data import inspection, sources
     from msmdiff.core.errors import UsageError
 
-    config = _configure({"source": source, "labels": labels}, {"vae": vae}, sets)
-    found = sources.open_source(source, config.data.labels)
+    space = {} if vae is None else {"name": "vae", "vae": vae}
+    config = _configure({"source": source, "labels": labels}, space, sets)
+    found = sources.open_configured(config.data)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: give a name that ends in .png")
     report = inspection.report(found) | (inspection.read_speed(found, config.data) if speed else {})

@@ -1,23 +1,14 @@
 """`fid`: the distance between two sets of images, and what else tells them apart."""
 
 import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-SETTINGS = (
-    "metrics",
-    "features",
-    "weights",
-    "dinov2_weights",
-    "resize",
-    "precision",
-    "crop",
-    "n",
-    "allow_mismatch",
-)
-SETTINGS += ("batch_size", "workers", "bootstrap", "keep")
+from msmdiff.core.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -39,21 +30,23 @@ def fid(
     b: Annotated[
         str | None, typer.Argument(help="The reference; also an `.npz` of statistics.")
     ] = None,
-    metrics: Annotated[str, typer.Option(help="Of fid,sfid,is,kid,prdc,fd_dinov2.")] = "fid",
+    metrics: Annotated[
+        str, typer.Option(help="Of fid,sfid,is,kid,prdc,fd_dinov2,... (`list metrics`).")
+    ] = "fid",
     features: Annotated[
-        Literal["inception", "dinov2", "pixel"],
-        typer.Option(help="pixel: 8x8 area averages, for tiny images; not FID."),
+        str,
+        typer.Option(help="inception, dinov2, or pixel: 8x8 averages, not FID (`list features`)."),
     ] = "inception",
     weights: Annotated[
-        Path | None, typer.Option(help="The features' weights, if in no cache.")
+        Path | None, typer.Option(help="Feature-network weights; by default cached or downloaded.")
     ] = None,
     dinov2_weights: Annotated[
         Path | None, typer.Option(help="Those of fd_dinov2 beside Inception.")
     ] = None,
     resize: Annotated[
-        Literal["pytorch-fid", "clean", "adm"] | None,
+        str | None,
         typer.Option(
-            help="Inception's resizing rule; default: the given statistics', else pytorch-fid."
+            help="pytorch-fid, clean or adm; default: the given statistics', else pytorch-fid."
         ),
     ] = None,
     crop: Annotated[
@@ -64,7 +57,8 @@ def fid(
         int | None, typer.Option(min=2, help="Images to draw, seeds from 0; default: 10,000.")
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Of sample, codec or model, when drawing.")
+        list[str] | None,
+        typer.Option("--set", help="Of metric; of sample, codec or model when drawing."),
     ] = None,
     run: Annotated[
         Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")
@@ -73,7 +67,7 @@ def fid(
         bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")
     ] = False,
     bootstrap: Annotated[
-        int, typer.Option(min=0, help="Draw both sets anew so often, for a 95 % interval.")
+        int, typer.Option(min=0, help="Bootstrap resamples for a 95 % interval; 0 means none.")
     ] = 0,
     plot: Annotated[
         Path | None, typer.Option(help="PNG: samples beside their nearest references.")
@@ -82,7 +76,9 @@ def fid(
         bool, typer.Option("--allow-mismatch", help="Compare what was measured unalike.")
     ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 16,
-    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of Inception.")] = "fp32",
+    precision: Annotated[
+        Literal["fp32", "bf16"] | None, typer.Option(help="Of Inception; default: fp32.")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=0, help="Decoding processes; default: as many as help.")
     ] = None,
@@ -102,143 +98,224 @@ def fid(
     `msmdiff fid stats SRC -o FILE` keeps a reference's statistics. Images of one set must have one
     size.
     """
-    asked = {**locals(), "metrics": metrics.split(","), "keep": plot is not None, "n": n or 10_000}
-    from dataclasses import asdict
-
-    import torch
-
-    import msmdiff
     from msmdiff.cli.console import Console, print_json
-    from msmdiff.core import config as configuration
-    from msmdiff.core.data.sources import holds_images
-    from msmdiff.core.errors import UsageError
     from msmdiff.core.files import write_json
-    from msmdiff.core.metrics import evaluate, inputs, sheet, statistics
-    from msmdiff.core.training import evaluation, launch
+    from msmdiff.core.metrics import evaluate, sheet, statistics
+    from msmdiff.core.training import launch
 
-    if a == "stats" and b is not None and not Path(a).exists():
-        if save_stats is None:
-            raise UsageError(f"fid stats {b} needs a file to write: -o reference.npz")
-        a, b = b, None
-    samples, images_seen = [a] if a is not None else [], []
-    if run is not None:
-        if b is not None:
-            raise UsageError(
-                f"--run {run} is one side of the comparison: give the other alone, not {a} and {b}"
-            )
-        run, found, b, asked["crop"] = evaluation.open_run(run, a, crop)
-        samples, images_seen = (
-            ([str(p) for p in found.values()], [*found]) if every_checkpoint else ([str(run)], [])
-        )
-        if not samples:
-            raise UsageError(f"--run {run} has no whole checkpoint to measure")
-    if every_checkpoint and (run is None or plot is not None or "fid" not in asked["metrics"]):
+    wish = _Wish(a, b, run, crop, every_checkpoint)
+    layers, metric_options = _split_sets(sets)
+    sides = _sides(wish, save_stats)
+    if every_checkpoint and (run is None or plot is not None or "fid" not in metrics.split(",")):
         raise UsageError(
-            "--every-checkpoint goes with --run RUN and a fid among the --metrics, and "
-            "not with --plot"
+            "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
+            "--plot"
         )
-    if not samples or (b is None and save_stats is None):
-        raise UsageError(
-            "fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the "
-            "statistics of one"
-        )
-    if (
-        save_stats
-        and save_stats.exists()
-        and (not statistics.load(save_stats) or holds_images(save_stats))
-    ):
-        raise UsageError(
-            f"{save_stats} holds other things than statistics: give another name, or remove it"
-        )
-    drawing = [f"--n {n}"] * (n is not None) + [f"--set {pair}" for pair in sets or []]
-    if drawing and not any(inputs.draws(spec) for spec in (*samples, b) if spec is not None):
-        raise UsageError(f"{' '.join(drawing)}: nothing is drawn, for no side is a run or weights")
+    _refuse_idle_drawing(sides, n, layers, sets)
     device, main = launch.process()
     console = Console(to_stderr=str(json_file) == "-")
-    settings = {name: asked[name] for name in SETTINGS}
     note = console.note if main else lambda text: None
-    results, sides, passes = evaluate.evaluate(
-        samples,
-        b,
-        **settings,
-        layers=[configuration.parse_sets(sets or [])],
+    settings = evaluate.Settings(
+        metrics=metrics.split(","),
+        features=features,
+        weights=weights,
+        dinov2_weights=dinov2_weights,
+        feature_options={"resize": resize, "precision": precision},
+        metric_options=metric_options,
+        allow_mismatch=allow_mismatch,
+        batch_size=batch_size,
+        bootstrap=bootstrap,
+        keep=plot is not None,
         device=device,
         note=note,
         progress=lambda done, total: console.progress(done, total, {}) if main else None,
     )
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    first = passes[0]
+    opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
+    results, sets_, passes = evaluate.evaluate(
+        sides.samples, sides.reference, settings, layers=[layers], **opening
+    )
+    launch.leave()
     if not main:
         return
     if save_stats is not None:
-        statistics.save(save_stats, first.sets[-1])
-        note(
-            f"statistics of {first.sets[-1].count:,} images, {first.features.name}, in {save_stats}"
-        )
-    for spec, scores in zip(samples, results, strict=False):
-        counts = [
-            f"{n:,} images" if n else "unknown number"
-            for n in (scores[0].count_a, scores[0].count_b)
-        ]
-        rows = [(s.title, f"{s.value:.4f}", _spread(s), s.features) for s in scores]
-        console.table(
-            f"{spec} ({counts[0]}) against {b} ({counts[1]})",
-            ("metric", "value", "", "features"),
-            rows,
-        )
-    for each in passes:
-        known = [
-            (k, dict.fromkeys(s.settings.get(k, v) for s in each.sets))
-            for k, v in each.sets[-1].settings.items()
-        ]
-        note(", ".join(f"{name} {' against '.join(values)}" for name, values in known))
-    smallest = min((s.count for s in first.sets if s.count), default=evaluate.BIASED_BELOW)
-    if results and smallest < evaluate.BIASED_BELOW:
-        few = (
-            f", strongly below the {first.features.width} features"
-            if smallest <= first.features.width
-            else ""
-        )
-        note(
-            f"note: {smallest:,} images: below {evaluate.BIASED_BELOW:,} a Fréchet distance is "
-            f"biased upwards{few}: "
-            "compare it only with others of the same number"
-        )
-    if images_seen and run is not None:
-        points = [
-            (i, scores[0].value, True) for i, scores in zip(images_seen, results, strict=True)
-        ]
-        stem = f"every-checkpoint-{results[0][0].name}"  # beside what training itself measured
-        note(
-            f"{evaluation.record(run, stem, results[0][0].title, points)}, curve in "
-            f"{run}/previews/{stem}.png"
-        )
-    measured = [{**asdict(s[0]), "metric": s[0].title, "a": x, "b": b, "scores": {i.name: asdict(i) for i in s}}
-                for x, s in zip(samples, results, strict=False)]  # fmt: skip
-    content = {
-        **(measured[0] if len(measured) == 1 else {"checkpoints": measured}),
-        "settings": {
-            **settings,
-            **evaluate.PAPERS,
-            "weights": str(weights),
-            "dinov2_weights": str(dinov2_weights),
-        },
-        "sets": {s.spec: {**s.settings, **s.notes, "unreadable": s.unreadable()} for s in sides},
-        "measured": [each.sets[-1].settings for each in passes],
-        "device": f"{device.type}, {os.environ.get('WORLD_SIZE', '1')} processes",
-        "versions": {"msmdiff": msmdiff.__version__, "torch": torch.__version__},
-    }
+        statistics.save(save_stats, passes[0].sets[-1])
+        count, name = passes[0].sets[-1].count, passes[0].features.name
+        note(f"statistics of {count:,} images, {name}, in {save_stats}")
+    _show(console, sides, results, passes)
+    if sides.images_seen and run is not None:
+        _show_curve(sides, results, note)
+    content = _record(sides, results, sets_, passes, {**_told(settings), **opening})
     if json_file is not None and str(json_file) == "-":
         print_json(content)
     elif json_file is not None:
         write_json(json_file, content)
     if plot is not None and results:
-        sheet.save(plot, sides[0], sides[-1], first, results[0])
+        sheet.save(plot, sets_[0], sets_[-1], passes[0], results[0])
         note(f"nearest references in {plot}")
+
+
+@dataclass
+class _Wish:
+    """What the user named."""
+
+    a: str | None
+    b: str | None
+    run: Path | None
+    crop: int | None
+    every_checkpoint: bool
+
+
+@dataclass
+class _Sides:
+    """The sets to measure, the reference, and of a run's checkpoints the images seen by each."""
+
+    samples: list[str]
+    reference: str | None
+    crop: int | None
+    run: Path | None = None
+    images_seen: list[int] = field(default_factory=list)
+
+
+def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
+    """Which sets are compared. Raises UsageError where that is not said."""
+    from msmdiff.core.data.sources import holds_images
+    from msmdiff.core.metrics import statistics
+    from msmdiff.core.training import evaluation
+
+    a, b = wish.a, wish.b
+    if a == "stats" and b is not None and not Path(a).exists():
+        if save_stats is None:
+            raise UsageError(f"fid stats {b} needs a file to write: -o reference.npz")
+        a, b = b, None
+    sides = _Sides([a] if a is not None else [], b, wish.crop)
+    if wish.run is not None:
+        if b is not None:
+            raise UsageError(
+                f"--run {wish.run} is one side of the comparison: give the other alone, not {a} "
+                f"and {b}"
+            )
+        path, found, reference, crop = evaluation.open_run(wish.run, a, wish.crop)
+        sides = _Sides([str(path)], reference, crop, path)
+        if wish.every_checkpoint:
+            sides.samples, sides.images_seen = [str(p) for p in found.values()], [*found]
+        if not sides.samples:
+            raise UsageError(f"--run {path} has no whole checkpoint to measure")
+    if not sides.samples or (sides.reference is None and save_stats is None):
+        raise UsageError(
+            "fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the statistics of "
+            "one"
+        )
+    if save_stats and save_stats.exists():
+        ours = statistics.load(save_stats) and not holds_images(save_stats)
+        if not ours:
+            raise UsageError(
+                f"{save_stats} holds other things than statistics: give another name, or remove it"
+            )
+    return sides
+
+
+def _split_sets(sets: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """`--set` -> what is laid over the configuration that is drawn with, and metrics' options."""
+    from msmdiff.core import config as configuration
+
+    layers = configuration.parse_sets(sets or [])
+    return layers, layers.pop("metric", {})
+
+
+def _refuse_idle_drawing(
+    sides: _Sides, n: int | None, layers: dict[str, Any], sets: list[str] | None
+) -> None:
+    from msmdiff.core.metrics import inputs
+
+    drawing = [f"--n {n}"] if n is not None else []
+    if layers:
+        drawing += [f"--set {pair}" for pair in sets or []]
+    specs = [spec for spec in (*sides.samples, sides.reference) if spec is not None]
+    if drawing and not any(inputs.draws(spec) for spec in specs):
+        raise UsageError(f"{' '.join(drawing)}: nothing is drawn, for no side is a run or weights")
+
+
+def _show(console: Any, sides: _Sides, results: list[Any], passes: list[Any]) -> None:
+    """A table for each set, what was measured how, and a warning of few images."""
+    from msmdiff.core.metrics.evaluate import BIASED_BELOW
+
+    for spec, scores in zip(sides.samples, results, strict=False):
+        first = scores[0]
+        counts = [
+            f"{n:,} images" if n else "unknown number" for n in (first.count_a, first.count_b)
+        ]
+        rows = [(s.title, f"{s.value:.4f}", _spread(s), s.features) for s in scores]
+        title = f"{spec} ({counts[0]}) against {sides.reference} ({counts[1]})"
+        console.table(title, ("metric", "value", "", "features"), rows)
+    for each in passes:
+        known = []
+        for name, value in each.sets[-1].settings.items():
+            values = dict.fromkeys(s.settings.get(name, value) for s in each.sets)
+            known.append(f"{name} {' against '.join(values)}")
+        console.note(", ".join(known))
+    counted = [s.count for s in passes[0].sets if s.count]
+    smallest = min(counted, default=BIASED_BELOW)
+    if results and smallest < BIASED_BELOW:
+        width = passes[0].features.width
+        few = f", strongly below the {width} features" if smallest <= width else ""
+        console.note(
+            f"note: {smallest:,} images: below {BIASED_BELOW:,} a Fréchet distance is biased "
+            f"upwards{few}: compare it only with others of the same number"
+        )
+
+
+def _show_curve(sides: _Sides, results: list[Any], note: Callable[[str], None]) -> None:
+    from msmdiff.core.training import evaluation
+
+    assert sides.run is not None
+    pairs = zip(sides.images_seen, results, strict=True)
+    points = [(images, scores[0].value, True) for images, scores in pairs]
+    first = results[0][0]
+    stem = f"every-checkpoint-{first.name}"  # beside what training itself measured
+    best = evaluation.record(sides.run, stem, first.title, points)
+    note(f"{best}, curve in {sides.run}/previews/{stem}.png")
+
+
+def _told(settings: Any) -> dict[str, Any]:
+    """The settings as the JSON has them, the metrics' options among them."""
+    from msmdiff.core.metrics.evaluate import choose
+
+    names = ("metrics", "features", "allow_mismatch", "batch_size", "bootstrap", "keep")
+    told = {name: getattr(settings, name) for name in names}
+    told |= {name: str(getattr(settings, name)) for name in ("weights", "dinov2_weights")}
+    told |= dict(settings.feature_options)
+    known = {"is_splits": "splits", "prdc_k": "k", "prdc_k_density": "k_density"}
+    for metric in choose(settings):
+        told |= {known.get(name, name): value for name, value in metric.options.items()}
+    return told
+
+
+def _record(
+    sides: _Sides, results: list[Any], sets: list[Any], passes: list[Any], settings: dict[str, Any]
+) -> dict[str, Any]:
+    """What `--json` writes."""
+    import torch
+
+    import msmdiff
+
+    measured = []
+    for spec, scores in zip(sides.samples, results, strict=False):
+        content = {**asdict(scores[0]), "metric": scores[0].title}
+        every = {score.name: asdict(score) for score in scores}
+        measured.append({**content, "a": spec, "b": sides.reference, "scores": every})
+    device = torch.device(passes[0].features.device).type
+    return {
+        **(measured[0] if len(measured) == 1 else {"checkpoints": measured}),
+        "settings": settings,
+        "sets": {s.spec: {**s.settings, **s.notes, "unreadable": s.unreadable()} for s in sets},
+        "measured": [each.sets[-1].settings for each in passes],
+        "device": f"{device}, {os.environ.get('WORLD_SIZE', '1')} processes",
+        "versions": {"msmdiff": msmdiff.__version__, "torch": torch.__version__},
+    }
 
 
 def _spread(score: Any) -> str:
     if score.interval is not None:
-        return "95 %: {:.4f} to {:.4f}".format(*score.interval)
+        low, high = score.interval
+        return f"95 %: {low:.4f} to {high:.4f}"
     return "" if score.deviation is None else f"± {score.deviation:.4f}"

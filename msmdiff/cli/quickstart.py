@@ -193,7 +193,7 @@ def _distance(run: Path, out: Path, seed: int) -> float:
 
     from msmdiff.core import weights
     from msmdiff.core.data.images import grid
-    from msmdiff.core.metrics import evaluate, inputs
+    from msmdiff.core.metrics import evaluate, inputs, scores
     from msmdiff.core.metrics.features import PixelFeatures
     from msmdiff.core.training.previews import to_hwc
 
@@ -202,8 +202,8 @@ def _distance(run: Path, out: Path, seed: int) -> float:
     batches = [*drawn.batches(range(first, first + SAMPLES), 125)]
     grid(to_hwc(torch.cat(batches)[:100]), columns=10).save(out / f"{run.name}.png")
     features = PixelFeatures()
-    held_out = evaluate.of_images(_digits("digits:test", drawn.loaded.config), features)
-    return evaluate.compare(evaluate.of_images(batches, features), held_out, features).value
+    held_out = evaluate.of_images(_digits("digits:test", drawn.model.config), features)
+    return scores.compare(evaluate.of_images(batches, features), held_out, features).value
 
 
 def _digits(part: str, config: Any) -> Any:
@@ -221,7 +221,7 @@ def _floor() -> float:
     """
     from msmdiff.core import config as configuration
     from msmdiff.core import presets
-    from msmdiff.core.metrics import evaluate
+    from msmdiff.core.metrics import evaluate, scores
     from msmdiff.core.metrics.features import PixelFeatures
 
     config, features = configuration.build(presets.read("digits-finetune")), PixelFeatures()
@@ -229,7 +229,7 @@ def _floor() -> float:
         evaluate.of_images(_digits(part, config), features)
         for part in ("digits:train", "digits:test")
     )
-    return evaluate.compare(a, b, features).value
+    return scores.compare(a, b, features).value
 
 
 def _show(results: list[list[Stage]], floor: float, console: Any) -> None:
@@ -264,7 +264,6 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
-    import torch
 
     from msmdiff.core import build as road
     from msmdiff.core import weights
@@ -274,11 +273,10 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
 
     shutil.copyfile(out / "seed0" / "finetuned.png", out / "samples.png")
     shutil.copyfile(out / "seed0" / "scratch.png", out / "scratch.png")
-    stored = weights.read(out / "seed0" / "primer" / "weights.safetensors")
-    parts = road.build(stored.config)
-    parts.backbone.load_state_dict(stored.tensors)
-    images = next(TrainingImages(open_source("digits:test"), stored.config.data, 0).sample(10))
-    view = previews.masked_view(parts.backbone.eval(), parts, images, 0, torch.device("cpu"))
+    primer = weights.load(out / "seed0" / "primer" / "weights.safetensors")
+    images = next(TrainingImages(open_source("digits:test"), primer.config.data, 0).sample(10))
+    *_, route_of = road.build(primer.config).objective.passes.values()
+    view = previews.masked_view(primer, route_of, images)
     view.save(out / "masked.png")
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 1))

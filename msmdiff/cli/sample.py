@@ -1,13 +1,12 @@
 """`sample`: weights or a run -> PNGs, a grid, ADM's `.npz`, statistics, and pictures to look at."""
 
+from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-Samplers = Literal[
-    "ddim", "ddpm", "dpm_solver", "dpm_solver++", "unipc", "euler", "heun", "euler_maruyama"
-]
+from msmdiff.core.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -46,7 +45,7 @@ def sample(
         str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")
     ] = None,
     sampler: Annotated[
-        Samplers | None, typer.Option(help="Default: the run's, normally ddim.")
+        str | None, typer.Option(help="Default: the run's, normally ddim (`list samplers`).")
     ] = None,
     preset: Annotated[
         str | None,
@@ -80,7 +79,7 @@ def sample(
         Path | None, typer.Option(help="Also write the statistics that `fid` takes.")
     ] = None,
     features: Annotated[
-        Literal["inception", "pixel"] | None, typer.Option(help="Of --stats; default: inception.")
+        str | None, typer.Option(help="Of --stats; default: inception (`list features`).")
     ] = None,
     weights: Annotated[Path | None, typer.Option(help="Inception weights of --stats.")] = None,
     grid: Annotated[
@@ -104,86 +103,120 @@ def sample(
     ] = None,
 ) -> None:
     """Sample images from trained weights."""
-    import torch.distributed
-
     from msmdiff.cli.console import Console
-    from msmdiff.core import config as configuration
-    from msmdiff.core import samplers
     from msmdiff.core import weights as stored
     from msmdiff.core.data.text import read_prompts
-    from msmdiff.core.errors import UsageError, nearest
-    from msmdiff.core.gallery import Gallery, Request, parse_range
-    from msmdiff.core.samplers.presets import PRESETS
+    from msmdiff.core.gallery import Gallery, Request
     from msmdiff.core.training import launch
 
-    if n is not None and seeds is not None:
-        raise UsageError(f"--n {n} and --seeds {seeds} both say which seeds: give one")
-    picture = interpolate is not None or inpaint is not None or trajectory
     texts = read_prompts(prompts) if prompts else []
-    count = n if n is not None else len(texts) or (8 if picture else 40)
-    chosen = (
-        list(dict.fromkeys(parse_range(seeds, "--seeds")))
-        if seeds is not None
-        else list(range(count))
+    request = Request(
+        seeds=[],
+        folder=out or Path("samples"),
+        classes=classes,
+        prompts=texts,
+        batch_size=batch_size,
+        png=png,
+        npz=npz,
+        stats=stats,
+        features=features or "inception",
+        weights=weights,
+        grid=grid,
+        interpolate=interpolate,
+        inpaint=inpaint,
+        trajectory=trajectory,
     )
-    if not chosen:
-        raise UsageError(f"--n {n}: give at least one image")
-    if not (png or npz or stats or picture):
+    request.seeds = _seeds(n, seeds, len(texts), bool(request.picture))
+    if not (png or npz or stats or request.picture):
         raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
-    kinds = {"--interpolate": interpolate, "--inpaint": inpaint, "--trajectory": trajectory}
-    drawn = [option for option, value in kinds.items() if value]
-    idle = {"--npz": npz, "--stats": stats} if picture else {}
-    idle |= {"--seeds": seeds, **dict.fromkeys(drawn[1:], True)} if interpolate else {}
-    idle |= {} if stats else {"--features": features, "--weights": weights}
-    for option in (option for option, value in idle.items() if value):
-        where = f"with {drawn[0]}" if drawn else "without --stats"
-        raise UsageError(f"{option} has no effect {where}: leave it out")
+    _refuse_idle(request, {"--seeds": seeds, "--features": features, "--weights": weights})
     sources = source or [str(stored.newest())]
     for option, path in (("--npz", npz), ("--stats", stats)):
         if len(sources) > 1 and path is not None:
             raise UsageError(
                 f"{option} takes one SOURCE: several would overwrite each other's file"
             )
+    flags = {
+        "sampler": sampler,
+        "steps": steps,
+        "eta": eta,
+        "cfg_scale": cfg,
+        "ema": ema,
+        "guide": guide,
+        "precision": precision,
+    }
+    layers, model_fields = _layers(preset, flags, sets)
+    device, main = launch.process()
+    console = Console()
+    for each in sources:
+        model = stored.load(each, device, layers, **model_fields)
+        alone = out is not None and len(sources) == 1
+        folder = out if alone and out else (out or Path("samples")) / _name_of(each)
+        made = Gallery(model, replace(request, folder=folder)).make(console.progress)
+        if main:
+            console.note(made)
+    launch.leave()
+
+
+def _seeds(n: int | None, seeds: str | None, prompts: int, picture: bool) -> list[int]:
+    """Which seeds are drawn. Raises UsageError where that is said twice, or there are none."""
+    from msmdiff.core.seeding import parse_range
+
+    if n is not None and seeds is not None:
+        raise UsageError(f"--n {n} and --seeds {seeds} both say which seeds: give one")
+    if seeds is not None:
+        return list(dict.fromkeys(parse_range(seeds, "--seeds")))
+    count = n if n is not None else prompts or (8 if picture else 40)
+    if count < 1:
+        raise UsageError(f"--n {n}: give at least one image")
+    return list(range(count))
+
+
+def _refuse_idle(request: Any, given: dict[str, Any]) -> None:
+    """Raises UsageError for an option that has no effect beside the others."""
+    kinds = ("interpolate", "inpaint", "trajectory")
+    drawn = [f"--{kind}" for kind in kinds if getattr(request, kind)]
+    idle: dict[str, Any] = {}
+    if drawn:
+        idle |= {"--npz": request.npz, "--stats": request.stats}
+        idle |= dict.fromkeys(drawn[1:], True)
+    if request.interpolate:
+        idle["--seeds"] = given["--seeds"]
+    if not request.stats:
+        idle |= {option: given[option] for option in ("--features", "--weights")}
+    for option, value in idle.items():
+        if value:
+            where = f"with {drawn[0]}" if drawn else "without --stats"
+            raise UsageError(f"{option} has no effect {where}: leave it out")
+
+
+def _layers(
+    preset: str | None, flags: dict[str, Any], sets: list[str] | None
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """What is laid over the stored configuration, and model fields of published files."""
+    from msmdiff.core import config as configuration
+    from msmdiff.core.errors import nearest
+    from msmdiff.core.samplers.papers import SAMPLINGS
+
     changes = configuration.parse_sets(sets or [])
     if set(changes) - {"sample", "codec", "model"}:
         raise UsageError(
             f"--set {' '.join(sets or [])}: only keys of sample, codec and model apply here"
         )
-    if preset is not None and preset not in PRESETS:
-        near = nearest(preset, list(PRESETS))
-        raise UsageError(f"--preset {preset} is none of {', '.join(PRESETS)}{near}")
-    flags = dict(
-        sampler=sampler,
-        steps=steps,
-        eta=eta,
-        cfg_scale=cfg,
-        ema=ema,
-        guide=guide,
-        precision=precision,
-    )
-    given = {"sample": {k: v for k, v in flags.items() if v is not None}}
-    # A preset is complete: what the weights' own settings say beyond it does not apply.
-    base = configuration.SampleConfig(**PRESETS[preset]).model_dump() if preset else {}
-    layers = ({"sample": base}, given, {k: v for k, v in changes.items() if k != "model"})
-    device, main = launch.process()
-    console = Console()
-    for each in sources:
-        loaded = stored.load(each, device, layers, **changes.get("model", {}))
-        samplers.check(loaded.config.sample, given["sample"] | changes.get("sample", {}))
-        folder = out if out and len(sources) == 1 else (out or Path("samples")) / _name_of(each)
-        request = Request(
-            chosen, folder, classes, texts, batch_size, png, npz, stats, features or "inception", weights, grid,
-            interpolate, inpaint, trajectory,
-        )  # fmt: skip
-        made = Gallery(loaded, request, device).make(console.progress)
-        if main:
-            console.note(made)
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    base: dict[str, Any] = {}
+    if preset is not None:
+        if preset not in SAMPLINGS:
+            near = nearest(preset, list(SAMPLINGS))
+            raise UsageError(f"--preset {preset} is none of {', '.join(SAMPLINGS)}{near}")
+        # A preset is complete: what the weights' own settings say beyond it does not apply.
+        base = configuration.section("sample", **SAMPLINGS[preset]).model_dump()
+    given = {name: value for name, value in flags.items() if value is not None}
+    model_fields = changes.pop("model", {})
+    return [{"sample": base}, {"sample": given}, changes], model_fields
 
 
 def _name_of(source: str) -> str:
-    """What a source's folder of samples is called: the run, or the weights file without its ending."""
+    """What a source's folder of samples is called: the run, or the file without its ending."""
     path = Path(source)
     if path.name == "weights.safetensors" and path.resolve().parent.name:
         return path.resolve().parent.name

@@ -10,45 +10,47 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
+from msmdiff.core.layers import SECTIONS
+
+
+def _key(name: str, more: str = "", *declarations: str) -> Any:
+    """An option of a configuration's key: its help is the key's own description."""
+    section, _, key = name.partition(".")
+    about = SECTIONS[section].model_fields[key].description or ""
+    return typer.Option(*declarations, help=about[:1].upper() + about[1:] + more)
+
 
 def _training_options(
-    config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder or zip of images, or `digits[:train|:test]`.")
+    config: Annotated[
+        str | None, typer.Option(help="A preset's name (`list presets`) or a YAML file.")
     ] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    codec: Annotated[
-        Literal["pixel", "dwt", "vae"] | None, typer.Option(help="Space to train in.")
+    data: Annotated[str | None, _key("data.source")] = None,
+    image_size: Annotated[int | None, _key("data.image_size")] = None,
+    codec: Annotated[str | None, _key("codec.name", " (`list codecs`)")] = None,
+    mask: Annotated[float | None, _key("mask.ratio")] = None,
+    mask_kind: Annotated[str | None, _key("mask.kind", " (`list masks`)")] = None,
+    mask_block: Annotated[
+        int | None, typer.Option(help="Side of a block, in tokens, with --mask-kind block.")
     ] = None,
-    mask: Annotated[
-        float | None, typer.Option(help="Share of hidden tokens, 0 to below 1.")
-    ] = None,
-    mask_kind: Annotated[
-        Literal["patch", "block", "crop"] | None, typer.Option(help="What is hidden as one.")
-    ] = None,
-    mask_block: Annotated[int | None, typer.Option(help="Side of a block, in tokens.")] = None,
-    model: Annotated[
-        str | None, typer.Option(help="Size by name: tiny, MaskDM-S/4, U-ViT-L/2, ...")
-    ] = None,
+    model: Annotated[str | None, _key("model.name", " (`list models`)")] = None,
     conditional: Annotated[
         bool | None,
         typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none."),
     ] = None,
-    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    steps: Annotated[int | None, _key("train.steps")] = None,
     images: Annotated[int | None, typer.Option(help="Images to see, instead of --steps.")] = None,
-    batch_size: Annotated[
-        int | None, typer.Option(help="Images per optimiser step, over all processes.")
-    ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random.")] = None,
+    batch_size: Annotated[int | None, _key("train.batch_size")] = None,
+    seed: Annotated[int | None, _key("train.seed")] = None,
     run: Annotated[
         str | None, typer.Option(help="Name under runs/, or a path. The same command resumes it.")
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other key: `--set optim.lr=1e-4`.")
+        list[str] | None,
+        typer.Option("--set", help="Any other key: `--set optim.lr=1e-4` (`list keys`)."),
     ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Show the configuration and its cost; stop.")
@@ -123,25 +125,15 @@ def finetune(
     told = [item for item in options["sets"] or [] if item.startswith("model.")]
     stored = weights.read(path, model_fields(told)).config
     changes: dict[str, Any] = {
-        "mask": {"ratio": 0.0, "kind": "patch", "crop": None},
+        "mask": {"ratio": 0.0, "kind": "patch", "route": "auto"},
         "objective": {"name": "dsm"},
-        "train": {
-            "init_from": str(path),
-            "precision": "auto",
-        },  # what is fastest here, not where it came from
+        # The precision is what is fastest here, not where it came from.
+        "train": {"init_from": str(path), "precision": "auto"},
     }
     if stored.optim.lr == derived_rate(stored.model):
         changes["optim"] = {"lr": None}  # derived again, should the width change
     config = _configure(options, stored.as_dict(), changes)
-    statistics = {"mean": None, "std": None}
-    dwt = "dwt" in (config.codec.name, stored.codec.name)
-    bands_changed = dwt and config.codec.model_copy(update=statistics) != stored.codec.model_copy(
-        update=statistics
-    )
-    if bands_changed and config.codec.std == stored.codec.std:
-        config.codec = config.codec.model_copy(
-            update=statistics
-        )  # other bands: measured again from the data
+    _measure_anew(config, stored)
     _train("finetune", options, config, allow_partial)
 
 
@@ -149,6 +141,19 @@ def finetune(
 def train(**options: Any) -> None:
     """Train from scratch on all tokens (or with whatever objective the configuration names)."""
     _train("train", options, _configure(_with_preset(options, "digits-finetune")))
+
+
+def _measure_anew(config: Any, stored: Any) -> None:
+    """What was measured of the data for another space is measured again for this one."""
+    from msmdiff.core import registry
+
+    measures = registry.find("codec", config.codec.name, "codec.name").make.measures
+    unmeasured = dict.fromkeys(measures)
+    before, now = stored.codec.model_dump(), config.codec.model_dump()
+    same_values = all(now[name] == before.get(name) for name in measures)
+    if same_values and {**now, **unmeasured} != {**before, **unmeasured}:
+        for name in measures:
+            setattr(config.codec, name, None)
 
 
 def _with_preset(options: dict[str, Any], name: str) -> dict[str, Any]:
@@ -211,7 +216,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
 def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
     """Defaults < preset < named flags < --set."""
     from msmdiff.core import config as configuration
-    from msmdiff.core import presets
+    from msmdiff.core.diffusion import masking
     from msmdiff.core.errors import UsageError
 
     classes = {None: None, True: "auto", False: 0}[options["conditional"]]
@@ -231,12 +236,11 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
         "train.batch_size": options["batch_size"],
         "train.seed": options["seed"],
     }
-    preset = [presets.read(options["config"])] if options["config"] else []
+    preset = [_read_preset(options["config"])] if options["config"] else []
     sets = configuration.parse_sets(options["sets"] or [])
     config = configuration.build(*defaults, *preset, configuration.nest(flags), sets)
-    mask = config.mask
     for option in ("mask_kind", "mask_block"):
-        if options[option] is not None and not (mask.ratio or mask.crop):
+        if options[option] is not None and not masking.hides(config.mask):
             flag = "--" + option.replace("_", "-")
             raise UsageError(
                 f"{flag} {options[option]} has no effect without a mask: give --mask RATIO too"
@@ -251,18 +255,49 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
     return config
 
 
+def _read_preset(name: str) -> dict[str, Any]:
+    """A preset or a YAML file; a run's own config.yaml is read as runs are."""
+    from msmdiff.core import config as configuration
+    from msmdiff.core import presets
+
+    content = presets.read(name)
+    if Path(name).is_file() and (Path(name).parent / "run.json").is_file():
+        return configuration.stored(content, name)
+    return content
+
+
 def _default_name(verb: str, config: Any) -> str:
     """A name that the same command finds again, and another command does not."""
     from msmdiff.core import config as configuration
 
-    flat = configuration.flatten(config.as_dict())
-    identity = {
-        key: value for key, value in flat.items() if not configuration.MUTABLE.fullmatch(key)
-    }
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     data = re.sub(r"\W+", "-", Path(config.data.source).stem)
     model = re.sub(r"\W+", "-", config.model.name or "custom")
-    return f"{verb}-{data}-{model}-{digest}"
+    flat = configuration.flatten(config.as_dict())
+    identity = {k: v for k, v in flat.items() if not configuration.MUTABLE.fullmatch(k)}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    name = f"{verb}-{data}-{model}-{digest}"
+    earlier = sorted(Path("runs").glob(f"{verb}-{data}-{model}-??????"))
+    if not (Path("runs") / name).is_dir():  # keys that came later give another digest
+        name = next((path.name for path in earlier if _is_same(path, config)), name)
+    return name
+
+
+def _is_same(run: Path, config: Any) -> bool:
+    """Whether a run was begun with what a configuration that is not resolved yet asks for."""
+    from msmdiff.core import build as road
+    from msmdiff.core import config as configuration
+    from msmdiff.core.errors import MsmdiffError
+    from msmdiff.core.training.run import Run
+
+    try:
+        begun = Run(run, writes=False).stored_config()
+        if begun is None:
+            return False
+        resolved = road.resolve(config, int(begun.model.num_classes))
+    except MsmdiffError:
+        return False
+    changes = configuration.difference(begun, resolved).values()
+    return all(new in (None, "auto") for _, new in changes)
 
 
 def _show_plan(config: Any, as_json: bool) -> None:
@@ -274,7 +309,7 @@ def _show_plan(config: Any, as_json: bool) -> None:
     from msmdiff.core.data import sources
     from msmdiff.core.training import cost, sharding
 
-    source = sources.open_source(config.data.source, config.data.labels)
+    source = sources.open_configured(config.data)
     config = road.resolve(config, source.num_classes)
     source.check(config)
     counted = cost.measure(config)

@@ -1,7 +1,7 @@
 """`weights`: what is in a weights file, and in and out of the published layouts."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -44,74 +44,66 @@ def show(
 
     path = weights.locate(source)
     stored = weights.read(path, model_fields(sets))
-    config = stored.config
     console = Console()
     if keys:
-        rows = [
-            (name, " x ".join(map(str, v.shape)), str(v.dtype)[6:])
-            for name, v in stored.tensors.items()
-        ]
+        rows = []
+        for name, value in stored.tensors.items():
+            shape = " x ".join(map(str, value.shape))
+            rows.append((name, shape, str(value.dtype).removeprefix("torch.")))
         console.table(f"{len(rows)} tensors in {path}", ("name", "shape", "type"), rows)
         return
-    counted = cost.measure(road.resolve(config))
-    file = weights.file_of(path)
-    if as_json:
-        print_json(
-            {
-                "path": str(path),
-                "sha256": checksum(file),
-                "parameters": counted.parameters,
-                "multiply_adds": {
-                    "full": counted.forward_flops // 2,
-                    "masked": counted.masked_flops // 2,
-                },
-                "tensors": {name: list(v.shape) for name, v in stored.tensors.items()},
-                "notes": stored.notes,
-                "config": config.as_dict(),
-            }
-        )
+    counted = cost.measure(road.resolve(stored.config))
+    digest = checksum(weights.file_of(path))
+    if not as_json:
+        console.table("weights", ("what", "value"), _rows(stored, counted, digest))
         return
-    model = config.model.model_dump(exclude={"name", "family", "num_classes"})
-    codec = config.codec.name
-    if codec == "dwt":
-        codec += f" {config.codec.wavelet} level {config.codec.level}"
-    masked = (
-        f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen"
-        if counted.kept < counted.tokens
-        else ""
+    multiply_adds = {"full": counted.forward_flops // 2, "masked": counted.masked_flops // 2}
+    print_json(
+        {
+            "path": str(path),
+            "sha256": digest,
+            "parameters": counted.parameters,
+            "multiply_adds": multiply_adds,
+            "tensors": {name: list(v.shape) for name, v in stored.tensors.items()},
+            "notes": stored.notes,
+            "config": stored.config.as_dict(),
+        }
     )
-    origin = (
-        f"published by {stored.notes['layout']}, {stored.notes['weights']}"
-        if "layout" in stored.notes
-        else ""
-    )
-    trained = f"{int(stored.notes.get('images_seen', 0)):,} images ({stored.notes.get('weights', 'model')})"
-    size = config.model.name or stored.notes.get("size") or "no published size"
+
+
+def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
+    """What a weights file is, for people."""
+    from msmdiff.core import weights
+    from msmdiff.core.diffusion import codecs
+
+    config, notes = stored.config, stored.notes
+    fields = config.model.model_dump(exclude={"name", "family", "num_classes"})
+    codec = codecs.build(config.codec, config.data.image_size)
+    megabytes = weights.file_of(stored.path).stat().st_size / 2**20
+    size = config.model.name or notes.get("size") or "no published size"
+    seen = ""
+    if counted.kept < counted.tokens:
+        seen = f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen"
+    gmacs = f"{counted.forward_flops / 2e9:,.2f} G multiply-adds"
+    noise = f"{config.process.schedule}, {config.process.timesteps} steps"
     rows = [
-        ("file", f"{path} ({file.stat().st_size / 2**20:.1f} MiB)"),
-        ("sha256", checksum(file)),
+        ("file", f"{stored.path} ({megabytes:.1f} MiB)"),
+        ("sha256", digest),
         ("network", f"{size} ({config.model.family}), {counted.parameters:,} parameters"),
-        (
-            "forward",
-            f"{counted.forward_flops / 2e9:,.2f} G multiply-adds, {counted.tokens} tokens{masked}",
-        ),
-        ("dimensions", ", ".join(f"{k} {v}" for k, v in model.items())),
+        ("forward", f"{gmacs}, {counted.tokens} tokens{seen}"),
+        ("dimensions", ", ".join(f"{key} {value}" for key, value in fields.items())),
         ("classes", str(config.model.num_classes or "unconditional")),
-        ("space", f"{codec}, images of {config.data.image_size} pixels"),
-        (
-            "noise",
-            f"{config.process.schedule}, {config.process.timesteps} steps, predicts "
-            f"{config.process.prediction}",
-        ),
-        (
-            "trained",
-            origin
-            or f"{trained}, {config.objective.name}, mask {config.mask.ratio:g} {config.mask.kind}",
-        ),
+        ("space", f"{codec.describe()}, images of {config.data.image_size} pixels"),
+        ("noise", f"{noise}, predicts {config.process.prediction}"),
     ]
-    if not origin:
-        rows.append(("data", config.data.source))
-    console.table("weights", ("what", "value"), rows)
+    if "layout" in notes:
+        rows.append(("trained", f"published by {notes['layout']}, {notes['weights']}"))
+        return rows
+    images = f"{int(notes.get('images_seen', 0)):,} images ({notes.get('weights', 'model')})"
+    mask = f"mask {config.mask.ratio:g} {config.mask.kind}"
+    rows.append(("trained", f"{images}, {config.objective.name}, {mask}"))
+    rows.append(("data", config.data.source))
+    return rows
 
 
 @group.command(
@@ -127,8 +119,8 @@ def convert(
         Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")
     ] = None,
     family: Annotated[
-        Literal["auto", "dit", "mdt", "edt", "uvit", "maskdm"],
-        typer.Option(help="auto: recognised by the keys."),
+        str,
+        typer.Option(help="auto: recognised by the keys (`list layouts`)."),
     ] = "auto",
     ema: Annotated[
         bool, typer.Option("--ema/--no-ema", help="The averaged weights, where the file has them.")
@@ -168,8 +160,10 @@ def convert(
 def export(
     source: Annotated[str, typer.Argument(help="A weights file, a run, or a run's name.")],
     layout: Annotated[
-        Literal["dit", "mdt", "edt", "uvit", "maskdm", "diffusers"],
-        typer.Option("--format", help="Whose layout to write."),
+        str,
+        typer.Option(
+            "--format", help="Whose layout to write: one of `list layouts`, or diffusers."
+        ),
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Default: SOURCE's name with .FORMAT.pt.")
@@ -179,7 +173,7 @@ def export(
         typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
 ) -> None:
-    """Write weights in a published project's layout: a torch file, or diffusers' folder of a DiT."""
+    """Write weights in a published layout: a torch file, or diffusers' folder of a DiT."""
 
     import torch
     from safetensors.torch import save_file
@@ -187,7 +181,7 @@ def export(
     from msmdiff.cli.console import Console
     from msmdiff.core import build as road
     from msmdiff.core import files, weights
-    from msmdiff.core.weights import diffusers, maskdm, published
+    from msmdiff.core.weights import diffusers, published
 
     path = weights.locate(source)
     stored = weights.read(path, model_fields(sets))
@@ -203,10 +197,7 @@ def export(
     else:
         state = published.export(stored.tensors, config.model, parts.codec.shape, layout)
         with files.whole(target) as part:
-            torch.save(
-                maskdm.checkpoint(state, parts.process.alpha_bar) if layout == "maskdm" else state,
-                part,
-            )
+            torch.save(published.file_content(state, parts.process, layout), part)
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
     if layout == "diffusers":
         Console().note(f"note: {diffusers.CAVEAT}")

@@ -1,19 +1,21 @@
-"""Timing done right: warm-up, synchronisation, medians, and FLOP/s against what the machine can do."""
+"""Timing done right: warm-up, synchronisation, medians, FLOP/s against what the machine can do."""
 
+import itertools
 import statistics
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 
 from msmdiff.core import build as road
-from msmdiff.core import machine
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion.codecs import VaeCodec
-from msmdiff.core.seeding import stream
-from msmdiff.core.training import cost, optim
-from msmdiff.core.training.ema import Averages
+from msmdiff.core.data.loader import Batch
+from msmdiff.core.seeding import key
+from msmdiff.core.training import cost, launch
 from msmdiff.core.training.meter import peak_memory
+from msmdiff.core.training.step import Step
 
 
 @dataclass
@@ -41,51 +43,26 @@ class Timing:
         return asdict(self)
 
 
-def training_step(
-    config: Config, device: torch.device, steps: int, peak: float, warmup: int = 2
-) -> Timing:
-    """Time whole optimiser steps (loss, backward, update, averages) of a resolved configuration on
-    random images.
+def training_step(config: Config, steps: int, peak: float = 0.0, warmup: int = 2) -> Timing:
+    """Time the trainer's own optimiser step on random images, for a resolved configuration.
+
+    `peak` is the machine's in FLOP/s; 0 measures it.
     """
-    machine.prepare(config.train.threads)
+    accelerator = launch.accelerator(config, Path())
+    device = accelerator.device
+    torch.manual_seed(key(config.train.seed, "init"))
     parts = road.build(config)
-    parts.process.to(device)
-    network = parts.backbone.to(device)
-    network.gradient_checkpointing = config.train.gradient_checkpointing
-    averages = Averages(network, config.ema)
-    optimizer = optim.build(config.optim, network.parameters())
-    if config.train.compile:
-        network.compile()
-    batch, size = config.train.batch_size, config.data.image_size
-    images = torch.randint(0, 256, (batch, 3, size, size), dtype=torch.uint8, device=device)
-    if isinstance(
-        parts.codec, VaeCodec
-    ):  # as training reads them: means and deviations, packed before
-        channels, height, width = parts.codec.shape
-        images = torch.rand(batch, 2 * channels, height, width, dtype=torch.float16, device=device)
-    labels = torch.zeros(batch, dtype=torch.long, device=device) if network.num_classes else None
-    if context := road.context_shape(config):
-        labels = torch.randn(batch, *context, device=device)
-        parts.objective.null = torch.zeros(context, device=device)
-    half = config.train.precision == "bf16"
-
-    def step(number: int) -> None:
-        x0 = parts.codec.encode(images)
-        with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-            terms = parts.objective(
-                network, x0, labels, lambda purpose, place=device: stream(place, 0, purpose, number)
-            )
-        terms["loss"].backward()
-        torch.nn.utils.clip_grad_norm_(network.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        averages.update()
-
+    step = Step(config, parts, accelerator)
+    batches = _random_batches(config, parts, step.micro, device)
+    seen = itertools.count(step=config.train.batch_size)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
-    seconds = _median_seconds(step, device, steps, warmup)
+    seconds = _median_seconds(lambda: step(batches, next(seen)), device, steps, warmup)
     counted = cost.measure(config)
+    batch = config.train.batch_size
     flops_per_s = batch * counted.step_flops / seconds
+    half = config.train.precision == "bf16"
+    peak = peak or matmul_peak(device, torch.bfloat16 if half else torch.float32)
     return Timing(
         kept=counted.kept,
         tokens=counted.tokens,
@@ -97,19 +74,31 @@ def training_step(
     )
 
 
+def _random_batches(
+    config: Config, parts: road.Parts, size: int, device: torch.device
+) -> Iterator[Batch]:
+    """The same images and labels again and again, at the positions of a training."""
+    images = parts.codec.example(size, device)
+    labels = parts.objective.condition.example(size, device)
+    for position in itertools.count(step=size):
+        yield Batch(position, images, labels)
+
+
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:
     """FLOP/s of a large square matrix product: what a step is measured against."""
     n = 8192 if device.type == "cuda" else 2048
     a = torch.randn(n, n, device=device, dtype=dtype)
-    return 2 * n**3 / _median_seconds(lambda _: a @ a, device, steps=5, warmup=2)
+    return 2 * n**3 / _median_seconds(lambda: a @ a, device, steps=5, warmup=2)
 
 
-def _median_seconds(function, device: torch.device, steps: int, warmup: int) -> float:
+def _median_seconds(
+    work: Callable[[], object], device: torch.device, steps: int, warmup: int
+) -> float:
     times = []
-    for number in range(warmup + steps):
+    for _ in range(warmup + steps):
         _synchronise(device)
         started = time.perf_counter()
-        function(number)
+        work()
         _synchronise(device)
         times.append(time.perf_counter() - started)
     return statistics.median(times[warmup:])

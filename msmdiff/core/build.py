@@ -1,14 +1,19 @@
 """From a configuration to the objects of the road: codec, process, mask, backbone, objective."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
-from msmdiff.core import backbones
-from msmdiff.core.config import Config, ModelConfig
-from msmdiff.core.diffusion import codecs, masking, objectives, process
+from msmdiff.core import backbones, registry
+from msmdiff.core.config import Config
+from msmdiff.core.diffusion import codecs, masking, objectives, process, time_sampling
 from msmdiff.core.errors import UsageError
+from msmdiff.core.samplers import times
+from msmdiff.core.sections import ModelConfig
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -34,9 +39,10 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     config = config.model_copy(deep=True)
     problems: list[str] = []
 
-    def attempt(function, *args):  # collect what each part has to complain of
+    def attempt(function: Callable[..., T], *arguments: Any) -> T | None:
+        """Collect what each part has to complain of."""
         try:
-            return function(*args)
+            return function(*arguments)
         except UsageError as error:
             problems.append(str(error))
             return None
@@ -45,68 +51,26 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     if model is not None:
         config.model = model
         problems += _check_classes(config, data_classes)
-        problems += _choose_objective(config)
+        problems += _check_objective(config)
         if config.optim.lr is None:
             config.optim.lr = derived_rate(config.model)
-    if config.optim.betas is None:
-        config.optim.betas = [0.99, 0.99] if config.optim.name == "adamw" else [0.98, 0.92, 0.99]
     if config.optim.schedule != "constant" and config.optim.decay_steps is None:
         config.optim.decay_steps = config.train.steps
-    if (config.codec.mean is None) != (config.codec.std is None):
-        problems.append(
-            "codec.mean and codec.std belong together: give both, or neither to measure them"
-        )
-    steps, sampler = config.sample.steps, config.sample.sampler
-    if sampler in ("ddim", "ddpm") and isinstance(steps, int) and steps > config.process.timesteps:
-        problems.append(
-            f"sample.steps {steps} exceeds process.timesteps {config.process.timesteps}"
-        )
-    attempt(process.build, config.process)
-    wanted = 2 if config.optim.name == "adamw" else 3
-    if len(config.optim.betas) != wanted or not all(0 <= b < 1 for b in config.optim.betas):
-        problems.append(
-            f"optim.betas {config.optim.betas}: {config.optim.name} takes {wanted} "
-            "numbers in [0, 1)"
-        )
-    if any(not 0 < d < 1 for d in config.ema.decays):
-        problems.append(
-            f"ema.decays {config.ema.decays}: every decay must lie between 0 and 1 (no average: [])"
-        )
-    micro = config.train.micro_batch_size
-    if micro and config.train.batch_size % micro:
-        near = _nearest_multiples(config.train.batch_size, micro)
-        problems.append(
-            f"train.batch_size {config.train.batch_size} does not divide by "
-            f"train.micro_batch_size {micro}{near}"
-        )
+    problems += _check_numbers(config)
+    noise = attempt(process.build, config.process)
+    if noise is not None:
+        attempt(time_sampling.build, config.process, noise.schedule)
+        attempt(times.visited, noise.schedule, config.sample)
     problems += _check_sizes(config) if model is not None else []
-    codec = attempt(codecs.build, config.codec, config.data.image_size) if not problems else None
-    if codec is not None and model is not None:
-        network = attempt(_on_meta, config, codec.shape)
-        if network is not None:
-            attempt(masking.build, config.mask, network.grid)
-            groups = config.objective.channel_groups
-            if groups and sum(groups) != codec.shape[0]:
-                problems.append(
-                    f"objective.channel_groups {groups} must add up to the {codec.shape[0]} "
-                    "channels, such as "
-                    f"[3, {codec.shape[0] - 3}], or be null"
-                )
+    if not problems:
+        codec = attempt(codecs.build, config.codec, config.data.image_size)
+        network = attempt(_on_meta, config, codec.shape) if codec is not None else None
+        if codec is not None and network is not None:
+            problems += _check_groups(config, codec.shape[0])
+            attempt(_check_passes, config, network)
     if problems:
         raise UsageError("; ".join(problems))
     return config
-
-
-def context_shape(config: Config) -> tuple[int, int] | None:
-    """(tokens, width) of the text features that a resolved configuration's network draws from, or
-    None.
-    """
-    fields = config.model.model_dump()
-    return (
-        (fields["context_tokens"], fields["context_width"])
-        if fields.get("context_tokens")
-        else None
-    )
 
 
 def derived_rate(model: ModelConfig) -> float:
@@ -122,18 +86,20 @@ def build(config: Config) -> Parts:
     network = backbones.build(config.model, codec.shape)
     noise = process.build(config.process)
     mask = masking.build(config.mask, network.grid)
-    return Parts(
-        codec=codec,
-        process=noise,
-        mask=mask,
-        backbone=network,
-        objective=objectives.build(config.objective, config.mask, noise, mask, network),
-    )
+    objective = objectives.build(config, noise, mask, network)
+    return Parts(codec, noise, mask, network, objective)
 
 
 def _on_meta(config: Config, shape: tuple[int, int, int]) -> Any:
     with torch.device("meta"):
         return backbones.build(config.model, shape)
+
+
+def _check_passes(config: Config, network: Any) -> None:
+    """Raises UsageError where a mask or a route does not suit the network."""
+    mask = masking.build(config.mask, network.grid)
+    with torch.device("meta"):
+        objectives.build(config, process.build(config.process), mask, network)
 
 
 def _check_classes(config: Config, data_classes: int | None) -> list[str]:
@@ -158,66 +124,57 @@ def _check_classes(config: Config, data_classes: int | None) -> list[str]:
     return []
 
 
-TWO_PASSES = {"mdt": "mdt", "mdtv2": "mdt", "edt": "edt"}
-"""Families with an objective of their own, which drop no tokens otherwise."""
-
-
-def _choose_objective(config: Config) -> list[str]:
-    """Settle `auto` and MDT's mask as published, and say what does not go together."""
-    objective, mask, family = config.objective, config.mask, str(config.model.family)
-    masked = bool(mask.ratio or (mask.kind == "crop" and mask.crop))
-    if objective.name == "auto":
-        objective.name = TWO_PASSES.get(family, "msm" if masked else "dsm")  # type: ignore[assignment]
-    if objective.name == "mdt":
-        mask.ratio = mask.ratio or 0.3
-        mask.spread = (0.2 if family == "mdtv2" else 0.0) if mask.spread is None else mask.spread
-    problems = []
-    if objective.name == "dsm" and masked:
+def _check_objective(config: Config) -> list[str]:
+    """Settle what is automatic, and say what does not go together."""
+    problems = objectives.settle(config, backbones.network_class(config.model))
+    model = config.model.model_dump()
+    noise = config.process.schedule
+    if model.get("learn_sigma") and not process.has_steps(config.process):
+        problems.append(f"model.learn_sigma needs a schedule of discrete steps, not {noise}")
+    unlabelled = model["num_classes"] and model.get("null_class") is False
+    if unlabelled and config.objective.label_dropout:
         problems.append(
-            f"objective.name 'dsm' sees every token, but mask.ratio is {mask.ratio}: use 'msm', "
-            "or a ratio of 0"
+            f"objective.label_dropout {config.objective.label_dropout} needs a null class: "
+            "set model.null_class=true, or 0"
         )
-    own = TWO_PASSES.get(family)
-    if objective.name in ("msm", "mdt", "edt") and objective.name != (own or "msm"):
-        fits = f"'{own}' or 'dsm'" if own else "'msm' or 'dsm'"
-        problems.append(
-            f"objective.name '{objective.name}' does not suit model.family {family}: use {fits}"
-        )
-    if objective.name == "mdt" and (mask.kind != "patch" or mask.ratio + (mask.spread or 0.0) >= 1):
-        problems.append(
-            f"objective.name 'mdt' hides single tokens: mask.kind must be patch, not {mask.kind}, "
-            "and mask.ratio "
-            f"{mask.ratio} plus mask.spread {mask.spread} below 1"
-        )
-    if objective.name == "edt" and masked:
-        problems.append(
-            f"objective.name 'edt' draws masks of its own: mask.ratio must be 0, not {mask.ratio}"
-        )
-    labelled = config.model.num_classes and config.model.model_dump().get("null_class") is False
-    if labelled and objective.label_dropout:
-        problems.append(
-            f"objective.label_dropout {objective.label_dropout} needs a null class: set "
-            "model.null_class=true, or 0"
-        )
-    if config.process.schedule in ("vp_sde", "vp_cosine"):
-        wrong = (
-            "process.time_sampling 'loss_second_moment'"
-            if config.process.time_sampling.startswith("loss")
-            else ""
-        )
-        wrong = "model.learn_sigma" if config.model.model_dump().get("learn_sigma") else wrong
-        if wrong:
-            problems.append(
-                f"{wrong} needs a schedule of discrete steps, not {config.process.schedule}"
-            )
     return problems
+
+
+def _check_numbers(config: Config) -> list[str]:
+    """What numbers ask of each other, across sections."""
+    problems = []
+    codec: Any = config.codec.model_dump()
+    if (codec.get("mean") is None) != (codec.get("std") is None):
+        problems.append(
+            "codec.mean and codec.std belong together: give both, or neither to measure them"
+        )
+    if any(not 0 < decay < 1 for decay in config.ema.decays):
+        problems.append(
+            f"ema.decays {config.ema.decays}: every decay must lie between 0 and 1 (no average: [])"
+        )
+    batch, micro = config.train.batch_size, config.train.micro_batch_size
+    if micro and batch % micro:
+        near = _nearest_multiples(batch, micro)
+        problems.append(
+            f"train.batch_size {batch} does not divide by train.micro_batch_size {micro}{near}"
+        )
+    return problems
+
+
+def _check_groups(config: Config, channels: int) -> list[str]:
+    groups = config.objective.channel_groups
+    if not groups or sum(groups) == channels:
+        return []
+    return [
+        f"objective.channel_groups {groups} must add up to the {channels} channels, such as "
+        f"[3, {channels - 3}], or be null"
+    ]
 
 
 def _check_sizes(config: Config) -> list[str]:
     """The side of an image must divide by the codec's factor times the patch."""
-    factor = {"pixel": 1, "dwt": 2**config.codec.level, "vae": config.codec.factor}[
-        config.codec.name
-    ]
+    entry = registry.find("codec", config.codec.name, "codec.name")
+    factor = entry.make.factor_of(entry.takes(config.codec))
     patch = config.model.model_dump()["patch_size"]
     if config.data.image_size % (factor * patch) == 0:
         return []

@@ -6,8 +6,6 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from itertools import groupby
 from pathlib import Path
 from time import monotonic
 from typing import Any
@@ -19,17 +17,21 @@ from PIL import Image
 from torch import Tensor
 
 import msmdiff
+from msmdiff.core import config as configuration
 from msmdiff.core import files, weights
-from msmdiff.core.build import context_shape
+from msmdiff.core.condition import Text, Unconditional
 from msmdiff.core.config import flatten
 from msmdiff.core.data import text
 from msmdiff.core.data.images import UNREADABLE, center_crop, grid, read_rgb
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import evaluate, features, statistics
+from msmdiff.core.model import Model
 from msmdiff.core.samplers import editing
-from msmdiff.core.samplers.generate import generate
-from msmdiff.core.seeding import SeedNoise, numpy_stream, stream
+from msmdiff.core.seeding import SeedNoise, parse_range, spans, stream
 from msmdiff.core.training.previews import to_hwc
+
+Progress = Callable[[int, int, dict[str, Any]], None]
+"""(done, of how many, other figures)."""
 
 
 @dataclass
@@ -70,30 +72,21 @@ class Request:
 
 
 class Gallery:
-    """A request and the weights to draw it with.
+    """A request and the model to draw it with.
 
     Raises UsageError for classes or prompts that the network has no use for, or that it lacks.
     """
 
-    def __init__(self, loaded: weights.Loaded, request: Request, device: torch.device) -> None:
-        self.request, self._loaded, self._device, path = request, loaded, device, loaded.path
-        options, network, null = loaded.config.sample, loaded.backbone, None
-        self._label: Callable[[list[int]], Any] = partial(
-            deal, request.classes, network.num_classes
-        )
-        if request.classes is not None and not network.num_classes:
+    def __init__(self, model: Model, request: Request) -> None:
+        self.request, self.model = request, model
+        options, condition, path = model.config.sample, model.condition, model.path
+        self._context: Tensor | None = None
+        if request.classes is not None and not condition.count:
             raise UsageError(f"--classes {request.classes}: {path} is unconditional")
-        labels = self._label(request.seeds) or []
-        if max(labels, default=0) >= network.num_classes > 0:
+        if isinstance(condition, Unconditional) and options.cfg_scale != 1 and not model.guide:
             raise UsageError(
-                f"--classes {request.classes}: the classes of {path} are 0 to "
-                f"{network.num_classes - 1}"
-            )
-        wanted = context_shape(loaded.config)
-        if options.cfg_scale != 1 and not (network.num_classes or wanted or loaded.guide):
-            raise UsageError(
-                f"sample.cfg_scale {options.cfg_scale:g} (--cfg): {path} is "
-                "unconditional, set it to 1"
+                f"sample.cfg_scale {options.cfg_scale:g} (--cfg): {path} is unconditional, set it "
+                "to 1"
             )
         self._settings = {
             "weights": str(path),
@@ -103,89 +96,49 @@ class Gallery:
             "msmdiff": msmdiff.__version__,
             "torch": torch.__version__,
         }
-        if request.prompts or wanted:
-            context, null = text.features(loaded.config, request.prompts)
-            self._label = lambda seeds: context[[seed % len(context) for seed in seeds]]
-            self._settings["prompts_sha256"] = hashlib.sha256(
-                "\n".join(request.prompts).encode()
-            ).hexdigest()
+        if request.prompts or isinstance(condition, Text):
+            self._context, null = text.features(model.config, request.prompts)
+            if isinstance(condition, Text):
+                condition.null = null
+            joined = "\n".join(request.prompts).encode()
+            self._settings["prompts_sha256"] = hashlib.sha256(joined).hexdigest()
+        else:
+            self._told(request.seeds)  # says what is wrong with the classes before anything is made
         if options.guide is not None:
             guide = weights.locate(options.guide, ema=options.guide_ema)
             self._settings["guide_sha256"] = files.checksum(weights.file_of(guide))
-        self._draw = partial(
-            generate, network, loaded.process, loaded.codec, options,
-            num_classes=network.num_classes, null=null, guide=loaded.guide, device=device,
-        )  # fmt: skip
 
-    def make(self, progress: Callable[[int, int, dict[str, Any]], None]) -> str:
+    def _told(self, seeds: Sequence[int]) -> Tensor | None:
+        """What the network is told for each seed, by the seed alone."""
+        if self._context is not None:
+            return self._context[[seed % len(self._context) for seed in seeds]]
+        return self.model.condition.deal(self.request.classes, seeds)
+
+    def make(self, progress: Progress) -> str:
         """Draw and write; says what is where. Each of several processes takes a share, and the
         first one reports.
 
         Raises UsageError where the folder holds other images, and MsmdiffError for a file that
         cannot be written; images before it are whole, and are not made again.
         """
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        rank, world = 0, 1
+        if dist.is_initialized():
+            rank, world = dist.get_rank(), dist.get_world_size()
         if self.request.picture:
             return self._picture(self.request.picture) if rank == 0 else ""
-        wish, seeds, side = self.request, self.request.seeds, self._loaded.config.data.image_size
+        wish, seeds = self.request, self.request.seeds
         for path in (wish.npz, wish.stats):
             if path and rank == 0:
                 self._refuse_foreign(path)
-                self._record(
-                    path.with_suffix(".json"), seeds
-                )  # first, so that a rerun knows its own
+                self._record(path.with_suffix(".json"), seeds)  # first: a rerun knows its own
         earlier = self._claim() if wish.png and rank == 0 else []
-        # A plain array first, which all processes fill; the archive is made of it at the end.
-        raw = wish.npz and wish.npz.with_name(f".{wish.npz.name}.part.npy")
-        if raw and rank == 0:
-            raw.parent.mkdir(parents=True, exist_ok=True)
-            np.lib.format.open_memmap(
-                raw, mode="w+", dtype=np.uint8, shape=(len(seeds), side, side, 3)
-            ).flush()
+        raw = self._raw_array(rank) if wish.npz else None
         if world > 1:
             dist.barrier()  # the folder and the file are there
         canvas = np.lib.format.open_memmap(raw, mode="r+") if raw else None
-        row = {seed: i for i, seed in enumerate(seeds)}
         mine = seeds[rank::world]
         there = [seed for seed in mine if wish.png and _is_whole(self._png(seed))]
-        todo, began = sorted(set(mine) - set(there)), monotonic()
-
-        def take(batch: list[int], pixels: np.ndarray) -> Tensor:
-            if canvas is not None:
-                canvas[[row[seed] for seed in batch]] = pixels
-            return torch.from_numpy(pixels).permute(0, 3, 1, 2)
-
-        def batches() -> Iterator[Tensor]:
-            """Those on disk where they are needed again, then those still to be drawn."""
-            again = there if wish.npz or wish.stats else []
-            for start in range(0, len(again), wish.batch_size):
-                batch = again[start : start + wish.batch_size]
-                yield take(
-                    batch, np.stack([np.asarray(read_rgb(self._png(seed))) for seed in batch])
-                )
-            done = len(there)
-            for images in self._draw(todo, self._label(todo), batch_size=wish.batch_size):
-                pixels = np.ascontiguousarray(to_hwc(images.images))
-                for seed, image in zip(images.seeds, pixels, strict=True) if wish.png else ():
-                    _save(Image.fromarray(image), self._png(seed))
-                yield take(images.seeds, pixels)
-                done += len(pixels)
-                if rank == 0:
-                    speed = (done - len(there)) / (monotonic() - began)
-                    about = {
-                        "images_per_s": speed * world,
-                        "seconds_left": (len(mine) - done) / speed,
-                    }
-                    progress(done, len(mine), about)
-
-        if wish.stats:
-            extractor = features.build(wish.features, wish.weights, self._device)
-            found = evaluate.of_images(
-                batches(), extractor, settings={"image_size": f"{side}x{side}"}
-            )
-        else:
-            for _ in batches():
-                pass
+        found = self._fill(mine, there, canvas, _Shown(progress, rank, world))
         if world > 1:
             dist.barrier()  # all images are there
         if rank:
@@ -193,83 +146,155 @@ class Gallery:
         shown = [f"{len(seeds)} images"]
         if wish.png:
             self._record(wish.folder / "sample.json", [*earlier, *seeds])
-            shown = [
-                f"{len(seeds)} images in {wish.folder}/"
-                + (f" ({len(there)} were there)" if there else "")
-            ]
-        labels = None if wish.prompts else self._label(seeds)
+            already = f" ({len(there)} were there)" if there else ""
+            shown = [f"{len(seeds)} images in {wish.folder}/{already}"]
         if wish.grid and (wish.png or canvas is not None):
-            first = (
-                canvas[:100]
-                if canvas is not None
-                else [np.asarray(read_rgb(self._png(s))) for s in seeds[:100]]
-            )
-            different = len(set(labels or ()))
-            columns = different if 1 < different <= 20 else None
-            beside = (
-                self._beside("grid")
-                if wish.png or not wish.npz
-                else wish.npz.with_suffix(".grid.png")
-            )
-            shown.append(f"grid in {_save(grid(np.asarray(first), columns), beside)}")
+            shown.append(f"grid in {self._grid(canvas)}")
         if canvas is not None and raw and wish.npz:
-            known: dict[str, Any] = {} if labels is None else {"arr_1": np.array(labels, np.int64)}
-            with files.whole(wish.npz) as part, part.open("wb") as file:
-                np.savez(file, arr_0=canvas, **known)
+            self._archive(wish.npz, canvas)
             raw.unlink()
             shown.append(str(wish.npz))
-        if wish.stats:
+        if wish.stats and found is not None:
             statistics.save(wish.stats, found)
             shown.append(f"statistics in {wish.stats}")
         return ", ".join(shown)
 
+    def _raw_array(self, rank: int) -> Path:
+        """A plain array that all processes fill; the archive is made of it at the end."""
+        wish, side = self.request, self.model.config.data.image_size
+        assert wish.npz is not None
+        raw = wish.npz.with_name(f".{wish.npz.name}.part.npy")
+        if rank == 0:
+            raw.parent.mkdir(parents=True, exist_ok=True)
+            shape = (len(wish.seeds), side, side, 3)
+            np.lib.format.open_memmap(raw, mode="w+", dtype=np.uint8, shape=shape).flush()
+        return raw
+
+    def _fill(
+        self, mine: Sequence[int], there: list[int], canvas: np.ndarray | None, shown: "_Shown"
+    ) -> statistics.Statistics | None:
+        """Draw what is not there yet, into files and the array; the statistics where wanted."""
+        wish, side = self.request, self.model.config.data.image_size
+        images = self._images(mine, there, canvas, shown)
+        if not wish.stats:
+            for _ in images:
+                pass
+            return None
+        extractor = features.build(wish.features, wish.weights, self.model.device)
+        return evaluate.of_images(images, extractor, settings={"image_size": f"{side}x{side}"})
+
+    def _images(
+        self, mine: Sequence[int], there: list[int], canvas: np.ndarray | None, shown: "_Shown"
+    ) -> Iterator[Tensor]:
+        """Images on disk where they are needed again, then those still to be drawn: uint8 [B, 3, H,
+        W].
+        """
+        wish = self.request
+        row = {seed: i for i, seed in enumerate(wish.seeds)}
+
+        def take(batch: list[int], pixels: np.ndarray) -> Tensor:
+            if canvas is not None:
+                canvas[[row[seed] for seed in batch]] = pixels
+            return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+
+        again = there if wish.npz or wish.stats else []
+        for start in range(0, len(again), wish.batch_size):
+            batch = again[start : start + wish.batch_size]
+            yield take(batch, np.stack([np.asarray(read_rgb(self._png(seed))) for seed in batch]))
+        todo = sorted(set(mine) - set(there))
+        done, began = len(there), monotonic()
+        for drawn in self.model.batches(todo, self._told(todo), batch_size=wish.batch_size):
+            pixels = np.ascontiguousarray(to_hwc(drawn.images))
+            if wish.png:
+                for seed, image in zip(drawn.seeds, pixels, strict=True):
+                    _save(Image.fromarray(image), self._png(seed))
+            yield take(drawn.seeds, pixels)
+            done += len(pixels)
+            shown.tell(done, len(mine), (done - len(there)) / (monotonic() - began))
+
+    def _grid(self, canvas: np.ndarray | None) -> Path:
+        """The first 100 images in one picture, one class a column where there are few."""
+        wish = self.request
+        seeds = wish.seeds[:100]
+        if canvas is not None:
+            first = np.asarray(canvas[:100])
+        else:
+            first = np.stack([np.asarray(read_rgb(self._png(seed))) for seed in seeds])
+        labels = self.model.condition.deal(wish.classes, wish.seeds)
+        different = 0 if labels is None else len(set(labels.tolist()))
+        columns = different if 1 < different <= 20 else None
+        alone = wish.npz is not None and not wish.png
+        beside = wish.npz.with_suffix(".grid.png") if alone and wish.npz else self._beside("grid")
+        return _save(grid(first, columns), beside)
+
+    def _archive(self, npz: Path, canvas: np.ndarray) -> None:
+        """ADM's file: the images, and their classes where there are any."""
+        known: dict[str, Any] = {}
+        labels = self.model.condition.deal(self.request.classes, self.request.seeds)
+        if labels is not None:
+            known["arr_1"] = labels.numpy()
+        with files.whole(npz) as part, part.open("wb") as file:
+            np.savez(file, arr_0=canvas, **known)
+
     def _png(self, seed: int) -> Path:
         return self.request.folder / f"{seed:06d}.png"
 
+    # ------------------------------------------------------------------ single pictures
+
     def _picture(self, kind: str) -> str:
         """An interpolation, fillings of an image, or predictions over time."""
-        wish, loaded, seeds = self.request, self._loaded, self.request.seeds
-        codec, start, wraps, rows, target = loaded.codec, None, [], [], self._beside(kind)
+        target = self._beside(kind)
         self._refuse_foreign(target)
-        if wish.interpolate:
-            ends = parse_range(wish.interpolate, "--interpolate")
-            if len(ends) != 2 or len(seeds) < 2:
-                raise UsageError(
-                    f"--interpolate {wish.interpolate}: give two seeds A,B, and at least 2 "
-                    "images (--n)"
-                )
-            a, b = SeedNoise(ends, codec.shape, "cpu")()
-            start, seeds = editing.slerp(a, b, len(seeds)), ends[:1] * len(seeds)
-        if wish.inpaint:
-            known, mask = _cropped_alike(*wish.inpaint, loaded.config.data.image_size)
-            keep = mask.float().mean(1, keepdim=True) < 128
-            if keep.all():
-                raise UsageError(
-                    f"--inpaint {wish.inpaint[1]} is black: paint white what is to be filled in"
-                )
-            x0 = codec.encode(known.to(self._device), stream(self._device, 0, "inpaint"))
-            place = editing.wholly_kept(keep.to(self._device), codec.shape[1])
-            wraps.append(editing.inpainting(loaded.process, x0, place))
-            rows = [torch.where(keep, known, 128)]
-        watch = editing.Trajectory()
-        if wish.trajectory:
-            seeds = seeds[:8]
-            wraps.append(watch.wrap)
-        drawn = self._draw(
-            seeds, self._label(seeds), start=start, wraps=wraps, batch_size=len(seeds)
-        )
-        made = torch.cat([batch.images for batch in drawn])
-        rows.append(torch.where(keep, known, made) if wish.inpaint else made)
-        columns = min(sum(map(len, rows)), 12)
-        if wish.trajectory:
-            over_time = [
-                codec.decode(x0, loaded.config.sample.rounding).cpu() for x0 in watch.pick(10)
-            ]
-            rows = [torch.stack([*over_time, rows[-1]], dim=1).flatten(0, 1)]
-            columns = len(over_time) + 1
-        _save(grid(to_hwc(torch.cat(rows)), columns), target)
-        self._record(target.with_suffix(".json"), wish.seeds)
+        make = {
+            "interpolate": self._interpolation,
+            "inpaint": self._fillings,
+            "trajectory": self._over_time,
+        }[kind]
+        images, columns = make()
+        _save(grid(to_hwc(images), columns), target)
+        self._record(target.with_suffix(".json"), self.request.seeds)
         return f"picture in {target}"
+
+    def _drawn(self, seeds: list[int], **how: Any) -> Tensor:
+        """The images of some seeds, in one batch."""
+        told = self._told(seeds)
+        drawn = self.model.batches(seeds, told, batch_size=len(seeds), **how)
+        return torch.cat([batch.images for batch in drawn])
+
+    def _interpolation(self) -> tuple[Tensor, int]:
+        wish = self.request
+        ends, count = parse_range(str(wish.interpolate), "--interpolate"), len(wish.seeds)
+        if len(ends) != 2 or count < 2:
+            raise UsageError(
+                f"--interpolate {wish.interpolate}: give two seeds A,B, and at least 2 images (--n)"
+            )
+        a, b = SeedNoise(ends, self.model.codec.shape, "cpu")()
+        images = self._drawn(ends[:1] * count, start=editing.slerp(a, b, count))
+        return images, min(count, 12)
+
+    def _fillings(self) -> tuple[Tensor, int]:
+        wish, model = self.request, self.model
+        assert wish.inpaint is not None
+        known, mask = _cropped_alike(*wish.inpaint, model.config.data.image_size)
+        held = mask.float().mean(1, keepdim=True) < 128
+        if held.all():
+            raise UsageError(
+                f"--inpaint {wish.inpaint[1]} is black: paint white what is to be filled in"
+            )
+        x0 = model.codec.encode(known.to(model.device), stream(model.device, 0, "inpaint"))
+        place = editing.wholly_kept(held.to(model.device), model.codec.shape[1])
+        made = self._drawn(wish.seeds, wraps=[editing.inpainting(model.process, x0, place)])
+        images = torch.cat([torch.where(held, known, 128), torch.where(held, known, made)])
+        return images, min(len(images), 12)
+
+    def _over_time(self) -> tuple[Tensor, int]:
+        watch, rounding = editing.Trajectory(), self.model.config.sample.rounding
+        made = self._drawn(self.request.seeds[:8], wraps=[watch.wrap])
+        stages = [self.model.codec.decode(x0, rounding).cpu() for x0 in watch.pick(10)]
+        rows = torch.stack([*stages, made], dim=1)
+        return rows.flatten(0, 1), rows.shape[1]
+
+    # ------------------------------------------------------------------ what is on disk
 
     def _beside(self, kind: str) -> Path:
         return self.request.folder.with_name(f"{self.request.folder.name}.{kind}.png")
@@ -307,6 +332,11 @@ class Gallery:
             return []
         except (OSError, ValueError) as error:
             raise MsmdiffError(f"{out / 'sample.json'} cannot be read: {error}") from None
+        if isinstance(stored.get("sample"), dict):  # in the keys of today
+            layer = configuration.stored({"sample": stored["sample"]}, str(out))
+            stored["sample"] = configuration.section("sample", **layer["sample"]).model_dump(
+                mode="json"
+            )
         if any(stored.get(name) != value for name, value in settings.items()):
             old, new = flatten(stored), flatten(settings)
             changed = [
@@ -323,41 +353,19 @@ class Gallery:
         return parse_range(stored["seeds"], "seeds") if stored.get("seeds") else []
 
 
-def deal(classes: str | None, num_classes: int, seeds: Sequence[int]) -> list[int] | None:
-    """A class per seed, by the seed alone; None where there are none."""
-    if not num_classes:
-        return None
-    if classes == "random":
-        return [int(numpy_stream(seed, "class").integers(num_classes)) for seed in seeds]
-    dealt = (
-        list(range(num_classes))
-        if classes in (None, "balanced")
-        else parse_range(str(classes), "--classes")
-    )
-    return [dealt[seed % len(dealt)] for seed in seeds]
+@dataclass
+class _Shown:
+    """Progress, as the first process tells it for all."""
 
+    progress: Progress
+    rank: int
+    world: int
 
-def parse_range(text: str, option: str) -> list[int]:
-    """`7`, `0-9`, `0,4,7` or a mixture -> integers. Raises UsageError naming the option."""
-    numbers: list[int] = []
-    try:
-        for part in text.split(","):
-            first, dash, last = part.strip().partition("-")
-            span = range(int(first), int(last if dash else first) + 1)
-            if not span:
-                raise ValueError
-            numbers.extend(span)
-    except ValueError:
-        problem = "write a number, a rising range such as 0-9, or a list such as 0,4,7"
-        raise UsageError(f"{option} {text}: {problem}") from None
-    return numbers
-
-
-def spans(seeds: Iterable[int]) -> str:
-    """[0, 1, 2, 7] -> "0-2,7": what `parse_range` reads."""
-    runs = groupby(enumerate(sorted(set(seeds))), lambda place: place[1] - place[0])
-    ends = [(run[0][1], run[-1][1]) for run in (list(members) for _, members in runs)]
-    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ends)
+    def tell(self, done: int, total: int, images_per_s: float) -> None:
+        if self.rank == 0:
+            left = (total - done) / images_per_s
+            about = {"images_per_s": images_per_s * self.world, "seconds_left": left}
+            self.progress(done, total, about)
 
 
 def _cropped_alike(image: Path, mask: Path, side: int) -> list[Tensor]:

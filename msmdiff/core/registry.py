@@ -31,7 +31,7 @@ T = TypeVar("T")
 
 
 class Options(BaseModel):
-    """What one choice takes beside the keys that all choices of its kind have; by itself: nothing."""
+    """What one choice takes beside the keys that all of its kind have; by itself: nothing."""
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
@@ -113,11 +113,11 @@ def register(
     def enter(make: T) -> T:
         plugin = _loading[-1] if _loading else None
         taken = _entries[kind].get(name)
-        if taken is not None and getattr(taken.make, "__module__", "") != getattr(
-            make, "__module__", ""
-        ):
+        if taken is not None and taken.plugin != plugin:
             owner = f"the plugin {taken.plugin}" if taken.plugin else "msmdiff itself"
-            raise UsageError(f"{plugin or make} registers the {kind} '{name}', which {owner} has")
+            raise UsageError(
+                f"the plugin {plugin} registers the {kind} '{name}', which {owner} has already"
+            )
         first = (summary or make.__doc__ or "").strip().partition("\n")[0]
         _entries[kind][name] = Entry(kind, name, make, options, first, plugin)
         return make
@@ -131,7 +131,7 @@ def find(kind: str, name: str, where: str) -> Entry:
     Raises UsageError with the nearest name, and all of them, where there is none.
     """
     known = entries(kind)
-    if name not in known:
+    if not isinstance(name, str) or name not in known:
         raise UsageError(
             f"{where} '{name}' is none of the "
             f"{KINDS[kind].title}{nearest(str(name), list(known))}; "
@@ -224,3 +224,8 @@ def require_plugins(names: list[str], where: str) -> None:
             f"{where} needs the plugin{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
             "name the file with --plugin FILE.py"
         )
+
+
+def installed() -> list[str]:
+    """The names of plugins that installed packages offer; none of them is imported."""
+    return sorted(importlib.metadata.entry_points(group=ENTRY_POINTS).names)

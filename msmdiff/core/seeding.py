@@ -6,11 +6,13 @@ that was not, and a second process never needs the first one's generator.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from msmdiff.core.errors import UsageError
 
 
 def key(seed: int, purpose: str, *position: int) -> int:
@@ -55,3 +57,33 @@ class SeedNoise:
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)
         return noise.to(self._device, non_blocking=True)
+
+
+# ------------------------------------------------------------------ ranges as users write them
+
+
+def parse_range(text: str, option: str) -> list[int]:
+    """`7`, `0-9`, `0,4,7` or a mixture -> integers. Raises UsageError naming the option."""
+    numbers: list[int] = []
+    try:
+        for part in text.split(","):
+            first, dash, last = part.strip().partition("-")
+            span = range(int(first), int(last if dash else first) + 1)
+            if not span:
+                raise ValueError
+            numbers.extend(span)
+    except ValueError:
+        problem = "write a number, a rising range such as 0-9, or a list such as 0,4,7"
+        raise UsageError(f"{option} {text}: {problem}") from None
+    return numbers
+
+
+def spans(seeds: Iterable[int]) -> str:
+    """[0, 1, 2, 7] -> "0-2,7": what `parse_range` reads."""
+    ends: list[list[int]] = []
+    for seed in sorted(set(seeds)):
+        if ends and seed == ends[-1][1] + 1:
+            ends[-1][1] = seed
+        else:
+            ends.append([seed, seed])
+    return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in ends)

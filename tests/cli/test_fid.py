@@ -208,10 +208,10 @@ def test_distances_along_a_run(cli, tmp_path):
         (
             ["photos", "photos", "--metrics", "fid,nope"],
             2,
-            "--metrics nope: choose from fid, sfid, is",
+            "--metrics 'nope' is none of the metrics; there are fid",
         ),
-        (["photos", "photos", "--metrics", "is"], 2, "are for --features inception, not pixel"),
-        (["photos", "photos", "--resize", "clean"], 2, "are for --features inception, not pixel"),
+        (["photos", "photos", "--metrics", "is"], 2, "features inception: pixel has no classes"),
+        (["photos", "photos", "--resize", "clean"], 2, "no effect on --features pixel"),
         (
             ["photos", "photos", "--bootstrap", "1"],
             2,

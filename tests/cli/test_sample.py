@@ -255,7 +255,7 @@ def test_pictures(cli, tmp_path, model):
         (["--interpolate", "4,9", "--seeds", "0-3"], "--seeds has no effect with --interpolate"),
         (["--interpolate", "4,9", "--n", "1"], "at least 2 images (--n)"),
         (["--features", "pixel"], "--features has no effect without --stats"),
-        (["--classes", "3,10"], "--classes 3,10: the classes of r.safetensors are 0 to 9"),
+        (["--classes", "3,10"], "--classes 3,10: the classes are 0 to 9"),
         (["--set", "model.hidden_size=32"], "r.safetensors says itself what its network is (16)"),
         (["--set", "codec.level=2"], "codec.level 2 has no effect on the codec pixel, only on dwt"),
         (

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msmdiff.core.config import DataConfig
+from msmdiff.core.config import section
 from msmdiff.core.data import loader, sources
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -34,7 +34,7 @@ def test_lsun(lsun, quiet):
     assert [source.name(i) for i in range(6)] == [f"key{i}" for i in range(6)]
     assert np.array_equal(np.asarray(source.read(4)), pixels[4])
     assert source.labels is None
-    config = DataConfig(source=str(path), image_size=16, skip_unreadable=True, workers=2)
+    config = section("data", source=str(path), image_size=16, skip_unreadable=True, workers=2)
     usable = loader.open_training(config, quiet.note)
     assert "left out: 1 of 6 images" in quiet.notes[-1]
     assert "key3" in quiet.notes[-1]

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from msmdiff.core.config import CodecConfig
+from msmdiff.core.config import section
 from msmdiff.core.data.sources import Digits
-from msmdiff.core.diffusion.codecs import DwtCodec, PixelCodec, build, to_uint8, to_unit
+from msmdiff.core.diffusion.codecs import build, to_uint8, to_unit
+from msmdiff.core.diffusion.codecs.dwt import DwtCodec
+from msmdiff.core.diffusion.codecs.pixel import PixelCodec
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 WAVELETS = ["haar", "db2", "db4", "sym5", "coif1", "bior1.3", "bior4.4", "rbio3.1", "bior3.9"]
@@ -39,7 +41,7 @@ def oracle(x, wavelet, level):
 @pytest.mark.parametrize("level", [1, 2, 3])
 @pytest.mark.parametrize("wavelet", WAVELETS)
 def test_dwt_equals_pywavelets_and_inverts(wavelet, level):
-    codec, x = DwtCodec(32, wavelet, level), to_unit(images())
+    codec, x = DwtCodec(32, wavelet=wavelet, level=level), to_unit(images())
     z = codec.transform(x)
     assert z.shape[1:] == codec.shape == (3 * 4**level, 32 // 2**level, 32 // 2**level)
     assert (z - oracle(x, wavelet, level)).abs().max() <= 1e-5
@@ -54,9 +56,13 @@ def test_haar_level_one_packs_256_pixels_into_12_channels():
 @given(wavelet=st.sampled_from(WAVELETS), level=st.integers(1, 2), seed=st.integers(0, 99))
 def test_images_survive_the_round_trip_exactly(wavelet, level, seed):
     packed = images(seed=seed)
-    codec = DwtCodec(32, wavelet, level)
-    mean, std = codec.measure([packed])
-    for each in (PixelCodec(32), codec, DwtCodec(32, wavelet, level, mean, std)):
+    codec = DwtCodec(32, wavelet=wavelet, level=level)
+    measured = codec.measure([packed])
+    for each in (
+        PixelCodec(32),
+        codec,
+        DwtCodec(32, wavelet=wavelet, level=level, **measured),
+    ):
         assert torch.equal(each.decode(each.encode(each.pack(packed))), packed)
 
 
@@ -64,8 +70,8 @@ def test_measured_statistics_give_unit_bands():
     source = Digits()
     pixels = np.stack([np.asarray(source.read(i).resize((16, 16))) for i in range(300)])
     packed = torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
-    mean, std = DwtCodec(16, level=2).measure(packed.split(64))
-    z = DwtCodec(16, "haar", 2, mean, std).encode(packed)
+    measured = DwtCodec(16, level=2).measure(packed.split(64))
+    z = DwtCodec(16, level=2, **measured).encode(packed)
     for band in z.split([3, 3, 3, 3, 12, 12, 12], dim=1):
         assert abs(band.mean()) < 1e-4
         assert abs(band.std() - 1) < 1e-3
@@ -76,8 +82,8 @@ def test_measured_statistics_give_unit_bands():
 def test_clip_leaves_real_images_alone_and_bounds_the_rest(wavelet):
     packed = images(8)
     packed[0], packed[1] = 0, 255
-    mean, std = DwtCodec(32, wavelet, 2).measure([packed])
-    codec = DwtCodec(32, wavelet, 2, mean, std)
+    measured = DwtCodec(32, wavelet=wavelet, level=2).measure([packed])
+    codec = DwtCodec(32, wavelet=wavelet, level=2, **measured)
     z = codec.encode(packed)
     assert torch.allclose(codec.clip(z), z, atol=1e-5)
     wild = codec.clip(z * 1000)
@@ -117,7 +123,7 @@ def in_stable_diffusions_own_layout(tensors):
 
 
 def vae_codec(source, **options):
-    return build(CodecConfig(name="vae", vae=str(source), **options), 16)
+    return build(section("codec", name="vae", vae=str(source), **options), 16)
 
 
 def test_a_vae_from_a_folder_or_one_file_is_the_same(vae, tmp_path):
@@ -162,7 +168,7 @@ def test_a_vae_of_another_kind_or_none_is_refused(vae):
     ):
         vae_codec(vae, channels=16).pack(images(1, 16))
     with pytest.raises(UsageError, match=r"--set codec.vae=FOLDER"):
-        build(CodecConfig(name="vae"), 16).pack(images(1, 16))
+        build(section("codec", name="vae"), 16).pack(images(1, 16))
 
 
 def test_latents_are_normalised_per_channel_and_come_back(vae):
@@ -180,10 +186,10 @@ def test_latents_are_normalised_per_channel_and_come_back(vae):
 
 def test_a_vae_runs_in_bf16_and_in_tiles(vae):
     packed = images(1, 64)
-    expected = build(CodecConfig(name="vae", vae=str(vae)), 64).pack(packed)
-    half = build(CodecConfig(name="vae", vae=str(vae), precision="bf16"), 64).pack(packed)
+    expected = build(section("codec", name="vae", vae=str(vae)), 64).pack(packed)
+    half = build(section("codec", name="vae", vae=str(vae), precision="bf16"), 64).pack(packed)
     assert half.dtype == torch.float32
     assert 0 < (half - expected).abs().max() < 0.1
-    tiled = build(CodecConfig(name="vae", vae=str(vae), tile=True), 64).pack(packed)
+    tiled = build(section("codec", name="vae", vae=str(vae), tile=True), 64).pack(packed)
     assert tiled.shape == expected.shape
     assert 0 < (tiled - expected).abs().mean() < expected.abs().mean()

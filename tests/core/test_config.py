@@ -62,7 +62,6 @@ def test_resolve_reports_every_problem():
     config = configuration.build(
         {
             "model": {"num_classes": -1},
-            "optim": {"betas": [0.9]},
             "objective": {"name": "dsm"},
             "mask": {"ratio": 0.5},
             "train": {"batch_size": 10, "micro_batch_size": 4},
@@ -72,7 +71,6 @@ def test_resolve_reports_every_problem():
         road.resolve(config)
     for part in (
         "model.num_classes -1",
-        "optim.betas",
         "micro_batch_size 4; the nearest valid values are 8 and 12",
         "'msm'",
     ):

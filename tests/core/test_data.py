@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from msmdiff.core.config import DataConfig
+from msmdiff.core.config import section
 from msmdiff.core.data import images, loader, sources
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -159,7 +159,7 @@ def test_random_crop_has_the_size_and_depends_on_the_stream(size):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_batches_are_a_function_of_the_position(photos, workers, crop):
-    config = DataConfig(source=str(photos), image_size=16, workers=workers, crop=crop)
+    config = section("data", source=str(photos), image_size=16, workers=workers, crop=crop)
     dataset = loader.TrainingImages(sources.open_source(str(photos)), config, seed=3)
     straight = loader.batches(dataset, Chunks(0, 8, 4), pin_memory=False)
     seen = [next(straight) for _ in range(8)]
@@ -184,7 +184,7 @@ def test_a_worker_that_is_stuck_does_not_outlive_an_error():
     source = Stuck("digits")
     source.first = images_at(0, len(source), [0])[0]
     dataset = loader.TrainingImages(
-        source, DataConfig(image_size=8, workers=2, crop="random"), seed=0
+        source, section("data", image_size=8, workers=2, crop="random"), seed=0
     )
     before = set(multiprocessing.active_children())
     with pytest.raises(MsmdiffError, match="cannot be read: gone"):
@@ -198,7 +198,7 @@ def test_a_worker_that_is_stuck_does_not_outlive_an_error():
 def test_unreadable_images_stop_or_are_left_out(photos, quiet):
     (photos / "cat" / "1.png").write_bytes((photos / "cat" / "1.png").read_bytes()[:100])
     (photos / "dog" / "empty.png").write_bytes(b"")
-    config = DataConfig(source=str(photos), image_size=16)
+    config = section("data", source=str(photos), image_size=16)
     for _ in range(2):  # the second time from the remembered verdict
         with pytest.raises(MsmdiffError, match=r"2 of 13 images .*cat/1.png .*dog/empty.png"):
             loader.open_training(config, quiet.note)

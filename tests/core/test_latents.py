@@ -7,7 +7,7 @@ import torch
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core.config import CodecConfig, DataConfig
+from msmdiff.core.config import section
 from msmdiff.core.data import encode, latents, loader, sources
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs
@@ -22,8 +22,8 @@ def nothing(done, total, metrics):
 
 def make(photos, out, vae=None, **options):
     """Pack the photos at 16 pixels; with a VAE, its moments."""
-    config = CodecConfig(name="vae", vae=str(vae)) if vae else CodecConfig()
-    data = DataConfig(source=str(photos), image_size=16)
+    config = section("codec", name="vae", vae=str(vae)) if vae else section("codec")
+    data = section("data", source=str(photos), image_size=16)
     codec = codecs.build(config, 16)
     encoded = encode.encode(sources.open_source(str(photos)), codec, data, out, nothing, **options)
     return codec, encoded
@@ -31,7 +31,9 @@ def make(photos, out, vae=None, **options):
 
 def crops(photos):
     source = sources.open_source(str(photos))
-    return loader.TrainingImages(source, DataConfig(image_size=16), 0).crops(range(len(source)))
+    return loader.TrainingImages(source, section("data", image_size=16), 0).crops(
+        range(len(source))
+    )
 
 
 def everything(path):
@@ -163,7 +165,7 @@ def test_what_does_not_fit_is_refused(photos, tmp_path, vae, layer, message):
 def test_an_epoch_visits_every_entry_once(photos, tmp_path):
     make(photos, tmp_path / "p")
     packed = sources.open_source(str(tmp_path / "p"))
-    dataset = loader.TrainingImages(packed, DataConfig(image_size=16), seed=1)
+    dataset = loader.TrainingImages(packed, section("data", image_size=16), seed=1)
     stream = loader.batches(dataset, Chunks(0, 4, 4), pin_memory=False)
     seen = torch.cat([next(stream).images for _ in range(3)])
     first = {image.numpy().tobytes() for image in seen}
@@ -202,7 +204,7 @@ def test_fast_dit_and_u_vit_caches_are_read_as_they_are(tmp_path):
     entries, labels = cache.gather(np.array([2, 3]))
     assert labels.tolist() == [10 % 3, 2]
     latent = torch.from_numpy(np.load(tmp_path / "f" / "imagenet256_features" / "10.npy"))
-    codec = codecs.build(CodecConfig(name="vae"), 16)
+    codec = codecs.build(section("codec", name="vae"), 16)
     torch.testing.assert_close(
         codec.encode(entries, torch.Generator())[:1], latent
     )  # the sample itself, as scaled

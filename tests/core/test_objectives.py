@@ -4,6 +4,7 @@ import torch
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.backbones.layers import patchify
+from msmdiff.core.backbones.routes import Route
 from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import stream
 
@@ -26,15 +27,15 @@ def test_masked_loss_is_the_mean_over_visible_tokens(loss):
         {"objective": {"loss": loss}, "process": {"prediction": "v", "weighting": "min_snr"}},
     )
     x0, eps = torch.randn(2, 5, 3, 16, 16)
-    t = parts.process.sample_t(5, draw("time"))
+    t, _ = parts.objective.times.draw(5, draw)
     keep = parts.mask.draw(5, draw("mask"))
 
-    def network(x_t, time, y, kept):
-        assert torch.equal(kept, keep)
+    def network(x_t, time, y, route):
+        assert torch.equal(route.keep, keep)
         assert torch.equal(time, (t * 1000).round() - 1)
         return torch.full((5, parts.mask.kept, 12), 0.3)
 
-    got = parts.objective.terms(network, x0, eps, t, None, keep)["loss"].mean()
+    got = parts.objective.terms(network, x0, eps, t, None, Route(keep))["loss"].mean()
     target = patchify(parts.process.target(x0, eps, t), 2)
     per_image = []
     for i in range(5):
@@ -81,7 +82,7 @@ def test_labels_are_dropped_at_their_rate(rate, low, high):
     parts = parts_of({"model": {"num_classes": 10}, "objective": {"label_dropout": rate}})
     seen = []
 
-    def network(x_t, time, y, keep):
+    def network(x_t, time, y):
         seen.append(y)
         return torch.zeros_like(x_t)
 
@@ -95,7 +96,7 @@ def test_labels_are_dropped_at_their_rate(rate, low, high):
 def test_an_unconditional_network_gets_no_labels():
     parts = parts_of({})
 
-    def network(x_t, time, y, keep):
+    def network(x_t, time, y):
         assert y is None
         return torch.zeros_like(x_t)
 
@@ -131,8 +132,8 @@ def seen_by(objective, codec_shape, batch=6):
     """What each call of the network received."""
     calls = []
 
-    def network(x_t, time, y, keep):
-        calls.append((x_t, time, y, keep))
+    def network(x_t, time, y, route=None):
+        calls.append((x_t, time, y, route))
         return torch.zeros(len(x_t), 2 * x_t.shape[1], *x_t.shape[2:])
 
     x0 = torch.randn(batch, *codec_shape)
@@ -143,15 +144,15 @@ def seen_by(objective, codec_shape, batch=6):
 def test_two_passes_share_images_and_times_and_nothing_else(layer):
     parts = parts_of(layer, {"objective": {"label_dropout": 0.5}})
     calls, terms = seen_by(parts.objective, parts.codec.shape)
-    (x, t, y, keep), (x2, t2, y2, keep2) = calls
-    assert keep is None
-    assert keep2 is not None
+    (x, t, y, route), (x2, t2, y2, route2) = calls
+    assert route is None
+    assert route2 is not None
     assert torch.equal(t, t2)
     assert not torch.equal(x, x2)
     assert not torch.equal(y, y2)
     expected = {"loss"} | {f"{p}_{k}" for p in ("plain", "masked") for k in ("loss", "mse", "vb")}
     if layer is MDT:  # what was drawn, not the configured share that it starts from
-        assert terms["mask_ratio"] == 1 - keep2.shape[1] / 64
+        assert terms["mask_ratio"] == 1 - route2.keep.shape[1] / 64
         expected |= {"mask_ratio"}
     assert set(terms) == expected
     for name in ("plain", "masked"):
@@ -165,18 +166,19 @@ def test_two_passes_share_images_and_times_and_nothing_else(layer):
 
 def test_mdtv2_hides_another_share_in_every_step_and_version_one_the_same():
     objective = parts_of(MDT).objective
-    keep = objective.passes["masked"]
+    routes = objective.passes["masked"]
     kept = {
-        keep(2, lambda purpose, device="cpu", i=i: stream(device, 0, purpose, i)).shape[1]
+        routes(2, lambda purpose, device="cpu", i=i: stream(device, 0, purpose, i)).keep.shape[1]
         for i in range(200)
     }
     assert min(kept) in (32, 33)  # int(64 * (1 - 0.3 - 0.2 u)) for u close to 1
     assert max(kept) == 44  # int(64 * 0.7)
     assert len(kept) >= 10
     first = {**MDT, "model": {**MDT["model"], "family": "mdt"}}
-    keep = parts_of(first).objective.passes["masked"]
+    routes = parts_of(first).objective.passes["masked"]
     assert {
-        keep(2, lambda p, device="cpu", i=i: stream(device, 0, p, i)).shape[1] for i in range(20)
+        routes(2, lambda p, device="cpu", i=i: stream(device, 0, p, i)).keep.shape[1]
+        for i in range(20)
     } == {44}
 
 
@@ -217,7 +219,12 @@ def test_channel_groups_are_averaged_apart():
         :, :, None, None
     ].expand_as(x0)
     out = parts.objective.terms(
-        lambda *_: patchify(error.contiguous(), 2)[:, : keep.shape[1]], x0, eps, t, None, keep
+        lambda *_: patchify(error.contiguous(), 2)[:, : keep.shape[1]],
+        x0,
+        eps,
+        t,
+        None,
+        Route(keep),
     )
     assert out["loss"].tolist() == pytest.approx([5.0] * 4)
 
@@ -236,7 +243,7 @@ def test_times_with_large_losses_are_drawn_more_often_and_count_less():
     history = parts.objective.history
     for _ in range(10):
         history.update(torch.arange(1, 26) / 25, torch.where(torch.arange(25) < 5, 3.0, 1.0))
-    t, importance = history.draw(20_000, torch.Generator().manual_seed(0))
+    t, importance = history.draw(20_000, lambda *_: torch.Generator().manual_seed(0))
     assert (t <= 0.2).float().mean() == pytest.approx(15 / 35, abs=0.02)
     assert importance.mean() == pytest.approx(1.0, abs=0.02)
     assert importance.unique().numel() == 2

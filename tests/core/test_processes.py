@@ -59,32 +59,28 @@ class Silent:
         pass
 
 
-class Watched(Trainer):
-    """Remembers the first step's gradients, and what every pass drew."""
-
-    seen: dict
-
-    def _checked_norm(self, terms):
-        if "gradients" not in self.seen:
-            named = self.accelerator.unwrap_model(self.model).named_parameters()
-            self.seen["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
-        return super()._checked_norm(terms)
-
-
 def train(name, folder, target):
-    trainer = Watched(configuration.build(COMMON, CASES[name]), Path(folder), Silent(), False, "")
-    trainer.seen = {"draws": []}
-    terms = trainer.parts.objective.terms
+    """Train, and keep the first step's gradients and what every pass drew."""
+    trainer = Trainer(configuration.build(COMMON, CASES[name]), Path(folder), Silent(), False, "")
+    step, seen = trainer.step, {"draws": []}
+    terms, checked_norm = trainer.parts.objective.terms, step._checked_norm
 
-    def spy(model, x0, eps, t, y, keep):
-        trainer.seen["draws"].append({"x0": x0, "eps": eps, "t": t, "keep": keep})
-        return terms(model, x0, eps, t, y, keep)
+    def spy(model, x0, eps, t, y, route):
+        keep = None if route is None else route.keep
+        seen["draws"].append({"x0": x0, "eps": eps, "t": t, "keep": keep})
+        return terms(model, x0, eps, t, y, route)
 
-    trainer.parts.objective.terms = spy
+    def watch(*given):
+        if "gradients" not in seen:
+            named = trainer.accelerator.unwrap_model(step.model).named_parameters()
+            seen["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
+        return checked_norm(*given)
+
+    trainer.parts.objective.terms, step._checked_norm = spy, watch
     trainer.fit()
-    trainer.seen["parameters"] = trainer.accelerator.unwrap_model(trainer.model).state_dict()
-    trainer.seen["threads"] = torch.get_num_threads()
-    torch.save(trainer.seen, target)
+    seen["parameters"] = trainer.accelerator.unwrap_model(step.model).state_dict()
+    seen["threads"] = torch.get_num_threads()
+    torch.save(seen, target)
     trainer.close()
 
 

@@ -23,6 +23,7 @@ from torch.distributed.tensor import DTensor
 from msmdiff.core import config as configuration
 from msmdiff.core.errors import UsageError
 from msmdiff.core.training import checkpoint, sharding
+from msmdiff.core.training.step import Step
 from msmdiff.core.training.trainer import Trainer
 
 UVIT = {
@@ -86,11 +87,11 @@ def train(name, folder, steps=STEPS, sharded=True, **settings):
         PartialState(cpu=True)
         PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Trainer(config, Path(folder), Silent(), False, "")
-    networks = [trainer.model, *trainer.averages.networks.values()]
+    networks = [trainer.step.model, *trainer.step.averages.networks.values()]
     trained = [p for network in networks for p in network.parameters()]
     assert all(isinstance(p, DTensor) == sharded for p in trained)
     if sharded:
-        blocks = [m for m in trainer.model.modules() if type(m).__name__ == "FSDPBlock"]
+        blocks = [m for m in trainer.step.model.modules() if type(m).__name__ == "FSDPBlock"]
         assert len(blocks) == (5 if name.startswith("mdt") else 3)
         assert all(p.to_local().numel() < p.numel() for p in trained if p.shape[0] > 1)
     trainer.fit()
@@ -104,8 +105,8 @@ def train_sharded(folder):
     """
     for name in CASES:
         trainer = train(name, folder / name)
-        networks = {"model": trainer.model} | {
-            f"ema-{d}": net for d, net in trainer.averages.networks.items()
+        networks = {"model": trainer.step.model} | {
+            f"ema-{d}": net for d, net in trainer.step.averages.networks.items()
         }
         gathered = {
             k: {n: p.full_tensor() for n, p in net.named_parameters()}
@@ -117,17 +118,17 @@ def train_sharded(folder):
         train(name, folder / f"{name}-resumed", 3)
         train(name, folder / f"{name}-resumed")
         train(name, folder / f"{name}-begun-whole")
-    accumulate = Trainer._accumulate
+    accumulate = Step._backward
 
-    def poison(trainer, batch, count):
-        terms = accumulate(trainer, batch, count)
-        shards = [p.grad.to_local() for p in trainer.model.parameters() if p.grad is not None]
-        if trainer.images_seen == 8 and shards and os.environ["RANK"] == "1":
+    def poison(step, batch):
+        terms = accumulate(step, batch)
+        shards = [p.grad.to_local() for p in step.model.parameters() if p.grad is not None]
+        if 8 <= batch.position < 16 and shards and os.environ["RANK"] == "1":
             max(shards, key=len)[-1] = float("inf")
         return terms
 
-    with mock.patch.object(Trainer, "_accumulate", poison):
-        assert train("uvit", folder / "poisoned", on_nonfinite="skip").skipped == 1
+    with mock.patch.object(Step, "_backward", poison):
+        assert train("uvit", folder / "poisoned", on_nonfinite="skip").step.skipped == 1
 
 
 def logged(run):

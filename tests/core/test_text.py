@@ -6,11 +6,11 @@ import torch
 from PIL import Image
 
 from msmdiff.core import config as configuration
+from msmdiff.core.condition import Classes, Text, drop
 from msmdiff.core.data import loader, sources
 from msmdiff.core.data.encode import encode
 from msmdiff.core.data.text import Captions, TextEncoder, features, read_captions
-from msmdiff.core.diffusion import codecs
-from msmdiff.core.diffusion.objectives import drop_labels
+from msmdiff.core.diffusion.codecs.pixel import PixelCodec
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training.trainer import Trainer, train
 
@@ -57,7 +57,7 @@ def pack(photos, clip, out):
     source = sources.open_source(str(photos))
     data = configuration.build(T2I).data
     captions = Captions.read(source, "txt", TextEncoder(str(clip)))
-    encode(source, codecs.PixelCodec(16), data, out, lambda *_: None, captions=captions, shard=5)
+    encode(source, PixelCodec(16), data, out, lambda *_: None, captions=captions, shard=5)
     return sources.open_source(str(out))
 
 
@@ -117,9 +117,9 @@ def test_a_packed_set_keeps_all_captions_and_draws_one_per_visit(captioned, clip
 
 def test_dropped_rows_become_the_null():
     dropped = torch.tensor([True, False, True])
-    assert drop_labels(torch.tensor([3, 4, 5]), dropped, 9).tolist() == [9, 4, 9]
+    assert drop(Classes(9), torch.tensor([3, 4, 5]), dropped).tolist() == [9, 4, 9]
     y, null = torch.randn(3, 7, 16), torch.randn(7, 16)
-    out = drop_labels(y, dropped, null)
+    out = drop(Text(7, 16, null), y, dropped)
     assert torch.equal(out[0], null)
     assert torch.equal(out[1], y[1])
 
@@ -185,7 +185,7 @@ def test_u_vits_coco_cache_trains_and_packs(tmp_path, quiet):
         config.as_dict(), {"model": {"patch_size": 1}, "train": {"preview_every": 0}}
     )
     train(config, tmp_path / "r", quiet)
-    encode(cache, codecs.PixelCodec(16), config.data, tmp_path / "p", lambda *_: None, shard=3)
+    encode(cache, PixelCodec(16), config.data, tmp_path / "p", lambda *_: None, shard=3)
     packed = sources.open_source(str(tmp_path / "p"))
     stored = {cache.caption(3, k).half().float().numpy().tobytes() for k in (0, 1)}
     drawn = {

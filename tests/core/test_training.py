@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import weights
-from msmdiff.core.config import OptimConfig
+from msmdiff.core.config import section
 from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint, cost, optim, previews
@@ -128,17 +128,17 @@ def test_both_passes_and_the_history_of_losses_resume_exactly(tmp_path, quiet, m
 def test_a_run_killed_between_checkpoints_ends_with_the_same_bits(tmp_path, quiet, monkeypatch):
     layers = ({"train": {"checkpoint_every": 2, "micro_batch_size": 4, "precision": "bf16"}},)
     train(small(*layers), tmp_path / "straight", quiet)
-    step = Trainer._step
+    step = Trainer._take_step
 
     def killed(self, batches):
         if self.images_seen == 5 * 8:
             raise RuntimeError("killed")
         step(self, batches)
 
-    monkeypatch.setattr(Trainer, "_step", killed)
+    monkeypatch.setattr(Trainer, "_take_step", killed)
     with pytest.raises(RuntimeError, match="killed"):
         train(small(*layers), tmp_path / "killed", quiet)
-    monkeypatch.setattr(Trainer, "_step", step)
+    monkeypatch.setattr(Trainer, "_take_step", step)
     with (tmp_path / "killed" / "metrics.jsonl").open("a") as file:
         file.write('{"images": 48, "lo')  # torn by the kill
     newest = checkpoint.newest(tmp_path / "killed")
@@ -158,13 +158,15 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, quiet):
     chunks = [next(stream), next(stream)]
     expected = []
     for batch in chunks:
-        trainer.model.zero_grad()
-        trainer._accumulate(batch, 1)
-        expected.append([p.grad.clone() for p in trainer.model.parameters()])
-    trainer.model.zero_grad()
+        trainer.step.model.zero_grad()
+        trainer.step.accumulate = 1
+        trainer.step._backward(batch)
+        expected.append([p.grad.clone() for p in trainer.step.model.parameters()])
+    trainer.step.model.zero_grad()
     for batch in chunks:
-        trainer._accumulate(batch, 2)
-    for p, a, b in zip(trainer.model.parameters(), *expected, strict=True):
+        trainer.step.accumulate = 2
+        trainer.step._backward(batch)
+    for p, a, b in zip(trainer.step.model.parameters(), *expected, strict=True):
         torch.testing.assert_close(p.grad, (a + b) / 2, rtol=1e-5, atol=1e-7)
     trainer.close()
 
@@ -297,12 +299,11 @@ def test_weights_are_the_average_and_describe_themselves(tmp_path, quiet):
 
 @pytest.mark.parametrize("warmup", ["constant", "power"])
 def test_averages_follow_their_definition(warmup):
-    from msmdiff.core.config import EmaConfig
 
     net = torch.nn.Linear(1, 1, bias=False)
     values = torch.linspace(0, 3, 40).square()
     net.weight.data.fill_(values[0])
-    averages = Averages(net, EmaConfig(decays=[0.9], warmup=warmup, update_after_step=5))
+    averages = Averages(net, section("ema", decays=[0.9], warmup=warmup, update_after_step=5))
     expected = values[0].item()
     for k, value in enumerate(values[1:]):
         net.weight.data.fill_(value)
@@ -315,13 +316,12 @@ def test_averages_follow_their_definition(warmup):
 
 
 def test_published_ema_trajectory(golden):
-    from msmdiff.core.config import EmaConfig
 
     tensors = load_file(golden / "maskdm_math" / "io.safetensors")
     values, expected = tensors["ema/values"], tensors["ema/every1_trajectory"]
     net = torch.nn.Linear(1, 1, bias=False)
     net.weight.data.fill_(values.flatten()[0])
-    averages = Averages(net, EmaConfig(decays=[0.999]))
+    averages = Averages(net, section("ema", decays=[0.999]))
     got = []
     for value in values.flatten()[-expected.numel() :]:
         net.weight.data.fill_(value)
@@ -331,12 +331,12 @@ def test_published_ema_trajectory(golden):
 
 
 def test_learning_rate_is_a_function_of_images_seen():
-    constant = OptimConfig(lr=1.0, warmup_steps=10)
+    constant = section("optim", lr=1.0, warmup_steps=10)
     assert [optim.learning_rate(constant, i * 8, 8) for i in (0, 5, 10, 999)] == [0, 0.5, 1, 1]
-    linear = OptimConfig(lr=1.0, final_lr=0.1, schedule="linear", decay_steps=100)
+    linear = section("optim", lr=1.0, final_lr=0.1, schedule="linear", decay_steps=100)
     assert optim.learning_rate(linear, 50 * 8, 8) == pytest.approx(0.55)
     assert optim.learning_rate(linear, 500 * 8, 8) == pytest.approx(0.1)
-    cosine = OptimConfig(lr=1.0, schedule="cosine", decay_steps=100)
+    cosine = section("optim", lr=1.0, schedule="cosine", decay_steps=100)
     assert optim.learning_rate(cosine, 25 * 8, 8) == pytest.approx(0.5 + 0.5 * 2**-0.5)
 
 
@@ -348,7 +348,9 @@ def test_adan_is_the_published_one_and_adan_pytorch_is_not():
     for name in ("adan", "adan-pytorch"):
         p = torch.nn.Parameter(torch.tensor([1.0]))
         betas = [0.98, 0.92, 0.99]
-        optimiser = optim.build(OptimConfig(name=name, lr=0.1, betas=betas, weight_decay=0.0), [p])
+        optimiser = optim.build(
+            section("optim", name=name, lr=0.1, betas=betas, weight_decay=0.0), [p]
+        )
         p.grad = torch.tensor([2.0])
         optimiser.step()
         moved[name] = 1.0 - p.item()
@@ -401,7 +403,7 @@ def test_previews_do_without_guidance_that_training_cannot_give(classes):
     for p in parts.backbone.parameters():
         torch.nn.init.normal_(p, std=0.1)
     pictures = [
-        previews.samples(parts.backbone, parts, each, torch.device("cpu"), 4).tobytes()
+        previews.samples(previews.model_in_training(parts.backbone, parts, each), 4).tobytes()
         for each in (plain, config, guided)
     ]
     assert pictures[0] == pictures[1]

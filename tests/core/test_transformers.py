@@ -8,10 +8,14 @@ import torch
 from msmdiff.core import backbones
 from msmdiff.core.backbones.edt import TokenMasks
 from msmdiff.core.backbones.layers import gather_tokens, patchify
-from msmdiff.core.config import Config, ModelConfig, ObjectiveConfig
+from msmdiff.core.backbones.maskdwt import PairRoute
+from msmdiff.core.backbones.routes import Route
+from msmdiff.core.condition import Classes
+from msmdiff.core.config import section
 from msmdiff.core.diffusion import process
 from msmdiff.core.diffusion.objectives import Objective
 from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import ModelConfig
 
 SHAPE = (4, 16, 16)
 STAGES = dict(
@@ -58,7 +62,7 @@ def test_all_tokens_kept_equals_the_full_forward(family):
     keep = torch.stack([torch.randperm(64), torch.randperm(64)])
     full = patchify(network(x, t, y), 2)
     torch.testing.assert_close(
-        network(x, t, y, keep), gather_tokens(full, keep), atol=1e-4, rtol=1e-4
+        network(x, t, y, Route(keep)), gather_tokens(full, keep), atol=1e-4, rtol=1e-4
     )
 
 
@@ -70,12 +74,12 @@ def test_hidden_pixels_do_not_influence_the_masked_loss(family, fields):
     network = make(family, **fields)
     x, _, y = batch()
     keep = torch.tensor([[0, 5, 9, 63], [1, 2, 40, 41]])
-    noise = process.build(Config().process)
+    noise = process.build(section("process"))
     x.requires_grad_()
-    objective = Objective(noise, {}, ObjectiveConfig(), 2, 3)
-    objective.terms(network, x, torch.randn_like(x), torch.tensor([0.1, 0.8]), y, keep)[
-        "loss"
-    ].mean().backward()
+    objective = Objective(noise, None, {}, section("objective"), patch_size=2, condition=Classes(3))
+    times = torch.tensor([0.1, 0.8])
+    terms = objective.terms(network, x, torch.randn_like(x), times, y, Route(keep))
+    terms["loss"].mean().backward()
     touched = patchify(x.grad, 2).abs().sum(-1) > 0
     assert torch.equal(touched, torch.zeros(2, 64, dtype=torch.bool).scatter(1, keep, True))
 
@@ -84,33 +88,34 @@ def test_hidden_pixels_do_not_influence_the_masked_loss(family, fields):
 def test_mdt_keeps_the_image_and_fills_hidden_tokens_by_the_side_block(family):
     network = make(family).eval()
     x, t, y = batch()
-    assert torch.allclose(
-        network(x, t, y, torch.randperm(64).expand(2, -1)), network(x, t, y), atol=1e-4
-    )
+
+    def side(keep):
+        return Route(keep, 0, network.encoder_depth, "side", "all")
+
+    everyone = side(torch.randperm(64).expand(2, -1))
+    assert torch.allclose(network(x, t, y, everyone), network(x, t, y), atol=1e-4)
     keep = torch.tensor([[7, 3, 20], [1, 2, 40]])
-    masked = network(x, t, y, keep)
+    masked = network(x, t, y, side(keep))
     assert masked.shape == x.shape
-    assert torch.allclose(
-        network(x, t, y, keep.flip(1)), masked, atol=1e-5
-    )  # the order of keep is free
+    # The order of the ids is free.
+    assert torch.allclose(network(x, t, y, side(keep.flip(1))), masked, atol=1e-5)
     torch.nn.init.zeros_(network.side[0].modulation.weight)
     torch.nn.init.zeros_(network.side[0].modulation.bias)
-    assert not torch.allclose(network(x, t, y, keep), masked, atol=1e-3)
+    assert not torch.allclose(network(x, t, y, side(keep)), masked, atol=1e-3)
 
 
 def test_edt_masks_change_the_coarse_stages_only_where_they_hide():
     network = make("edt").eval()
     x, t, y = batch()
-    nothing = TokenMasks(
-        (torch.zeros(2, 64, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.bool))
-    )
+    none = (torch.zeros(2, 64, dtype=torch.bool), torch.zeros(2, 16, dtype=torch.bool))
+    nothing = TokenMasks(down=none)
     assert torch.equal(network(x, t, y, nothing), network(x, t, y))
     drawn = network.draw_masks(2, torch.Generator().manual_seed(0))
     assert drawn.mid is None
     assert [tuple(mask.shape) for mask in drawn.down] == [(2, 64), (2, 16)]
     assert not torch.equal(network(x, t, y, drawn), network(x, t, y))
     with pytest.raises(UsageError, match="cannot drop tokens"):
-        network(x, t, y, torch.zeros(2, 3, dtype=torch.long))
+        network(x, t, y, Route(torch.zeros(2, 3, dtype=torch.long)))
 
 
 def test_edt_draws_masks_in_the_published_ranges():
@@ -218,7 +223,7 @@ def test_text_takes_the_place_of_labels():
     keep = torch.arange(64).expand(2, -1)
     text = torch.randn(2, 5, 8)
     torch.testing.assert_close(
-        network(x, t, text, keep), patchify(network(x, t, text), 2), atol=1e-5, rtol=1e-5
+        network(x, t, text, Route(keep)), patchify(network(x, t, text), 2), atol=1e-5, rtol=1e-5
     )
     with pytest.raises(UsageError, match="draws from text"):
         network(x, t)
@@ -234,9 +239,9 @@ def test_a_network_without_null_class_asks_for_labels():
 def test_wavelet_groups_can_be_masked_apart():
     network = make("maskdwt", num_classes=0, detail_scale=2).eval()
     x, t, _ = batch()
-    keep = torch.arange(64)[None].expand(2, -1), torch.tensor([[0, 15], [3, 4]])
-    approx, detail = network(x, t, None, keep)
+    everyone, some = torch.arange(64)[None].expand(2, -1), torch.tensor([[0, 15], [3, 4]])
+    approx, detail = network(x, t, None, PairRoute(everyone, detail=some))
     assert approx.shape == (2, 64, 12)
     assert detail.shape == (2, 2, 16)
     with pytest.raises(UsageError, match="one mask cannot hide both"):
-        network(x, t, None, keep[0])
+        network(x, t, None, Route(everyone))

@@ -3,9 +3,10 @@ import torch
 
 from msmdiff.core import backbones
 from msmdiff.core.backbones.layers import gather_tokens, patchify, timestep_embedding, unpatchify
+from msmdiff.core.backbones.routes import Route
 from msmdiff.core.backbones.uvit import UViT
-from msmdiff.core.config import ModelConfig
 from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import ModelConfig
 
 
 def network(num_classes=0, **fields):
@@ -26,14 +27,14 @@ def test_keeping_every_token_is_the_full_pass(fields, num_classes):
     x, t, y = torch.randn(3, 3, 8, 12), torch.tensor([0.0, 5.0, 999.0]), torch.tensor([0, 3, 5])
     keep = torch.stack([torch.randperm(24) for _ in range(3)])
     full = patchify(net(x, t, y), 2)
-    assert torch.allclose(net(x, t, y, keep), gather_tokens(full, keep), atol=1e-5)
+    assert torch.allclose(net(x, t, y, Route(keep)), gather_tokens(full, keep), atol=1e-5)
 
 
 @pytest.mark.parametrize("final_conv", [False, True])
 def test_hidden_pixels_have_no_influence(final_conv):
     net, keep = network(final_conv=final_conv), torch.tensor([[1, 7, 20], [0, 5, 23]])
     x = torch.randn(2, 3, 8, 12, requires_grad=True)
-    net(x, torch.tensor([3.0, 4.0]), None, keep).square().sum().backward()
+    net(x, torch.tensor([3.0, 4.0]), None, Route(keep)).square().sum().backward()
     touched = patchify(x.grad, 2).abs().sum(-1) > 0
     assert torch.equal(touched, torch.zeros(2, 24, dtype=torch.bool).scatter(1, keep, True))
 

@@ -1,63 +1,20 @@
-"""The registry: families of networks, and their published sizes by name.
-
-A new backbone is one file and one line in FAMILIES. Its constructor is its configuration: every
-keyword argument is a key of the `model` section.
+"""The networks. A new one is a file here or in a plugin, its class under `@family(name, sizes)`;
+its constructor's keyword arguments are the keys of the `model` section.
 """
 
-import inspect
-from typing import Any, Protocol
+from typing import Any
 
-from pydantic import ConfigDict, ValidationError, create_model
-from torch import Tensor, nn
+from pydantic import ValidationError
 
-from msmdiff.core.backbones import dit, edt, maskdwt, mdt, uvit
-from msmdiff.core.config import ModelConfig
+from msmdiff.core import registry
+from msmdiff.core.backbones.family import ALIASES
 from msmdiff.core.errors import UsageError, nearest
-
-FAMILIES: dict[str, type[nn.Module]] = {
-    "uvit": uvit.UViT,
-    "maskdwt": maskdwt.MaskDWT,
-    "dit": dit.DiT,
-    "mdt": mdt.MDT,
-    "mdtv2": mdt.MDTv2,
-    "edt": edt.EDT,
-}
-SIZES: dict[str, dict[str, Any]] = {
-    name: {"family": family, **fields}
-    for family, sizes in {
-        "uvit": uvit.SIZES,
-        "maskdwt": maskdwt.SIZES,
-        "dit": dit.SIZES,
-        "mdt": mdt.SIZES,
-        "edt": edt.SIZES,
-    }.items()
-    for name, fields in sizes.items()
-}
-# What the published code calls these sizes, where a paper's name differs.
-ALIASES: dict[str, str] = {name.replace("-", "_").replace("/", "_"): name for name in mdt.SIZES} | {
-    "cifar10_uvit_small": "U-ViT-S/2",
-    "celeba64_uvit_small": "U-ViT-S/4",
-    "imagenet64_uvit_mid": "U-ViT-M/4",
-    "imagenet64_uvit_large": "U-ViT-L/4",
-    "imagenet256_uvit_large": "U-ViT-L/2",
-    "imagenet256_uvit_huge": "U-ViT-H/2",
-    "imagenet512_uvit_large": "U-ViT-L/4",
-    "imagenet512_uvit_huge": "U-ViT-H/4",
-    "mscoco_uvit_small": "U-ViT-S/2-T2I",
-}
+from msmdiff.core.sections import ModelConfig
 
 
-class Backbone(Protocol):
-    """What the objectives and samplers ask of a network."""
-
-    patch_size: int
-    grid: tuple[int, int]
-    num_classes: int
-    gradient_checkpointing: bool
-
-    def __call__(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
-    ) -> Tensor: ...
+def sizes() -> dict[str, dict[str, Any]]:
+    """Every named size: its family and constructor arguments."""
+    return {name: entry.make for name, entry in registry.entries("size").items()}
 
 
 def resolve(config: ModelConfig) -> ModelConfig:
@@ -68,51 +25,46 @@ def resolve(config: ModelConfig) -> ModelConfig:
     or a missing key.
     """
     given = {k: v for k, v in config.model_dump().items() if v is not None}
+    known = sizes()
     name = given.pop("name", None)
     name = ALIASES.get(name, name)
-    if name is not None and name not in SIZES:
+    if name is not None and name not in known:
         raise UsageError(
-            f"model.name '{name}' is not a known size{nearest(name, list(SIZES))}; sizes: "
-            f"{', '.join(SIZES)}"
+            f"model.name '{name}' is not a known size{nearest(name, list(known))}; "
+            f"sizes: {', '.join(known)}"
         )
-    fields = {**SIZES.get(name, {}), **given}
+    fields = {**known.get(name, {}), **given}
     num_classes = fields.pop("num_classes")
     family = fields.pop("family", None)
-    if family not in FAMILIES:
+    entry = registry.entries("backbone").get(family)
+    if entry is None:
+        families = ", ".join(registry.entries("backbone"))
         raise UsageError(
-            f"model.family must be one of {', '.join(FAMILIES)} (or give model.name), "
-            f"not {family!r}"
+            f"model.family must be one of {families} (or give model.name), not {family!r}"
         )
-    schema = _schema(family)
-    if unknown := [key for key in fields if key not in schema.model_fields]:
-        near = nearest(unknown[0], list(schema.model_fields))
+    if unknown := [key for key in fields if key not in entry.options.model_fields]:
+        near = nearest(unknown[0], list(entry.options.model_fields))
         raise UsageError(
             f"unknown configuration key 'model.{unknown[0]}' for family {family}{near}"
         )
     try:
-        complete = schema.model_validate(fields).model_dump()
+        complete = entry.options.model_validate(fields).model_dump()
     except ValidationError as error:
-        problems = (
-            f"model.{e['loc'][0]}: {e['msg'][0].lower()}{e['msg'][1:]}" for e in error.errors()
-        )
-        raise UsageError("; ".join(problems)) from None
+        raise UsageError("; ".join(map(_explain, error.errors()))) from None
     return ModelConfig(name=name, family=family, num_classes=num_classes, **complete)
+
+
+def _explain(problem: Any) -> str:
+    return f"model.{problem['loc'][0]}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+
+
+def network_class(config: ModelConfig) -> Any:
+    """The class of a resolved section's network."""
+    return registry.find("backbone", str(config.family), "model.family").make
 
 
 def build(config: ModelConfig, shape: tuple[int, int, int]) -> Any:
     """A freshly initialised network for inputs [B, *shape], from a resolved section."""
-    fields = {
-        k: v for k, v in config.model_dump().items() if k not in ("name", "family", "num_classes")
-    }
-    assert config.family is not None, "resolve the model section first"
-    return FAMILIES[config.family](shape, config.num_classes, **fields)
-
-
-def _schema(family: str) -> Any:
-    parameters = inspect.signature(FAMILIES[family]).parameters.values()
-    fields: dict[str, Any] = {
-        p.name: (p.annotation, ... if p.default is p.empty else p.default)
-        for p in parameters
-        if p.kind is p.KEYWORD_ONLY
-    }
-    return create_model(family, __config__=ConfigDict(extra="forbid"), **fields)
+    apart = {"name", "family", "num_classes"}
+    fields = {k: v for k, v in config.model_dump().items() if k not in apart}
+    return network_class(config)(shape, config.num_classes, **fields)

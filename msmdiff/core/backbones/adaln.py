@@ -8,9 +8,9 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from msmdiff.core.backbones.layers import Attention, Mlp, amm_matrix, timestep_embedding
+from msmdiff.core.backbones.routes import check_patches, class_or_null
 from msmdiff.core.errors import UsageError
 
 TIME_WIDTH = 256
@@ -108,12 +108,8 @@ class AdaLNTransformer(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = shape
-        if height % patch_size or width % patch_size:
-            raise UsageError(
-                f"model.patch_size {patch_size} does not divide the {height}x{width} input"
-            )
         self.patch_size = patch_size
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid = check_patches(height, width, patch_size)
         self.num_classes = num_classes
         self.null_class = null_class
         self.hidden_size = hidden_size
@@ -154,16 +150,11 @@ class AdaLNTransformer(nn.Module):
         """Network time t [B] and labels y [B] (None: the null class) -> the condition [B,
         hidden_size].
         """
-        c = self.time_embed(timestep_embedding(t, TIME_WIDTH).to(self.patch_embed.weight.dtype))
+        sinusoids = timestep_embedding(t, TIME_WIDTH).to(self.patch_embed.weight.dtype)
+        c = self.time_embed(sinusoids)
         if self.label_emb is None:
             return c
-        if y is None:
-            if not self.null_class:
-                raise UsageError(
-                    "this network has no null class (model.null_class=false): give it labels"
-                )
-            y = torch.full((len(x),), self.num_classes, device=x.device)
-        return c + self.label_emb(y)
+        return c + self.label_emb(class_or_null(self, y, len(x), x.device))
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
         """The blocks in the order AMM counts them, each with its grid."""
@@ -196,11 +187,6 @@ class AdaLNTransformer(nn.Module):
             block.attn.factor = (
                 amm_matrix(grid, formula).to(block.attn.qkv.weight) if i in chosen else None
             )
-
-    def _run(self, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)
 
 
 def check_width(option: str, width: int, num_heads: int) -> None:

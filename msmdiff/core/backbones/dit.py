@@ -5,7 +5,9 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, check_width
+from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import gather_tokens, patchify, sincos_table, unpatchify
+from msmdiff.core.backbones.routes import Route, Trunk, own_only, partial, run_block
 
 WIDTHS = {  # of DiT and of MDT
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -20,6 +22,7 @@ SIZES: dict[str, dict] = {
 }
 
 
+@family("dit", SIZES)
 class DiT(AdaLNTransformer):
     """A transformer over patch tokens, with fixed positions.
 
@@ -42,6 +45,8 @@ class DiT(AdaLNTransformer):
     """
 
     # EDT's authors list them for XL, and in a comment for the 12 blocks of S.
+    fills: ClassVar = frozenset({"none", "own"})
+    published_objective: ClassVar = None
     AMM: ClassVar = {12: [(0.0, [8, 10])], 28: [(0.0, [15, 17, 19, 22, 24])]}
 
     def __init__(
@@ -67,6 +72,7 @@ class DiT(AdaLNTransformer):
         self.blocks = nn.ModuleList(
             Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth)
         )
+        self.trunk = Trunk(depth, {})
         self.initialise()
         self.set_amm(amm, amm_formula)
 
@@ -74,21 +80,31 @@ class DiT(AdaLNTransformer):
         return [(block, self.grid) for block in self.blocks]
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
     ) -> Tensor:
-        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null
-        class).
+        """Predict from x [B, C, H, W] at network time t [B] and labels [B] (None: the null class).
 
-        keep None returns an image [B, C or 2C, H, W]. keep [B, K] (token ids) embeds those patches
-        only and returns their predictions [B, K, p*p*(C or 2C)] in the order of keep.
+        Returns an image [B, C or 2C, H, W]; of a route whose gaps nothing fills the predictions of
+        the kept patches, [B, K, p*p*(C or 2C)], in the order of its ids.
         """
+        # Patches in: those that the route hides from the start are not embedded.
         patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
         position: Tensor = self.pos_embed  # [1, L, D]
-        if keep is not None:
-            patches, position = gather_tokens(patches, keep), gather_tokens(position, keep)
+        if route is not None and route.early and route.keep is not None:
+            patches = gather_tokens(patches, route.keep)
+            position = gather_tokens(position, route.keep)
         tokens = self.patch_embed(patches) + position  # [B, L or K, D]
-        c = self.condition(x, t, y)  # [B, D]
-        for block in self.blocks:
-            tokens = self._run(block, tokens, c, None, keep)
+        c = self.condition(x, t, condition)  # [B, D]
+
+        # Blocks.
+        def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
+            return run_block(self, self.blocks[number], z, c, None, ids)
+
+        def fill(before: Tensor, kept: Tensor) -> Tensor:
+            return own_only(self.trunk, route, before, kept)
+
+        tokens = self.trunk.run(tokens, route, step, fill)  # [B, L or K, D]
+
+        # Patches out.
         out = self.final(tokens, c)  # [B, L or K, p*p*(C or 2C)]
-        return unpatchify(out, self.patch_size, self.grid) if keep is None else out
+        return out if partial(route) else unpatchify(out, self.patch_size, self.grid)

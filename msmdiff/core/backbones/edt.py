@@ -2,14 +2,17 @@
 Sketching").
 """
 
-from typing import Any, ClassVar, Literal, NamedTuple
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, check_width, modulate
+from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import patchify, relative_index, sincos_table, unpatchify
+from msmdiff.core.backbones.routes import Route, run_block
 from msmdiff.core.errors import UsageError
 
 
@@ -29,13 +32,15 @@ SIZES: dict[str, dict] = {
 }
 
 
-class TokenMasks(NamedTuple):
+@dataclass
+class TokenMasks(Route):
     """Tokens hidden during a training pass, boolean, True = hidden. The sequence keeps its length.
 
     down: before the first and second down-sampling, [B, L] and [B, L / 4].
     mid: before block 4 of the first stage, [B, L]; None where the network has no mask there.
     """
 
+    scored: Literal["kept", "all"] = "all"
     down: tuple[Tensor | None, Tensor | None] = (None, None)
     mid: Tensor | None = None
 
@@ -107,6 +112,7 @@ class Fuse(nn.Module):
         return self.cat(modulate(torch.cat([x, skip], dim=-1), shift, scale)) + self.pos_embed
 
 
+@family("edt", SIZES)
 class EDT(AdaLNTransformer):
     """Five stages on grids n, n/2, n/4, n/2, n, the last two joined with the inputs of the first
     two.
@@ -132,6 +138,8 @@ class EDT(AdaLNTransformer):
     Raises UsageError when the dimensions do not fit.
     """
 
+    fills: ClassVar[frozenset[str]] = frozenset()
+    published_objective: ClassVar = "edt"
     AMM: ClassVar = {12: [(0.0, [7, 10]), (2.0, [8])], 28: [(0.0, [23, 25]), (2.0, [24])]}
 
     def __init__(
@@ -223,37 +231,42 @@ class EDT(AdaLNTransformer):
 
         tokens = self.grid[0] * self.grid[1]
         mid = draw(tokens, *MID_RANGE) if self.mid_mask else None
-        return TokenMasks((draw(tokens, *DOWN_RANGES[0]), draw(tokens // 4, *DOWN_RANGES[1])), mid)
+        down = (draw(tokens, *DOWN_RANGES[0]), draw(tokens // 4, *DOWN_RANGES[1]))
+        return TokenMasks(down=down, mid=mid)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: TokenMasks | None = None
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
     ) -> Tensor:
-        """Predict [B, C or 2C, H, W] from x [B, C, H, W] at network time t [B] and labels y [B]
+        """Predict [B, C or 2C, H, W] from x [B, C, H, W] at network time t [B] and labels [B]
         (None: the null class).
 
-        EDT drops no tokens. keep is the `TokenMasks` of a training pass: what they hide does not
-        reach the coarser stages, and still goes around them through the skips.
+        EDT drops no tokens. Its route is the `TokenMasks` of a training pass: what they hide does
+        not reach the coarser stages, and still goes around them through the skips.
         """
-        if isinstance(keep, Tensor):
+        if route is not None and route.keep is not None:
             raise UsageError(
                 "EDT cannot drop tokens (objective.name 'msm'): it hides them with masks of its own"
             )
-        masks = keep or TokenMasks()
-        c = self.condition(x, t, y)  # [B, D]
+        masks = route if isinstance(route, TokenMasks) else TokenMasks()
+        c = self.condition(x, t, condition)  # [B, D]
         tokens = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # [B, L, D]
         skips = []
         for i, stage in enumerate(self.stages):
+            # Into the stage: the inputs of the first two are joined to those of the last two.
             if i < 2:
                 skips.append(tokens)
             elif i > 2:
                 tokens = self.fuse[i - 3](self.up[i - 3](tokens), skips.pop(), c)
+
+            # Its blocks, on the grid of this stage.
             index = getattr(self, f"index{min(i, 4 - i)}")
             for j, block in enumerate(stage):
                 if i == 0 and j == MID_BLOCK and masks.mid is not None:
-                    tokens = torch.where(
-                        masks.mid[..., None], self.pos_embed.to(tokens.dtype), tokens
-                    )
-                tokens = self._run(block, tokens, c, index)
+                    blank = self.pos_embed.to(tokens.dtype)
+                    tokens = torch.where(masks.mid[..., None], blank, tokens)
+                tokens = run_block(self, block, tokens, c, index)
+
+            # Out of it, down to a quarter of the tokens.
             if i < 2:
                 tokens = self.down[i](tokens, c, masks.down[i])
         return unpatchify(self.final(tokens, c), self.patch_size, self.grid)

@@ -18,7 +18,7 @@ def patchify(x: Tensor, p: int) -> Tensor:
 
 
 def unpatchify(tokens: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
-    """[B, L, p*p*C] -> [B, C, H, W], the inverse of `patchify` on a (rows, columns) grid of tokens."""
+    """[B, L, p*p*C] -> [B, C, H, W], the inverse of `patchify` on a (rows, columns) grid."""
     b, (rows, columns) = len(tokens), grid
     x = tokens.view(b, rows, columns, p, p, -1)
     return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * p, columns * p)

@@ -2,12 +2,15 @@
 detail.
 """
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import gather_tokens, patchify, unpatchify
+from msmdiff.core.backbones.routes import Route
 from msmdiff.core.backbones.uvit import UViT
 from msmdiff.core.errors import UsageError
 
@@ -16,6 +19,14 @@ SIZES: dict[str, dict] = {
 }
 
 
+@dataclass
+class PairRoute(Route):
+    """Ids of approximation (`keep`) and of detail [B, K'], which need not be the same."""
+
+    detail: Tensor | None = None
+
+
+@family("maskdwt", SIZES)
 class MaskDWT(UViT):
     """The first three channels (approximation) and the others (detail) have patches, tokens and
     outputs of their own.
@@ -23,10 +34,11 @@ class MaskDWT(UViT):
     Args: as `UViT`, and
         detail_scale: side of a detail patch over that of an approximation patch.
 
-    Masked, it takes either keep [B, K] for both groups, and returns [B, K, p*p*C] in `patchify`'s
-    order (where detail_scale is 1), or a pair of ids for approximation and detail, and returns a
-    pair of patch vectors.
+    Masked, it takes either one route for both groups, and returns [B, K, p*p*C] in `patchify`'s
+    order (where detail_scale is 1), or a `PairRoute`, and returns a pair of patch vectors.
     """
+
+    fills: ClassVar = frozenset({"none"})
 
     def __init__(
         self,
@@ -86,7 +98,7 @@ class MaskDWT(UViT):
             }
         )
 
-    def _embed(self, x: Tensor, position: Tensor, keep: Any) -> Tensor:
+    def _embed(self, x: Tensor, position: Tensor, route: Route | None) -> Tensor:
         first = self.grid[0] * self.grid[1]
         groups = (
             (self.patch_embed["approx"], patchify(x[:, :3], self.patch_size), position[:, :first]),
@@ -97,32 +109,39 @@ class MaskDWT(UViT):
             ),
         )
         tokens = []
-        for (embed, patches, where), ids in zip(groups, self._pair(keep), strict=True):
+        for (embed, patches, where), ids in zip(groups, self._pair(route), strict=True):
             if ids is not None:
                 patches, where = gather_tokens(patches, ids), gather_tokens(where, ids)
             tokens.append(embed(patches) + where)
         return torch.cat(tokens, dim=1)
 
-    def _predict(self, tokens: Tensor, keep: Any) -> Any:
-        ids, _ = self._pair(keep)
+    def _predict(self, tokens: Tensor, route: Route | None) -> Any:
+        ids, _ = self._pair(route)
         first = self.grid[0] * self.grid[1] if ids is None else ids.shape[1]
         approx = self.to_output["approx"](tokens[:, :first])
         detail = self.to_output["detail"](tokens[:, first:])
-        if keep is None:
+        if ids is None:
             images = (
                 unpatchify(approx, self.patch_size, self.grid),
                 unpatchify(detail, self.detail_patch, self.detail_grid),
             )
             return torch.cat(images, dim=1)
-        if not isinstance(keep, Tensor):
+        if isinstance(route, PairRoute):
             return approx, detail
         pixels = (out.unflatten(-1, (self.patch_size**2, -1)) for out in (approx, detail))
         return torch.cat(list(pixels), dim=-1).flatten(-2)
 
-    def _pair(self, keep: Any) -> tuple[Tensor | None, Tensor | None]:
-        if isinstance(keep, Tensor) and self.grid != self.detail_grid:
+    def _pair(self, route: Route | None) -> tuple[Tensor | None, Tensor | None]:
+        """The kept ids of approximation and of detail. Raises UsageError for what does not fit."""
+        if route is None or route.keep is None:
+            return None, None
+        if not route.early:
+            raise UsageError("a wavelet network drops tokens from the first block to the last")
+        if isinstance(route, PairRoute):
+            return route.keep, route.detail
+        if self.grid != self.detail_grid:
             raise UsageError(
-                "with model.detail_scale above 1 the two groups of tokens differ: one mask "
-                "cannot hide both"
+                "with model.detail_scale above 1 the two groups of tokens differ: one mask cannot "
+                "hide both"
             )
-        return (keep, keep) if keep is None or isinstance(keep, Tensor) else keep
+        return route.keep, route.keep

@@ -9,29 +9,35 @@ from torch import Tensor, nn
 
 from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, check_width
 from msmdiff.core.backbones.dit import WIDTHS
+from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import (
-    gather_tokens,
     patchify,
     relative_index,
     select_pairs,
     sincos_table,
     unpatchify,
 )
+from msmdiff.core.backbones.routes import Route, Trunk, run_block
 from msmdiff.core.errors import UsageError
 
 SIZES: dict[str, dict] = {
-    f"MDT-{size}/{p}": dict(family="mdt", patch_size=p, **fields, decode_layers=2, learn_sigma=True)
+    f"MDT-{size}/{p}": dict(patch_size=p, **fields, decode_layers=2, learn_sigma=True)
     for size, fields in WIDTHS.items()
     for p in (2, 4, 8)
 }
 # How many of the blocks decode: from the training script (S) and the released model (XL); no script
 # fixes B and L.
-SIZES |= {
+SIZES_V2: dict[str, dict] = {
     f"MDTv2-{size}/2": dict(
-        family="mdtv2", patch_size=2, **WIDTHS[size], decode_layers=decode_layers, learn_sigma=True
+        patch_size=2, **WIDTHS[size], decode_layers=decode_layers, learn_sigma=True
     )
     for size, decode_layers in {"S": 6, "B": 6, "L": 4, "XL": 4}.items()
 }
+
+
+def _published_names(sizes: dict[str, dict]) -> dict[str, str]:
+    return {name.replace("-", "_").replace("/", "_"): name for name in sizes}
+
 
 # The published tables have three rows more than there are relative positions. They are never read,
 # but stored.
@@ -46,7 +52,16 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         decode_layers: blocks behind the side-interpolater, which see all tokens.
     """
 
+    fills: ClassVar = frozenset({"own", "mask", "side"})
+    published_objective: ClassVar = "mdt"
+    published_spread: ClassVar = 0.0
+    """How much more than the ratio a step of its training may hide."""
+
     index: Tensor
+    trunk: Trunk
+    encoder_depth: int
+    decoder_skips: ClassVar[bool]
+    """Whether every block of the decoder is joined with the network's embedded input."""
 
     def __init__(
         self,
@@ -101,73 +116,81 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         nn.init.normal_(self.mask_token, std=0.02)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Tensor | None = None
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
     ) -> Tensor:
-        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null
-        class).
+        """Predict the whole image [B, C or 2C, H, W] from x [B, C, H, W] at network time t [B] and
+        labels [B] (None: the null class).
 
-        The output is the whole image [B, C or 2C, H, W] also where keep [B, K] (token ids) is
-        given: then the encoder sees those tokens only, the side block guesses the others, and the
-        decoder sees all.
+        Along MDT's own route (fill `side`, leaving where the decoder begins) the encoder sees the
+        kept tokens only, the side block guesses the others, and the decoder sees all.
         """
+        keep = route.keep if route is not None else None
         embedded = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # [B, L, D]
-        c = self.condition(x, t, y)  # [B, D]
-        if keep is None:
-            tokens = self.encode(embedded, c, self.index, None) + self.decoder_pos_embed
-        else:
-            index = select_pairs(self.index, keep)
-            tokens = self._interpolate(
-                self.encode(gather_tokens(embedded, keep), c, index, keep), c, keep
+        c = self.condition(x, t, condition)  # [B, D]
+        blocks = [block for block, _ in self.numbered_blocks()]
+        # Biases, the decoder's positions and its skip, for all tokens and for the kept ones.
+        kept_index = None if keep is None else select_pairs(self.index, keep)
+
+        def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
+            if number == self.encoder_depth and not self._placed(route):
+                z = z + self.trunk.narrowed(self.decoder_pos_embed, ids)
+            if number >= self.encoder_depth and self.decoder_skips:
+                skip = self.trunk.narrowed(embedded, ids)
+            index = self.index if ids is None else kept_index
+            return run_block(self, blocks[number], z, c, index, ids, skip)
+
+        def fill(before: Tensor, kept: Tensor) -> Tensor:
+            assert route is not None
+            assert keep is not None
+            if route.fill == "own":
+                return self.trunk.own(before, kept, keep)
+            return self._interpolate(kept, c, keep, side=route.fill == "side")
+
+        if self._placed(route) and route is not None and route.leave != self.encoder_depth:
+            raise UsageError(
+                f"a route with fill '{route.fill}' leaves at {self.encoder_depth} here"
             )
-        tokens = self.decode(tokens, c, embedded)
+        tokens = self.trunk.run(embedded, route, step, fill)  # [B, L, D]
+        if self.encoder_depth == self.trunk.depth and not self._placed(route):
+            tokens = tokens + self.decoder_pos_embed
         return unpatchify(self.final(tokens, c), self.patch_size, self.grid)
 
-    def encode(self, tokens: Tensor, c: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
-        """The blocks that see kept tokens only: [B, L or K, D] -> the same shape."""
-        raise NotImplementedError
+    def _placed(self, route: Route | None) -> bool:
+        """Whether filling the gaps gives the tokens the decoder's positions too."""
+        return route is not None and route.keep is not None and route.fill in ("mask", "side")
 
-    def decode(self, tokens: Tensor, c: Tensor, embedded: Tensor) -> Tensor:
-        """The blocks that see all tokens [B, L, D]; embedded [B, L, D] is the encoder's unmasked
-        input.
-        """
-        raise NotImplementedError
-
-    def _interpolate(self, kept: Tensor, c: Tensor, keep: Tensor) -> Tensor:
-        """Kept tokens [B, K, D] -> all tokens [B, L, D], the hidden ones predicted from the mask
-        token.
+    def _interpolate(self, kept: Tensor, c: Tensor, keep: Tensor, side: bool) -> Tensor:
+        """Kept tokens [B, K, D] -> all tokens [B, L, D]: mask tokens in the gaps, and in their
+        place what the side block makes of them.
         """
         b, _, d = kept.shape
+        place = keep.unsqueeze(-1)
         everywhere = self.mask_token.to(kept.dtype).expand(b, self.index.shape[0], d)
-        tokens = (
-            everywhere.scatter(1, keep.unsqueeze(-1).expand_as(kept), kept) + self.decoder_pos_embed
-        )
-        hidden = torch.ones_like(tokens[..., :1], dtype=torch.bool).scatter(
-            1, keep.unsqueeze(-1), False
-        )
-        return torch.where(hidden, self._run(self.side[0], tokens, c, self.index), tokens)
+        everywhere = everywhere.scatter(1, place.expand_as(kept), kept)
+        tokens = everywhere + self.decoder_pos_embed
+        if not side:
+            return tokens
+        hidden = torch.ones_like(tokens[..., :1], dtype=torch.bool).scatter(1, place, False)
+        guessed = run_block(self, self.side[0], tokens, c, self.index)
+        return torch.where(hidden, guessed, tokens)
 
 
+@family("mdt", SIZES, _published_names(SIZES))
 class MDT(_MaskedDiffusionTransformer):
     """MDT, version 1: one row of blocks, of which the last `decode_layers` see all tokens."""
 
+    decoder_skips = False
+
     def _make_trunk(self, depth: int, decode_layers: int) -> None:
-        self.decode_layers = decode_layers
+        self.encoder_depth = depth - decode_layers
         self.blocks = self._make_blocks(depth)
+        self.trunk = Trunk(depth, {})
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
         return [(block, self.grid) for block in self.blocks]
 
-    def encode(self, tokens: Tensor, c: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
-        for block in self.blocks[: len(self.blocks) - self.decode_layers]:
-            tokens = self._run(block, tokens, c, index, keep)
-        return tokens
 
-    def decode(self, tokens: Tensor, c: Tensor, embedded: Tensor) -> Tensor:
-        for block in self.blocks[len(self.blocks) - self.decode_layers :]:
-            tokens = self._run(block, tokens, c, self.index)
-        return tokens
-
-
+@family("mdtv2", SIZES_V2, _published_names(SIZES_V2))
 class MDTv2(_MaskedDiffusionTransformer):
     """MDTv2: long skips inside the encoder, and from its input to every block of the decoder.
 
@@ -175,26 +198,18 @@ class MDTv2(_MaskedDiffusionTransformer):
     """
 
     AMM: ClassVar = {12: [(0.0, [8])]}
+    published_spread: ClassVar = 0.2
+    decoder_skips = True
 
     def _make_trunk(self, depth: int, decode_layers: int) -> None:
         half = (depth - decode_layers) // 2
+        self.encoder_depth = 2 * half
         self.in_blocks = self._make_blocks(half)
         self.out_blocks = self._make_blocks(half, skip=True)
         self.decoder = self._make_blocks(decode_layers, skip=True)
+        # The first block with a skip sees its own input twice, as published.
+        joins = {half + i: half - 1 - i for i in range(half)}
+        self.trunk = Trunk(2 * half + decode_layers, joins)
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
         return [(block, self.grid) for block in (*self.in_blocks, *self.out_blocks, *self.decoder)]
-
-    def encode(self, tokens: Tensor, c: Tensor, index: Tensor, keep: Tensor | None) -> Tensor:
-        skips = []
-        for block in self.in_blocks:
-            tokens = self._run(block, tokens, c, index, keep)
-            skips.append(tokens)
-        for block in self.out_blocks:  # the first one sees its own input twice, as published
-            tokens = self._run(block, tokens, c, index, keep, skips.pop())
-        return tokens
-
-    def decode(self, tokens: Tensor, c: Tensor, embedded: Tensor) -> Tensor:
-        for block in self.decoder:
-            tokens = self._run(block, tokens, c, self.index, None, embedded)
-        return tokens

@@ -2,12 +2,12 @@
 (Lei et al. 2023).
 """
 
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import (
     Attention,
     Mlp,
@@ -15,6 +15,15 @@ from msmdiff.core.backbones.layers import (
     patchify,
     timestep_embedding,
     unpatchify,
+)
+from msmdiff.core.backbones.routes import (
+    Route,
+    Trunk,
+    check_patches,
+    class_or_null,
+    own_only,
+    partial,
+    run_block,
 )
 from msmdiff.core.errors import UsageError
 
@@ -53,7 +62,7 @@ SIZES: dict[str, dict] = {
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with `skip`, the concatenated long skip is projected down first."""
+    """Pre-norm transformer block; with `skip`, the joined long skip is projected down first."""
 
     def __init__(
         self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False
@@ -66,6 +75,7 @@ class Block(nn.Module):
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
 
     def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
+        """x [B, L, D] -> [B, L, D]; skip [B, L, D] is joined where the block has room for it."""
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
@@ -73,6 +83,20 @@ class Block(nn.Module):
         return x + self.mlp(self.norm2(x))
 
 
+ALIASES: dict[str, str] = {
+    "cifar10_uvit_small": "U-ViT-S/2",
+    "celeba64_uvit_small": "U-ViT-S/4",
+    "imagenet64_uvit_mid": "U-ViT-M/4",
+    "imagenet64_uvit_large": "U-ViT-L/4",
+    "imagenet256_uvit_large": "U-ViT-L/2",
+    "imagenet256_uvit_huge": "U-ViT-H/2",
+    "imagenet512_uvit_large": "U-ViT-L/4",
+    "imagenet512_uvit_huge": "U-ViT-H/4",
+    "mscoco_uvit_small": "U-ViT-S/2-T2I",
+}
+
+
+@family("uvit", SIZES, ALIASES)
 class UViT(nn.Module):
     """A transformer over [label,] time [, context] and patch tokens, with long skips from its first
     half to its second.
@@ -98,6 +122,9 @@ class UViT(nn.Module):
     Raises UsageError when the dimensions do not fit.
     """
 
+    fills: ClassVar = frozenset({"none", "own"})
+    published_objective: ClassVar = None
+
     def __init__(
         self,
         shape: tuple[int, int, int],
@@ -118,10 +145,7 @@ class UViT(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = shape
-        if height % patch_size or width % patch_size:
-            raise UsageError(
-                f"model.patch_size {patch_size} does not divide the {height}x{width} input"
-            )
+        grid = check_patches(height, width, patch_size)
         if hidden_size % num_heads:
             raise UsageError(
                 f"model.hidden_size {hidden_size} does not divide by model.num_heads {num_heads}"
@@ -132,7 +156,7 @@ class UViT(nn.Module):
                 f"{num_classes}"
             )
         self.patch_size = patch_size
-        self.grid = (height // patch_size, width // patch_size)
+        self.grid = grid
         self.num_classes = num_classes
         self.null_class = null_class
         self.hidden_size = hidden_size
@@ -161,6 +185,9 @@ class UViT(nn.Module):
         self.in_blocks = nn.ModuleList(Block(*block) for _ in range(depth // 2))
         self.mid_block = Block(*block)
         self.out_blocks = nn.ModuleList(Block(*block, skip=skip) for _ in range(depth // 2))
+        half = depth // 2
+        joins = {half + 1 + i: half - 1 - i for i in range(half)}
+        self.trunk = Trunk(2 * half + 1, joins, len(self.special_tokens))
         self.norm = nn.LayerNorm(hidden_size)
         self.to_output: Any = self._make_to_output(channels)
         self.final_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
@@ -196,48 +223,58 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, keep: Any = None) -> Any:
-        """Predict from x [B, C, H, W] at network time t [B] and labels y [B] (None: the null
-        class).
+    def forward(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
+    ) -> Tensor:
+        """Predict from x [B, C, H, W] at network time t [B] and labels [B] (None: the null class).
 
-        With context tokens, y is the text's features [B, tokens, width] and cannot be left out.
-        keep None returns an image [B, C, H, W]. keep [B, K] (token ids) embeds those patches only
-        and returns their predictions [B, K, p*p*C] in the order of keep; the final convolution,
-        where there is one, then sees zeros in place of hidden patches.
+        With context tokens, the condition is the text's features [B, tokens, width] and cannot be
+        left out. Returns an image [B, C, H, W]; of a route whose gaps nothing fills the predictions
+        of the kept patches [B, K, p*p*C], in the order of its ids. The final convolution, where
+        there is one, then sees zeros in place of hidden patches.
         """
+        # Special tokens, then patches: those that the route hides from the start are not embedded.
         extras = len(self.special_tokens)
-        special = self._special(x, t, y) + self.pos_embed[:, :extras]
-        tokens = torch.cat(
-            [special, self._embed(x, self.pos_embed[:, extras:], keep)], 1
-        )  # [B, extras + L or K, D]
+        special = self._special(x, t, condition) + self.pos_embed[:, :extras]
+        patches = self._embed(x, self.pos_embed[:, extras:], route)
+        tokens = torch.cat([special, patches], 1)  # [B, extras + L or K, D]
 
-        skips = []
-        for block in self.in_blocks:
-            tokens = self._run(block, tokens)
-            skips.append(tokens)
-        tokens = self._run(self.mid_block, tokens)
-        for block in self.out_blocks:
-            tokens = self._run(block, tokens, skips.pop())
-        return self._predict(self.norm(tokens[:, extras:]), keep)
+        # Blocks, the late ones joined with the outputs of the early ones.
+        blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
 
-    def _embed(self, x: Tensor, position: Tensor, keep: Any) -> Tensor:
+        def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
+            return run_block(self, blocks[number], z, skip)
+
+        def fill(before: Tensor, kept: Tensor) -> Tensor:
+            return own_only(self.trunk, route, before, kept)
+
+        tokens = self.trunk.run(tokens, route, step, fill)
+
+        # Patches out.
+        return self._predict(self.norm(tokens[:, extras:]), route)
+
+    def _embed(self, x: Tensor, position: Tensor, route: Route | None) -> Tensor:
         """x [B, C, H, W] and the patches' positions [1, L, D] -> tokens [B, L or K, D]."""
         patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
-        if keep is not None:
-            patches, position = gather_tokens(patches, keep), gather_tokens(position, keep)
+        if route is not None and route.early and route.keep is not None:
+            patches = gather_tokens(patches, route.keep)
+            position = gather_tokens(position, route.keep)
         return self.patch_embed(patches) + position
 
-    def _predict(self, tokens: Tensor, keep: Any) -> Any:
+    def _predict(self, tokens: Tensor, route: Route | None) -> Tensor:
         """Normed patch tokens [B, L or K, D] -> what `forward` returns."""
         out = self.to_output(tokens)  # [B, L or K, p*p*C]
-        if keep is None:
+        if not partial(route):
             image = unpatchify(out, self.patch_size, self.grid)
             return self.final_conv(image) if self.final_conv is not None else image
         if self.final_conv is not None:
+            assert route is not None
+            assert route.keep is not None
+            place = route.keep.unsqueeze(-1).expand_as(out)
             canvas = out.new_zeros(len(out), self.grid[0] * self.grid[1], out.shape[-1])
-            canvas = canvas.scatter(1, keep.unsqueeze(-1).expand_as(out), out)
+            canvas = canvas.scatter(1, place, out)
             image = self.final_conv(unpatchify(canvas, self.patch_size, self.grid))
-            out = gather_tokens(patchify(image, self.patch_size), keep)
+            out = gather_tokens(patchify(image, self.patch_size), route.keep)
         return out
 
     def _special(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
@@ -252,15 +289,5 @@ class UViT(nn.Module):
             return torch.cat([time, self.context_embed(y)], dim=1)
         if self.label_emb is None:
             return time
-        if y is None:
-            if not self.null_class:
-                raise UsageError(
-                    "this network has no null class (model.null_class=false): give it labels"
-                )
-            y = torch.full((len(x),), self.num_classes, device=x.device)
+        y = class_or_null(self, y, len(x), x.device)
         return torch.cat([self.label_emb(y)[:, None], time], dim=1)
-
-    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, *inputs, use_reentrant=False)
-        return block(*inputs)

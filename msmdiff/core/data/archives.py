@@ -12,12 +12,18 @@ from PIL import Image
 from msmdiff.core.data.images import read_rgb
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.registry import register
 
 
+@register("source", "lmdb", summary="LSUN's LMDB folder")
 class Lmdb(Source):
     """LSUN's layout: a folder with `data.mdb`, an encoded image under every key, in the order of
     the keys.
     """
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        return (Path(spec) / "data.mdb").is_file()
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -65,12 +71,25 @@ def _lmdb(path: str) -> Any:
     return environment
 
 
+@register("source", "cifar10", summary="cifar-10-binary.tar.gz, packed or unpacked")
 class Cifar10(Source):
     """CIFAR-10's binary version, packed or unpacked: `cifar-10-binary.tar.gz[:train|:test]`, 32x32,
     ten classes.
 
     Raises UsageError where the files are not there, and MsmdiffError for damaged ones.
     """
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        path = Path(spec)
+        if (path / "batches.meta").is_file():
+            raise UsageError(
+                f"{spec} is CIFAR-10's Python version, which are pickles: give "
+                "cifar-10-binary.tar.gz"
+            )
+        whole = Path(spec.removesuffix(":train").removesuffix(":test"))
+        packed = whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()
+        return packed or (whole / "batches.meta.txt").is_file()
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -87,9 +106,8 @@ class Cifar10(Source):
             else:
                 with tarfile.open(path) as archive:
                     members = {Path(m.name).name: m for m in archive if m.isfile()}
-                    files = {
-                        n: archive.extractfile(members[n]).read() for n in wanted if n in members
-                    }  # type: ignore[union-attr]
+                    opened = {n: archive.extractfile(members[n]) for n in wanted if n in members}
+                    files = {n: file.read() for n, file in opened.items() if file is not None}
         except (OSError, EOFError, tarfile.TarError) as error:
             raise MsmdiffError(f"{path} cannot be read: {error}") from None
         if missing := [name for name in wanted if name not in files]:

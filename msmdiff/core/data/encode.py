@@ -18,13 +18,14 @@ import torch
 from numpy.lib.format import open_memmap
 from torch import Tensor
 
-from msmdiff.core.config import DataConfig, flatten
+from msmdiff.core.config import flatten
 from msmdiff.core.data.latents import FORMAT_VERSION, Cache, Latents, finished, read_header
 from msmdiff.core.data.loader import TrainingImages
 from msmdiff.core.data.source import Source
 from msmdiff.core.data.text import Captions
-from msmdiff.core.diffusion.codecs import Codec, VaeCodec
+from msmdiff.core.diffusion.codecs import Codec
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.sections import DataConfig
 
 
 def encode(
@@ -65,7 +66,7 @@ def encode(
     if cache is not None:  # encoded already: no codec has a part in it
         about, captions = cache.codec, Captions.of_cache(cache) if cache.text else None
     else:
-        about = codec.identity() if isinstance(codec, VaeCodec) else {"name": "pixel"}
+        about = codec.identity()
     reader = TrainingImages(source, data, seed=0)
 
     def load(chosen: range) -> tuple[Tensor, Tensor | None]:

@@ -1,4 +1,4 @@
-"""Single images: decoding to 8-bit RGB, ADM's crops, and grids of pictures for people to look at."""
+"""Single images: decoding to 8-bit RGB, ADM's crops, and grids of pictures to look at."""
 
 import math
 import struct

@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from msmdiff.core.config import CodecConfig, DataConfig
+from msmdiff.core import registry
+from msmdiff.core.config import section
 from msmdiff.core.data import sources
 from msmdiff.core.data.images import UNREADABLE, center_crop, grid
 from msmdiff.core.data.latents import Latents, Packed
@@ -24,6 +25,7 @@ from msmdiff.core.data.order import Chunks
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.sections import CodecConfig, DataConfig
 from msmdiff.core.seeding import numpy_stream, stream
 
 
@@ -46,7 +48,7 @@ def report(source: Source) -> dict[str, Any]:
         "codec": source.codec,
         "captions": source.text,
     }
-    if source.codec["name"] == "vae":  # what codec.mean and codec.std would be, at codec.scale 1
+    if source.moments:  # what codec.mean and codec.std would be, at codec.scale 1
         sample = source.gather(numpy_stream(0, "inspect").permutation(len(source))[:1024])[0]
         mean, std = flip(sample, None).double().chunk(2, dim=1)
         found["latent_mean"] = mean.mean((0, 2, 3)).tolist()
@@ -75,7 +77,7 @@ def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image
     them.
     """
     chosen = np.sort(numpy_stream(0, "sheet").permutation(len(source))[:count])
-    if not isinstance(source, Latents) or source.codec["name"] != "vae":
+    if not isinstance(source, Latents) or not source.moments:
         pictures = []
         for i in chosen:
             with suppress(*UNREADABLE):  # which ones is in the report
@@ -84,12 +86,11 @@ def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image
             raise MsmdiffError(f"none of {len(chosen)} images of {source.spec} can be read")
         return grid(np.stack(pictures))
     entries = flip(source.gather(chosen)[0], None)
-    wanted = {
-        "name": "vae",
-        "channels": entries.shape[1] // 2,
-        "vae": codec.vae or source.codec.get("vae"),
-    }
-    decoder = codecs.build(codec.model_copy(update=wanted), entries.shape[-1] * codec.factor)
+    name = source.codec["name"]
+    given = codec.model_dump(exclude_unset=True) if codec.name == name else {}
+    wanted = section("codec", **{"channels": entries.shape[1] // 2, **given, "name": name})
+    registry.find("codec", name, "codec.name").make.complete(wanted, source.codec)
+    decoder = codecs.build(wanted, entries.shape[-1] * wanted.factor)
     parts = [
         decoder.decode(decoder.encode(part, stream("cpu", 0, "sheet"))) for part in entries.split(8)
     ]

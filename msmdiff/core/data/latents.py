@@ -19,10 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msmdiff.core.build import context_shape
+from msmdiff.core import registry
+from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.registry import register
 
 FORMAT_VERSION = 1
 
@@ -42,6 +44,8 @@ class Latents(Source):
         null_context: the empty caption's features, float32 [tokens, width], or None.
     """
 
+    brings_labels = False
+
     shape: tuple[int, ...]
     codec: dict[str, Any]
     mirrored = False
@@ -52,6 +56,11 @@ class Latents(Source):
     """Whether training reads captions instead of labels: set by `check`, where the network draws
     from text.
     """
+
+    @property
+    def moments(self) -> bool:
+        """Whether entries are means and deviations instead of pixels."""
+        return self.codec["name"] != "pixel"
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         """Entries [B, *shape] and their labels int64 [B], or None, at int64 indices [B]."""
@@ -64,7 +73,7 @@ class Latents(Source):
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        if self.codec["name"] != "pixel":
+        if self.moments:
             raise UsageError(f"{self.spec} holds latents, not images")
         entry = self.gather(np.array([index]))[0][0]
         return Image.fromarray((entry[0] if self.mirrored else entry).permute(1, 2, 0).numpy())
@@ -74,18 +83,18 @@ class Latents(Source):
         these entries.
         """
         data, codec = config.data, config.codec
-        vae = self.codec["name"] == "vae"
+        kind = registry.find("codec", codec.name, "codec.name").make
+        made_by = self.codec["name"]
         fits: dict[str, tuple[Any, Any]] = {"data.crop": (data.crop, "center")}
         if self.image_size is not None:
             fits["data.image_size"] = (data.image_size, self.image_size)
-        if vae:
-            codec.vae = codec.vae or self.codec.get("vae")
-            side = data.image_size // codec.factor
-            fits["codec.channels"] = (codec.channels, self.shape[-3] // 2)
-            fits["data.image_size / codec.factor"] = (side, self.shape[-1])
-        if (codec.name == "vae") != vae:
-            fits = {"codec.name": (codec.name, "vae" if vae else "pixel or dwt")}
-        if wanted := context_shape(config):
+        if kind.packs == made_by:
+            kind.complete(codec, self.codec)
+            fits |= kind.fits(codec, data.image_size, self.shape)
+        else:
+            suited = [e.name for e in registry.entries("codec").values() if e.make.packs == made_by]
+            fits = {"codec.name": (codec.name, " or ".join(suited) or made_by)}
+        if wanted := text_shape(config.model):
             if self.text is None:
                 super().check(config)
             fits["model.context_tokens and context_width"] = (
@@ -98,7 +107,7 @@ class Latents(Source):
             for key, (have, needed) in fits.items()
             if have != needed
         ]
-        if vae and data.hflip and not self.mirrored:
+        if self.moments and data.hflip and not self.mirrored:
             problems.append(
                 "data.hflip needs mirrored latents: encode with --mirror, or set it to 0"
             )
@@ -106,10 +115,15 @@ class Latents(Source):
             raise UsageError(f"the configuration does not fit {self.spec}: {'; '.join(problems)}")
 
 
+@register("source", "packed", summary="a packed set, as `data encode` writes it")
 class Packed(Latents):
     """A packed set. Raises UsageError for one that is not finished, and MsmdiffError for a damaged
     one.
     """
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        return (Path(spec) / "packed.json").is_file()
 
     def __init__(self, spec: str, labels: str = "auto") -> None:
         self.spec, path = spec, Path(spec)
@@ -200,6 +214,7 @@ def _mapped(path: Path) -> Tensor:
 FAST_DIT_SCALE = 0.18215
 
 
+@register("source", "cache", summary="latents of fast-DiT, EDT or U-ViT, a file each")
 class Cache(Latents):
     """One `.npy` per image, as fast-DiT, EDT and U-ViT extract them, read as they are; `data
     encode` packs them.
@@ -211,6 +226,11 @@ class Cache(Latents):
     """
 
     codec = {"name": "vae"}  # noqa: RUF012
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        path = Path(spec)
+        return any((folder / "0.npy").is_file() for folder in (path, *path.glob("*_features")))
 
     def __init__(self, spec: str, rule: str = "auto") -> None:
         self.spec, root = spec, Path(spec)
@@ -345,11 +365,3 @@ def _load(path: Path) -> np.ndarray:
         TypeError,
     ) as error:
         raise MsmdiffError(f"{path} cannot be read: {error}") from None
-
-
-def open_latents(path: Path, labels: str) -> Latents | None:
-    """The encoded data set in a folder, or None where it holds none."""
-    if (path / "packed.json").is_file():
-        return Packed(str(path), labels)
-    cache = any((folder / "0.npy").is_file() for folder in (path, *path.glob("*_features")))
-    return Cache(str(path), labels) if cache else None

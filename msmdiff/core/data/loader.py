@@ -16,12 +16,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from msmdiff.core.config import DataConfig
 from msmdiff.core.data import images, sources
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.sections import DataConfig
 from msmdiff.core.seeding import numpy_stream
 
 CACHE_BYTES = 512 * 2**20
@@ -200,7 +200,8 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
                 raise batch
             yield batch
     finally:
-        del loader  # asks the workers to stop; one that is stuck in a file would, without a signal to heed, stay
+        # Asks the workers to stop; one that is stuck in a file, deaf to signals, would stay.
+        del loader
         for worker in started:
             worker.kill()
 
@@ -212,7 +213,7 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     what was left out is reported. The verdict is remembered per listing (names, sizes, times) in
     the user's cache folder.
     """
-    source = sources.open_source(config.source, config.labels)
+    source = sources.open_configured(config)
     if not config.verify or isinstance(source, sources.Digits | sources.Npz | Latents):
         return source
     listing = "\n".join(source.describe(i) for i in range(len(source)))

@@ -19,7 +19,7 @@ def _permutation(seed: int, count: int, epoch: int) -> np.ndarray:
 
 
 def images_at(seed: int, count: int, positions: Sequence[int]) -> np.ndarray:
-    """The indices, int64, of the images at positions of the training sequence over `count` images."""
+    """The indices, int64, of the images at positions of the sequence over `count` images."""
     epochs, places = np.divmod(np.asarray(positions), count)
     indices = np.empty(len(places), np.int64)
     for epoch in np.unique(epochs):

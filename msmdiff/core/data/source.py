@@ -2,11 +2,12 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import ClassVar
 
 import numpy as np
 from PIL import Image
 
-from msmdiff.core.build import context_shape
+from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
 
@@ -20,15 +21,25 @@ class Source:
         class_names: a name per class, in the order of the indices.
     """
 
+    priority: ClassVar[int] = 1
+    """Sources of higher priority are asked first whether they open a spec."""
+    brings_labels: ClassVar[bool] = True
+    """Whether its labels are its own: else the constructor takes a rule for them."""
+
     spec: str
     labels: np.ndarray | None = None
     class_names: Sequence[str] = ()
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        """Whether this kind of source is what the user wrote."""
+        raise NotImplementedError
 
     def __len__(self) -> int:
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        """The image at `index` as 8-bit RGB; raises one of `images.UNREADABLE` for a damaged file."""
+        """The image at `index` as 8-bit RGB; raises one of `images.UNREADABLE` where damaged."""
         raise NotImplementedError
 
     def content(self, index: int, suffix: str | None = None) -> bytes | None:
@@ -63,7 +74,7 @@ class Source:
 
     def check(self, config: Config) -> None:
         """Raise UsageError unless a resolved configuration can be trained on this data."""
-        if wanted := context_shape(config):
+        if wanted := text_shape(config.model):
             raise UsageError(
                 f"the network draws from captions ({wanted[0]} tokens of width {wanted[1]}), "
                 f"{self.spec} has none: "

@@ -1,7 +1,7 @@
 """Where images come from: folders, zip archives, ADM `.npz` files, and the embedded digits.
 
-A new kind of source is one class with `__len__`, `read` and `describe`, and one line in
-`open_source`.
+A new kind of source is one class, here or in a plugin, with `opens`, `__len__`, `read` and
+`describe`, registered as a "source".
 """
 
 import io
@@ -11,24 +11,31 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import numpy as np
 from PIL import Image
 
-from msmdiff.core.data.archives import Cifar10, Lmdb
+from msmdiff.core import registry
 from msmdiff.core.data.images import SUFFIXES, UNREADABLE, read_rgb
-from msmdiff.core.data.latents import open_latents
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.registry import register
+from msmdiff.core.sections import AUTO, DataConfig
 
 
+@register("source", "digits", summary="`digits[:train|:test]`, scikit-learn's scans")
 class Digits(Source):
     """scikit-learn's 1,797 real scans of handwritten digits, 8x8 grey, ten classes.
 
     `digits:test` is every fifth scan, `digits:train` the others.
     """
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        return spec.partition(":")[0] == "digits" and not Path(spec).exists()
 
     def __init__(self, spec: str = "digits") -> None:
         from sklearn.datasets import load_digits
@@ -57,8 +64,17 @@ class Digits(Source):
         return f"{self.spec}[{index}]"
 
 
+@register("source", "files", summary="a folder of images, or a .zip")
 class Files(Source):
     """Image files in a folder (recursive) or a zip archive, in sorted order."""
+
+    priority = 0
+    brings_labels = False
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        path = Path(spec)
+        return path.is_dir() or (path.suffix.lower() == ".zip" and path.exists())
 
     def __init__(self, spec: str, labels: str = "auto") -> None:
         self.spec = spec
@@ -134,8 +150,14 @@ class Files(Source):
         return {**self.__dict__, "_archives": {}}
 
 
+@register("source", "npz", summary="ADM's .npz of images")
 class Npz(Source):
     """ADM's sample files: `arr_0` uint8 [N, H, W, 3], and labels in `arr_1` where present."""
+
+    @classmethod
+    def opens(cls, spec: str) -> bool:
+        path = Path(spec)
+        return path.suffix.lower() == ".npz" and path.exists()
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -208,40 +230,45 @@ class Subset(Source):
         return self._source.name(self._indices[index])
 
 
-KINDS = (
-    "a folder, a .zip, an .npz, an LMDB folder, cifar-10-binary.tar.gz, a packed set, or 'digits'"
-)
-
-
-def open_source(spec: str, labels: str = "auto") -> Source:
-    """Open images by what the user wrote, one of KINDS.
+def open_source(
+    spec: str, labels: str = "auto", kind: str = AUTO, options: Mapping[str, Any] | None = None
+) -> Source:
+    """Open images by what the user wrote.
 
     `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all
-    are of that form with at least two classes, else none), `folders`, `adm` or `none`. Raises
-    UsageError when nothing is there, or when the labels asked for are not.
+    are of that form with at least two classes, else none), `folders`, `adm` or `none`; `kind` is
+    the name of a registered source, whose `options` it takes, or else found by the spec's look.
+    Raises UsageError when nothing is there, or when the labels asked for are not.
     """
-    if spec.partition(":")[0] == "digits" and not Path(spec).exists():
-        return _with_labels(Digits(spec), labels)
-    path, whole = Path(spec), Path(spec.removesuffix(":train").removesuffix(":test"))
-    if (whole / "batches.meta.txt").is_file() or (
-        whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()
-    ):
-        return _with_labels(Cifar10(spec), labels)
-    if not path.exists():
-        raise UsageError(f"data source '{spec}' does not exist: give {KINDS}")
-    if (path / "batches.meta").is_file():
-        raise UsageError(
-            f"{spec} is CIFAR-10's Python version, which are pickles: give cifar-10-binary.tar.gz"
-        )
-    if (path / "data.mdb").is_file():
-        return _with_labels(Lmdb(spec), labels)
-    if path.is_dir() and (encoded := open_latents(path, labels)):
-        return encoded
-    if path.suffix.lower() == ".npz":
-        return _with_labels(Npz(spec), labels)
-    if path.is_dir() or path.suffix.lower() == ".zip":
-        return Files(spec, labels)
-    raise UsageError(f"data source '{spec}' is a file of no known kind: give {KINDS}")
+    entry = registry.find("source", kind, "data.kind") if kind != AUTO else _recognised(spec)
+    if entry is None:
+        kinds = "; ".join(e.summary for e in registry.entries("source").values())
+        there = "is a file of no known kind" if Path(spec).exists() else "does not exist"
+        raise UsageError(f"data source '{spec}' {there}: give one of: {kinds}")
+    if not entry.make.brings_labels:
+        return entry.make(spec, labels, **(options or {}))
+    return _with_labels(entry.make(spec, **(options or {})), labels)
+
+
+def open_configured(config: DataConfig) -> Source:
+    """The source of a `data` section."""
+    options: dict[str, Any] = {}
+    if config.kind != AUTO:
+        options = registry.find("source", config.kind, "data.kind").takes(config)
+    return open_source(config.source, config.labels, config.kind, options)
+
+
+def _recognised(spec: str) -> registry.Entry | None:
+    """The source that opens what the user wrote, plugins' first."""
+    found = registry.entries("source").values()
+    in_turn = sorted(found, key=lambda entry: (entry.plugin is None, -entry.make.priority))
+    return next((entry for entry in in_turn if entry.make.opens(spec)), None)
+
+
+def is_data(spec: str) -> bool:
+    """Whether there is something that is, or could be meant as, a source."""
+    whole = Path(spec.removesuffix(":train").removesuffix(":test"))
+    return whole.exists() or _recognised(spec) is not None
 
 
 def _mapped(path: str) -> np.ndarray:

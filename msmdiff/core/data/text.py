@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from msmdiff.core.build import context_shape
+from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Cache
 from msmdiff.core.data.source import Source
-from msmdiff.core.diffusion.codecs import checksum
+from msmdiff.core.diffusion.codecs.vae import checksum
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 
@@ -36,7 +36,8 @@ class TextEncoder:
             from transformers import CLIPTextModel, CLIPTokenizer, logging
         except ImportError:
             raise MsmdiffError("captions need transformers: pip install 'msmdiff[text]'") from None
-        logging.set_verbosity_error()  # it would list the image encoder's tensors, which are not used
+        # It would list the image encoder's tensors, which are not used.
+        logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
             self._tokenizer = CLIPTokenizer.from_pretrained(source)
@@ -129,7 +130,7 @@ def features(config: Config, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
     Raises UsageError unless the network of the resolved configuration and `codec.text` go with
     prompts.
     """
-    wanted, source = context_shape(config), config.codec.text
+    wanted, source = text_shape(config.model), config.codec.text
     if wanted is None:
         raise UsageError("--prompts: this network does not draw from text")
     if not prompts:
@@ -163,7 +164,8 @@ def read_captions(source: Source, spec: str) -> list[list[str]]:
                 found = (source.content(i, ".txt") or b"").decode(errors="replace").splitlines()
         captions.append([text.strip() for text in found if text.strip()])
     if without := [name for name, texts in zip(names, captions, strict=True) if not texts]:
-        problem = f"{len(without)} of {len(names)} images in {source.spec} have no caption, such as {without[0]}"
+        count = f"{len(without)} of {len(names)}"
+        problem = f"{count} images in {source.spec} have no caption, such as {without[0]}"
         raise UsageError(f"--captions {spec}: {problem}")
     return captions
 

@@ -1,71 +1,32 @@
-"""Which tokens the network sees: index tensors `keep` [B, K], drawn on the device, K the same for
-every batch.
+"""Which tokens a pass lets through: ids `keep` [B, K], drawn on the device, K the same for every
+batch. A new kind of mask is one class, registered with its options.
 """
 
 import math
-from typing import Literal
+from abc import ABC, abstractmethod
+from typing import Any, Literal
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from msmdiff.core.config import MaskConfig
+from msmdiff.core import registry
 from msmdiff.core.errors import UsageError
+from msmdiff.core.registry import Options, register
+from msmdiff.core.sections import MaskConfig
 
 
-class Mask:
-    """Draws the kept tokens of a height x width grid.
+class Mask(ABC):
+    """Draws the kept tokens of a grid of (height, width) tokens.
 
-    Args:
-        grid: (height, width) in tokens.
-        ratio: share of hidden tokens, 0 <= ratio < 1.
-        kind: `patch` hides single tokens, `block` aligned block x block squares, `crop` all but one
-            window.
-        block: side of a block; must divide both sides of the grid.
-        crop: side of the visible window; None takes the square whose area is nearest to 1 - ratio
-            of the grid.
-        rounding: patch only. `nearest` keeps max(1, round(L (1 - ratio))) of L tokens; `floor`
-            hides int(ratio L), which is the MaskDM code's rule and the one `block` always follows:
-            int(ratio L) // block^2 blocks.
-
-    Raises UsageError when a block does not divide the grid or nothing would stay visible.
+    `kept` is how many they are. Raises UsageError where nothing would stay visible.
     """
 
-    def __init__(
-        self,
-        grid: tuple[int, int],
-        ratio: float,
-        kind: Literal["patch", "block", "crop"] = "patch",
-        block: int = 4,
-        crop: int | None = None,
-        rounding: Literal["nearest", "floor"] = "nearest",
-    ) -> None:
-        height, width = grid
-        tokens = height * width
-        self.grid, self.kind = grid, kind
-        # Units are what is hidden or kept as one: tokens (a block of side 1) or blocks.
-        self.block = block if kind == "block" else 1
-        if height % self.block or width % self.block:
-            near = [b for b in range(1, min(grid) + 1) if height % b == 0 and width % b == 0]
+    def __init__(self, grid: tuple[int, int], kept: int) -> None:
+        self.grid, self.kept = grid, kept
+        if kept < 1:
             raise UsageError(
-                f"mask.block {block} does not divide the {height}x{width} token grid; use "
-                f"one of {near}"
-            )
-        self.units = tokens // self.block**2
-        self.window = 0
-        if kind == "crop":
-            self.window = crop or max(1, round(math.sqrt(tokens * (1 - ratio))))
-            if self.window > min(grid):
-                raise UsageError(
-                    f"mask.crop {self.window} is larger than the {height}x{width} token grid"
-                )
-            self.kept = self.window**2
-        elif kind == "block" or rounding == "floor":
-            self.kept = tokens - int(ratio * tokens) // self.block**2 * self.block**2
-        else:
-            self.kept = max(1, round(tokens * (1 - ratio)))
-        if self.kept < 1:
-            raise UsageError(
-                f"mask.ratio {ratio} hides every token of the {height}x{width} grid; lower it"
+                f"mask.ratio hides every token of the {grid[0]}x{grid[1]} grid; lower it"
             )
 
     @property
@@ -78,36 +39,116 @@ class Mask:
         return 1 - self.kept / self.tokens
 
     def draw(self, batch: int, generator: torch.Generator) -> Tensor | None:
-        """keep [batch, K] int64, ascending, on the generator's device; None where nothing is
-        hidden.
-        """
-        if self.kept == self.tokens:
-            return None
+        """keep [batch, K] int64, ascending, on the generator's device; None where all are kept."""
+        return None if self.kept == self.tokens else self.chosen(batch, generator)
+
+    @abstractmethod
+    def chosen(self, batch: int, generator: torch.Generator) -> Tensor:
+        """keep [batch, K] int64, ascending."""
+
+
+class PatchOptions(Options):
+    rounding: Literal["nearest", "floor"] = Field(
+        "nearest", description="floor is the MaskDM code's rule"
+    )
+
+
+@register("mask", "patch", PatchOptions)
+class PatchMask(Mask):
+    """Single tokens.
+
+    `nearest` keeps max(1, round(L (1 - ratio))) of L tokens; `floor` hides int(ratio L).
+    """
+
+    def __init__(
+        self,
+        grid: tuple[int, int],
+        ratio: float,
+        *,
+        rounding: Literal["nearest", "floor"] = "nearest",
+    ) -> None:
+        tokens = grid[0] * grid[1]
+        nearest = max(1, round(tokens * (1 - ratio)))
+        super().__init__(grid, nearest if rounding == "nearest" else tokens - int(ratio * tokens))
+
+    def chosen(self, batch: int, generator: torch.Generator) -> Tensor:
+        return _subset(batch, self.tokens, self.kept, generator).sort(dim=1).values
+
+
+class BlockOptions(Options):
+    block: int = Field(4, ge=1, description="side of a block, in tokens")
+
+
+@register("mask", "block", BlockOptions)
+class BlockMask(Mask):
+    """Aligned squares of block x block tokens, of which int(ratio L) // block^2 are hidden."""
+
+    def __init__(self, grid: tuple[int, int], ratio: float, *, block: int = 4) -> None:
+        height, width = grid
+        if height % block or width % block:
+            near = [b for b in range(1, min(grid) + 1) if height % b == 0 and width % b == 0]
+            raise UsageError(
+                f"mask.block {block} does not divide the {height}x{width} token grid; "
+                f"use one of {near}"
+            )
+        tokens, self.block = height * width, block
+        super().__init__(grid, tokens - int(ratio * tokens) // block**2 * block**2)
+
+    def chosen(self, batch: int, generator: torch.Generator) -> Tensor:
+        width, area = self.grid[1], self.block**2
+        blocks = _subset(batch, self.tokens // area, self.kept // area, generator)
+        per_row, side = width // self.block, torch.arange(self.block, device=generator.device)
+        rows = (blocks // per_row * self.block)[..., None, None] + side[:, None]
+        columns = (blocks % per_row * self.block)[..., None, None] + side
+        return (rows * width + columns).flatten(1).sort(dim=1).values
+
+
+class CropOptions(Options):
+    crop: int | None = Field(
+        None, ge=1, description="side of the visible window, in tokens; null: from ratio"
+    )
+
+
+@register("mask", "crop", CropOptions)
+class CropMask(Mask):
+    """All but one square window, by default of the area nearest to 1 - ratio of the grid."""
+
+    def __init__(self, grid: tuple[int, int], ratio: float, *, crop: int | None = None) -> None:
+        height, width = grid
+        self.window = crop or max(1, round(math.sqrt(height * width * (1 - ratio))))
+        if self.window > min(grid):
+            raise UsageError(
+                f"mask.crop {self.window} is larger than the {height}x{width} token grid"
+            )
+        super().__init__(grid, self.window**2)
+
+    def chosen(self, batch: int, generator: torch.Generator) -> Tensor:
         device, (height, width) = generator.device, self.grid
-        if self.kind == "crop":
-            top = torch.randint(
-                height - self.window + 1, (batch, 1, 1), generator=generator, device=device
-            )
-            left = torch.randint(
-                width - self.window + 1, (batch, 1, 1), generator=generator, device=device
-            )
-            side = torch.arange(self.window, device=device)
-            return ((top + side[:, None]) * width + left + side).flatten(1)
-        scores = torch.rand(batch, self.units, generator=generator, device=device)
-        units = scores.topk(self.kept // self.block**2, dim=1, sorted=False).indices
-        if self.block > 1:
-            per_row, side = width // self.block, torch.arange(self.block, device=device)
-            rows = (units // per_row * self.block)[..., None, None] + side[:, None]
-            columns = (units % per_row * self.block)[..., None, None] + side
-            units = (rows * width + columns).flatten(1)
-        return units.sort(dim=1).values
+        shape = (batch, 1, 1)
+        top = torch.randint(height - self.window + 1, shape, generator=generator, device=device)
+        left = torch.randint(width - self.window + 1, shape, generator=generator, device=device)
+        side = torch.arange(self.window, device=device)
+        return ((top + side[:, None]) * width + left + side).flatten(1)
+
+
+def _subset(batch: int, units: int, kept: int, generator: torch.Generator) -> Tensor:
+    """`kept` of so many units for each image, [batch, kept], in no order."""
+    scores = torch.rand(batch, units, generator=generator, device=generator.device)
+    return scores.topk(kept, dim=1, sorted=False).indices
+
+
+def hides(config: MaskConfig) -> bool:
+    """Whether a `mask` section hides anything."""
+    return bool(config.ratio or (config.kind == "crop" and getattr(config, "crop", None)))
 
 
 def build(config: MaskConfig, grid: tuple[int, int]) -> Mask:
     """The mask a configuration asks for, on a grid of tokens."""
-    if config.ratio == 0 and not (config.kind == "crop" and config.crop):
-        return Mask(grid, 0.0)
-    return Mask(grid, config.ratio, config.kind, config.block, config.crop, config.rounding)
+    if not hides(config):
+        return PatchMask(grid, 0.0)
+    entry = registry.find("mask", config.kind, "mask.kind")
+    options: dict[str, Any] = entry.takes(config)
+    return entry.make(grid, config.ratio, **options)
 
 
 def mdt_kept(tokens: int, ratio: float, extra: float | None = None, spread: float = 0.2) -> int:
@@ -116,7 +157,6 @@ def mdt_kept(tokens: int, ratio: float, extra: float | None = None, spread: floa
     """
     if extra is None:
         return int(tokens * (1 - ratio))
-    hidden = ratio + spread * torch.tensor(
-        extra, dtype=torch.float32
-    )  # float32 like the published code: it truncates
+    # float32 like the published code: it truncates
+    hidden = ratio + spread * torch.tensor(extra, dtype=torch.float32, device="cpu")
     return int(tokens * (1 - hidden))

@@ -1,60 +1,69 @@
 """Training losses: a network and one clean batch into named scalars, of which `loss` is minimised.
 
-An objective is one or two passes over the same images and times: `dsm` sees all tokens, `msm` the
-visible ones (Lei et al. 2023), `mdt` all and then a masked set (Gao et al. 2023), `edt` all and
-then all behind EDT's token masks (Chen et al. 2024).
+An objective is one or two passes over the same images and times, each along a route: `dsm` sees all
+tokens, `msm` the visible ones (Lei et al. 2023), `mdt` all and then a masked set (Gao et al. 2023),
+`edt` all and then all behind EDT's token masks (Chen et al. 2024). A new one is a class here or in
+a plugin.
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from msmdiff.core import condition as conditions
+from msmdiff.core import registry
 from msmdiff.core.backbones.layers import gather_tokens, patchify
-from msmdiff.core.config import MaskConfig, ObjectiveConfig
-from msmdiff.core.diffusion import hybrid
-from msmdiff.core.diffusion.masking import Mask, mdt_kept
+from msmdiff.core.backbones.routes import Route
+from msmdiff.core.condition import Condition
+from msmdiff.core.config import Config
+from msmdiff.core.diffusion import masking, time_sampling, variational
+from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.process import Process
-from msmdiff.core.diffusion.time_sampling import LossSecondMoment
+from msmdiff.core.diffusion.time_sampling import Draw, TimeSampling
+from msmdiff.core.registry import register
+from msmdiff.core.sections import AUTO, MaskConfig, ObjectiveConfig
 
-Draw = Callable[..., torch.Generator]
-"""(purpose[, device]) -> the generator for this batch, on the given device or the batch's own."""
+DrawRoute = Callable[[int, Draw], Route | None]
+"""(batch size, draw) -> the route of a pass; None lets everyone through."""
 
-Keep = Callable[[int, Draw], Any]
-"""(batch size, draw) -> what a pass hides, in the form its network takes; None for nothing."""
+
+def plain(batch: int, draw: Draw) -> None:
+    """Everyone, through every block."""
 
 
 class Objective:
-    """The loss of one or two passes, each with noise, label dropout and mask of its own.
+    """The loss of one or two passes, each with noise, label dropout and route of its own.
 
     Args:
         process: the noise.
-        passes: name -> what it hides; a single pass is named "".
+        times: how training times are drawn.
+        passes: name -> its routes; a single pass is named "".
         config: distance, label dropout, how the variational bound counts.
         patch_size: side of the network's patches.
-        null: what stands for no label: a class, or the features of an empty text [tokens, width];
-            None where the network takes no labels.
-        history: draws times by their past losses; None where the process draws them.
+        condition: what the network is told, and its null.
     """
 
     def __init__(
         self,
         process: Process,
-        passes: dict[str, Keep],
+        times: TimeSampling,
+        passes: dict[str, DrawRoute],
         config: ObjectiveConfig,
+        *,
         patch_size: int,
-        null: int | Tensor | None,
-        history: LossSecondMoment | None = None,
+        condition: Condition,
     ) -> None:
-        self.process, self.passes, self.config, self.patch_size = (
-            process,
-            passes,
-            config,
-            patch_size,
-        )
-        self.null, self.history = null, history
+        self.process, self.times, self.passes, self.config = process, times, passes, config
+        self.patch_size, self.condition = patch_size, condition
         self.distance = torch.abs if config.loss == "l1" else torch.square
+
+    @property
+    def history(self) -> Any:
+        """What a checkpoint has to keep of the time sampling; None where it has no memory."""
+        return self.times if hasattr(self.times, "state_dict") else None
 
     def __call__(
         self, model: Callable[..., Tensor], x0: Tensor, y: Tensor | None, draw: Draw
@@ -64,104 +73,194 @@ class Objective:
 
         Hidden pixels never reach a network that drops tokens.
         """
-        if self.history is not None:
-            t, importance = (
-                v.to(x0.device) for v in self.history.draw(len(x0), draw("time", "cpu"))
-            )
-        else:
-            t, importance = (
-                self.process.sample_t(len(x0), draw("time")),
-                torch.ones((), device=x0.device),
-            )
+        t, importance = (v.to(x0.device) for v in self.times.draw(len(x0), draw))
         total = torch.zeros(len(x0), device=x0.device)
         named: dict[str, Tensor] = {}
-        for i, (name, keep) in enumerate(self.passes.items()):
-
-            def own(purpose: str, *device: str, i: int = i) -> torch.Generator:
-                return draw(f"{purpose}-{i}" if i else purpose, *device)
-
+        for number, (name, route_of) in enumerate(self.passes.items()):
+            own = _numbered(draw, number)
             eps = torch.randn(x0.shape, generator=own("noise"), device=x0.device)
-            kept = keep(len(x0), own)
-            terms = self.terms(model, x0, eps, t, self._labels(y, own), kept)
+            route = route_of(len(x0), own)
+            terms = self.terms(model, x0, eps, t, self._told(y, own), route)
             total = total + terms["loss"]
             if len(self.passes) > 1 or len(terms) > 2:
-                named |= {
-                    f"{name}_{k}" if name else k: (v * importance).mean() for k, v in terms.items()
-                }
-            if isinstance(kept, Tensor):
-                share = kept.shape[1] * self.patch_size**2 / x0[0, 0].numel()
+                for term, value in terms.items():
+                    named[f"{name}_{term}" if name else term] = (value * importance).mean()
+            if route is not None and route.keep is not None:
+                share = route.keep.shape[1] * self.patch_size**2 / x0[0, 0].numel()
                 named["mask_ratio"] = torch.full((), 1 - share, device=x0.device)
         if self.history is not None:
             self.history.update(t, total.detach())
         return {"loss": (total * importance).mean(), **named}
 
     def terms(
-        self, model: Callable[..., Tensor], x0: Tensor, eps: Tensor, t: Tensor, y: Any, keep: Any
-    ) -> Any:
-        """`hybrid.terms` of each image, [B], for given noise eps [B, C, H, W], times t [B] and
-        hidden tokens.
-
-        Where the network answers with the patches of the kept tokens only, the loss is theirs
-        alone.
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        eps: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        route: Route | None,
+    ) -> dict[str, Tensor]:
+        """`variational.terms` of each image, [B], for given noise eps [B, C, H, W], times t [B] and
+        route. The loss counts where the route says.
         """
-        output = model(self.process.add_noise(x0, t, eps), self.process.model_time(t), y, keep)
-        if output.ndim == 3:
-            x0, eps = (gather_tokens(patchify(z, self.patch_size), keep) for z in (x0, eps))
-            x0, eps, output = (hybrid.channels_first(z, self.patch_size) for z in (x0, eps, output))
+        x_t = self.process.add_noise(x0, t, eps)
+        output = self.process.feed(model, x_t, t, y, route)
+        if route is not None and route.keep is not None and route.scored == "kept":
+            if route.fill != "none":
+                output = gather_tokens(patchify(output, self.patch_size), route.keep)
+            x0, eps = (gather_tokens(patchify(z, self.patch_size), route.keep) for z in (x0, eps))
+            x0, eps, output = (
+                variational.channels_first(z, self.patch_size) for z in (x0, eps, output)
+            )
         options = (self.distance, self.config.variational, self.config.channel_groups)
-        return hybrid.terms(self.process, output, x0, eps, t, *options)
+        return variational.terms(self.process, output, x0, eps, t, *options)
 
-    def _labels(self, y: Tensor | None, draw: Draw) -> Tensor | None:
-        """y with a share of its rows replaced by the null label; None for a network without labels."""
-        if y is None or self.null is None or not self.config.label_dropout:
-            return None if self.null is None else y
-        dropped = (
-            torch.rand(len(y), generator=draw("label"), device=y.device) < self.config.label_dropout
-        )
-        return drop_labels(y, dropped, self.null)
+    def _told(self, y: Tensor | None, draw: Draw) -> Tensor | None:
+        """y with the null in a share of its rows; None for a network that is told nothing."""
+        if y is None or isinstance(self.condition, conditions.Unconditional):
+            return None
+        if not self.config.label_dropout:
+            return y
+        dropped = torch.rand(len(y), generator=draw("label"), device=y.device)
+        return conditions.drop(self.condition, y, dropped < self.config.label_dropout)
 
 
-def drop_labels(y: Tensor, dropped: Tensor, null: int | Tensor) -> Tensor:
-    """Labels [B] or text features [B, tokens, width], with `null` in the rows where dropped [B] is
-    true.
+def _numbered(draw: Draw, number: int) -> Draw:
+    """The draws of one pass; those of the first keep their plain names."""
+
+    def own(purpose: str, *device: str) -> torch.Generator:
+        return draw(f"{purpose}-{number}" if number else purpose, *device)
+
+    return own
+
+
+# ------------------------------------------------------------------ the objectives
+
+
+@dataclass
+class Setting:
+    """What the passes of an objective are made of."""
+
+    section: MaskConfig
+    mask: Mask
+    network: Any
+
+    def route(self, name: str) -> DrawRoute:
+        """The routes of a name, for this mask and network; of `auto`, visible tokens."""
+        entry = registry.find("route", "visible" if name == AUTO else name, "mask.route")
+        made = entry.make(self.section, self.mask, self.network, **entry.takes(self.section))
+        return made.draw
+
+
+class Kind(Protocol):
+    """What is registered as an objective."""
+
+    def settle(self, config: Config, backbone: Any) -> list[str]:
+        """Complete what is left open, and say what does not go together."""
+
+    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
+        """Name -> routes of each pass."""
+
+
+@register("objective", "dsm")
+class Dsm:
+    """Denoising score matching: every token, in one pass."""
+
+    def settle(self, config: Config, backbone: Any) -> list[str]:
+        if not masking.hides(config.mask):
+            return []
+        return [
+            f"objective.name 'dsm' sees every token, but mask.ratio is {config.mask.ratio}: use "
+            "'msm', or a ratio of 0"
+        ]
+
+    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
+        return {"": plain}
+
+
+@register("objective", "msm")
+class Msm:
+    """Masked score matching: one pass along the route that mask.route names, by default of the
+    visible tokens only.
     """
-    dropped = dropped.view(-1, *[1] * (y.ndim - 1))
-    if isinstance(null, int):
-        return y.masked_fill(dropped, null)
-    return torch.where(dropped, null.to(y), y)
+
+    def settle(self, config: Config, backbone: Any) -> list[str]:
+        name = "visible" if config.mask.route == AUTO else config.mask.route
+        fill = registry.find("route", name, "mask.route").make.fill
+        return [] if fill in backbone.fills else [_does_not_suit(config, backbone)]
+
+    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
+        return {"": setting.route(setting.section.route)}
 
 
-def build(
-    config: ObjectiveConfig, masking: MaskConfig, process: Process, mask: Mask, network: Any
-) -> Objective:
-    """The objective that a resolved configuration asks for. `network` may lie on the meta device."""
+@register("objective", "mdt")
+class Mdt:
+    """MDT's two passes: all tokens, and a masked set whose gaps the side-interpolater fills."""
 
-    def nothing(batch: int, draw: Draw) -> None:
-        return None
+    def settle(self, config: Config, backbone: Any) -> list[str]:
+        if backbone.published_objective != "mdt":
+            return [_does_not_suit(config, backbone)]
+        mask: Any = config.mask
+        mask.ratio = mask.ratio or 0.3
+        if mask.spread is None:
+            mask.spread = backbone.published_spread
+        if mask.kind == "patch" and mask.ratio + mask.spread < 1:
+            return []
+        return [
+            f"objective.name 'mdt' hides single tokens: mask.kind must be patch, not {mask.kind}, "
+            f"and mask.ratio {mask.ratio} plus mask.spread {mask.spread} below 1"
+        ]
 
-    def visible(batch: int, draw: Draw) -> Tensor | None:
-        return mask.draw(batch, draw("mask"))
+    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
+        return {"plain": plain, "masked": setting.route("side")}
 
-    def mdt(batch: int, draw: Draw) -> Tensor:
-        extra = torch.rand((), generator=draw("ratio", "cpu")).item() if masking.spread else None
-        kept = mdt_kept(mask.tokens, masking.ratio, extra, masking.spread or 0.0)
-        generator = draw("mask")
-        noise = torch.rand(batch, mask.tokens, generator=generator, device=generator.device)
-        return noise.argsort(dim=1)[:, :kept]
 
-    def edt(batch: int, draw: Draw) -> Any:
-        return network.draw_masks(batch, draw("mask"))
+@register("objective", "edt")
+class Edt:
+    """EDT's two passes: all tokens, and all behind masks that the network draws itself."""
 
-    passes: dict[str, dict[str, Keep]] = {
-        "dsm": {"": nothing},
-        "msm": {"": visible},
-        "mdt": {"plain": nothing, "masked": mdt},
-        "edt": {"plain": nothing, "masked": edt},
-    }
-    history = (
-        LossSecondMoment(process.timesteps)
-        if process.time_sampling == "loss_second_moment"
-        else None
+    def settle(self, config: Config, backbone: Any) -> list[str]:
+        if backbone.published_objective != "edt":
+            return [_does_not_suit(config, backbone)]
+        if not masking.hides(config.mask):
+            return []
+        ratio = config.mask.ratio
+        return [f"objective.name 'edt' draws masks of its own: mask.ratio must be 0, not {ratio}"]
+
+    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
+        def masked(batch: int, draw: Draw) -> Route:
+            return setting.network.draw_masks(batch, draw("mask"))
+
+        return {"plain": plain, "masked": masked}
+
+
+def _does_not_suit(config: Config, backbone: Any) -> str:
+    fits = f"'{backbone.published_objective or 'msm'}' or 'dsm'"
+    name, family = config.objective.name, config.model.family
+    return f"objective.name '{name}' does not suit model.family {family}: use {fits}"
+
+
+def settle(config: Config, backbone: Any) -> list[str]:
+    """Choose the objective where that is left open, as the backbone was published, and return what
+    does not go together.
+    """
+    if config.objective.name == AUTO:
+        masked = masking.hides(config.mask)
+        config.objective.name = backbone.published_objective or ("msm" if masked else "dsm")
+    entry = registry.find("objective", config.objective.name, "objective.name")
+    return entry.make(**entry.takes(config.objective)).settle(config, backbone)
+
+
+def build(config: Config, process: Process, mask: Mask, network: Any) -> Objective:
+    """The objective of a resolved configuration. `network` may lie on the meta device."""
+    entry = registry.find("objective", config.objective.name, "objective.name")
+    kind: Kind = entry.make(**entry.takes(config.objective))
+    return Objective(
+        process,
+        time_sampling.build(config.process, process.schedule),
+        kind.passes(Setting(config.mask, mask, network)),
+        config.objective,
+        patch_size=network.patch_size,
+        condition=conditions.of(config.model),
     )
-    null = network.num_classes or None
-    return Objective(process, passes[config.name], config, network.patch_size, null, history)

@@ -1,12 +1,55 @@
-"""Drawing training times where the losses are large."""
+"""How training times are drawn."""
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from msmdiff.core import registry
+from msmdiff.core.diffusion.schedules import Schedule, Table
+from msmdiff.core.errors import UsageError
+from msmdiff.core.registry import register
+from msmdiff.core.sections import ProcessConfig
+
+Draw = Callable[..., torch.Generator]
+"""(purpose[, device]) -> the generator for this batch, on the given device or the batch's own."""
+
+
+class TimeSampling(Protocol):
+    """Draws the times of a batch."""
+
+    def draw(self, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """n training times [n] and the weight of each loss [n] or [], float32."""
+
+
+@register("time_sampling", "uniform")
+class Uniform:
+    """Every time alike."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def draw(self, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        generator = draw("time")
+        times = self.schedule.uniform_times(n, generator)
+        return times, torch.ones((), device=generator.device)
+
+
+@register("time_sampling", "stratified")
+class Stratified(Uniform):
+    """One from each of n equal parts of the range, in shuffled order."""
+
+    def draw(self, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        generator = draw("time")
+        device = generator.device
+        inside = torch.rand(n, generator=generator, device=device)
+        u = (torch.arange(n, device=device) + inside) / n
+        order = torch.randperm(n, generator=generator, device=device)
+        return self.schedule.times_of(u[order]), torch.ones((), device=device)
+
 
 RECORDED = 10
 """Losses remembered for each time."""
@@ -15,17 +58,21 @@ UNIFORM = 0.001
 """Share of the draws that stays uniform."""
 
 
+@register("time_sampling", "loss_second_moment")
 class LossSecondMoment:
-    """Importance sampling of times by sqrt(E[L_t^2]) over each time's last losses (Nichol &
-    Dhariwal 2021, eq. 18).
+    """Times in proportion to sqrt(E[L_t^2]) of their last losses (Nichol & Dhariwal 2021, eq. 18).
 
     Uniform until every time has its ten losses. Lives on the CPU, where a draw costs nothing; its
-    history belongs to a run's checkpoint.
+    history belongs to a run's checkpoint. Raises UsageError for a schedule without training steps.
     """
 
-    def __init__(self, timesteps: int) -> None:
-        self.losses = np.zeros((timesteps, RECORDED))
-        self.counts = np.zeros(timesteps, dtype=np.int64)
+    def __init__(self, schedule: Schedule) -> None:
+        if not isinstance(schedule, Table):
+            raise UsageError(
+                "process.time_sampling 'loss_second_moment' needs a schedule of discrete steps"
+            )
+        self.losses = np.zeros((schedule.timesteps, RECORDED))
+        self.counts = np.zeros(schedule.timesteps, dtype=np.int64)
         # Replaced in a training of several processes, which share one history.
         self.gather: Callable[[Tensor], Tensor] = lambda values: values
 
@@ -36,13 +83,11 @@ class LossSecondMoment:
         moments = np.sqrt(np.mean(self.losses**2, axis=1))
         return moments / moments.sum() * (1 - UNIFORM) + UNIFORM / len(self.counts)
 
-    def draw(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """n times [n] in {1/T, ..., 1} and their importance weights 1 / (T p) [n], float32 on the
-        CPU.
-        """
+    def draw(self, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        """n times [n] in {1/T, ..., 1} and their importance weights 1 / (T p) [n], float32."""
         p = torch.from_numpy(self.weights())
         p = p / p.sum()
-        k = torch.multinomial(p, n, replacement=True, generator=generator)
+        k = torch.multinomial(p, n, replacement=True, generator=draw("time", "cpu"))
         return (k + 1).float() / len(p), (1 / (len(p) * p[k])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
@@ -65,3 +110,9 @@ class LossSecondMoment:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.losses, self.counts = state["losses"].numpy(), state["counts"].numpy()
+
+
+def build(config: ProcessConfig, schedule: Schedule) -> TimeSampling:
+    """The time sampling that a `process` section asks for."""
+    entry = registry.find("time_sampling", config.time_sampling, "process.time_sampling")
+    return entry.make(schedule, **entry.takes(config))

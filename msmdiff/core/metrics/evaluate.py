@@ -1,46 +1,57 @@
 """From two sets of images to scores."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from pydantic import ValidationError
 from torch import Tensor
 
-from msmdiff.core.errors import UsageError
+from msmdiff.core import registry
+from msmdiff.core.errors import UsageError, nearest
 from msmdiff.core.metrics import features as extractors
 from msmdiff.core.metrics import statistics
 from msmdiff.core.metrics.features import Features
-from msmdiff.core.metrics.frechet import Gaussian, frechet_distance
 from msmdiff.core.metrics.inputs import Images, open_input
-from msmdiff.core.metrics.prdc import prdc
-from msmdiff.core.metrics.scores import inception_score, kid
+from msmdiff.core.metrics.scores import Metric, Score, bootstrap_deviation
 from msmdiff.core.metrics.statistics import Moments, Statistics
-from msmdiff.core.seeding import numpy_stream
 
-METRICS = ("fid", "sfid", "is", "kid", "prdc", "fd_dinov2")
-PAPERS = dict(splits=10, kid_subsets=100, kid_size=1000, k=3, k_density=5)
 BIASED_BELOW = 10_000
+"""Fewer images than this bias a Fréchet distance upwards."""
 
 
 @dataclass
-class Score:
-    """A number, what it is called by scripts and by people, and over which images and features it
-    was taken.
+class Settings:
+    """How sets are compared.
 
-    `deviation` is over splits or subsets, `interval` the bootstrap's 95 %, where there are any.
+    Attributes:
+        metrics: registered names.
+        features: the feature network of the metrics that have none of their own.
+        weights, dinov2_weights: its file, and DINOv2's beside another one.
+        feature_options: of the feature network; those left out follow the statistics at hand.
+        metric_options: of the metrics, by their flat names.
+        allow_mismatch: compare what was measured unalike.
+        bootstrap: resamples for an interval; 0 for none.
+        keep: hold every feature, for a picture of the images.
+        device, note, progress: where it runs, and what is told of it.
     """
 
-    name: str
-    title: str
-    value: float
-    features: str
-    count_a: int
-    count_b: int
-    deviation: float | None = None
-    interval: tuple[float, float] | None = None
+    metrics: Sequence[str] = ("fid",)
+    features: str = "inception"
+    weights: Path | None = None
+    dinov2_weights: Path | None = None
+    feature_options: Mapping[str, Any] = field(default_factory=dict)
+    metric_options: Mapping[str, Any] = field(default_factory=dict)
+    allow_mismatch: bool = False
+    batch_size: int = 16
+    bootstrap: int = 0
+    keep: bool = False
+    device: torch.device | str = "cpu"
+    note: Callable[[str], None] = lambda text: None
+    progress: Callable[[int, int], None] = lambda done, total: None
 
 
 @dataclass
@@ -50,7 +61,7 @@ class Pass:
     """
 
     features: Features
-    metrics: set[str]
+    metrics: list[Metric]
     keep: tuple[bool, bool]
     sets: list[Statistics] = field(default_factory=list)
 
@@ -115,107 +126,170 @@ def of_input(
 
 
 def evaluate(
-    a: Sequence[str],
-    b: str | None,
-    metrics: Sequence[str] = ("fid",),
-    *,
-    features: str = "inception",
-    weights: Path | None = None,
-    dinov2_weights: Path | None = None,
-    resize: str | None = None,
-    precision: str = "fp32",
-    allow_mismatch: bool = False,
-    batch_size: int = 16,
-    bootstrap: int = 0,
-    keep: bool = False,
-    device: torch.device | str = "cpu",
-    note: Callable[[str], None] = lambda text: None,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-    **opening: Any,
+    a: Sequence[str], b: str | None, settings: Settings | None = None, **opening: Any
 ) -> tuple[list[list[Score]], list[Images], list[Pass]]:
     """Scores of each of the sets `a` against the reference `b`, the sets, and what was measured of
     them.
 
-    Without `b` the sets are measured only. `resize` None means the rule of the statistics at hand;
-    `keep` holds every feature, for a picture of the images; `opening` is for `open_input`. Whatever
-    can be refused is, before the first image is measured. Raises UsageError for sets that do not
-    compare, and MsmdiffError for images that cannot be read.
+    Without `b` the sets are measured only. `opening` is for `open_input`. Whatever can be refused
+    is, before the first image is measured. Raises UsageError for sets that do not compare, and
+    MsmdiffError for images that cannot be read.
     """
-    if unknown := set(metrics) - set(METRICS):
-        raise UsageError(f"--metrics {','.join(sorted(unknown))}: choose from {', '.join(METRICS)}")
-    if bootstrap == 1:
+    how = settings or Settings()
+    metrics = choose(how)
+    if how.bootstrap == 1:
         raise UsageError(
             "--bootstrap 1: one drawing has no spread; give at least 2, or 0 for no interval"
         )
-    for one, two in (
-        [(Path(spec).resolve(), Path(b).resolve()) for spec in a] if b is not None else []
-    ):
+    if b is not None:
+        _compare_places(a, b, how)
+    specs = [*a, b] if b is not None else list(a)
+    sets = [open_input(spec, device=how.device, **opening) for spec in specs]
+    if how.keep and (bare := [images.spec for images in sets if not len(images)]):
+        raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
+    passes = _passes(metrics, sets, how)
+    for each in passes:
+        for images in sets:
+            keep = each.keep[images is sets[-1]]
+            if differ := check(images, sets[-1], each.features, keep, how.allow_mismatch):
+                how.note(f"note: {images.spec} and {b} differ in {differ}; compared all the same")
+    _tell_assumptions(sets, how)
+    for each in passes:
+        for images in sets:
+            keep = each.keep[images is sets[-1]]
+            found = of_input(images, each.features, how.batch_size, keep, how.progress)
+            each.sets.append(found)
+    _tell_unreadable(sets, how)
+    if b is None:
+        return [], sets, passes
+    results = [_scores(i, passes, how.bootstrap) for i in range(len(a))]
+    return results, sets, passes
+
+
+def choose(how: Settings) -> list[Metric]:
+    """The metrics that were asked for, with their options.
+
+    Raises UsageError for a name or an option that there is not, and for an option of a metric that
+    was not asked for.
+    """
+    entries = [registry.find("metric", name, "--metrics") for name in dict.fromkeys(how.metrics)]
+    taken = {key for entry in entries for key in entry.options.model_fields}
+    if unknown := [key for key in how.metric_options if key not in taken]:
+        near = nearest(unknown[0], sorted(taken))
+        asked = ", ".join(how.metrics)
+        raise UsageError(f"--set metric.{unknown[0]} has no effect on --metrics {asked}{near}")
+    made = []
+    for entry in entries:
+        given = {k: v for k, v in how.metric_options.items() if k in entry.options.model_fields}
+        options = validated(entry, given, "metric")
+        made.append(entry.make(**options))
+    return made
+
+
+def validated(entry: registry.Entry, given: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """An entry's options, complete. Raises UsageError for a wrong value."""
+    try:
+        return entry.options(**given).model_dump()
+    except ValidationError as error:
+        problems = [
+            f"{section}.{problem['loc'][0]} = {problem['input']!r}: {problem['msg'].lower()}"
+            for problem in error.errors()
+        ]
+        raise UsageError("; ".join(problems)) from None
+
+
+def _compare_places(a: Sequence[str], b: str, how: Settings) -> None:
+    for spec in a:
+        one, two = Path(spec).resolve(), Path(b).resolve()
         if one.is_dir() and two.is_dir() and (one in two.parents or two in one.parents):
             raise UsageError(
                 f"one of {one} and {two} lies in the other: compare two separate folders"
             )
         if one == two:
-            note(f"note: both sides are the same, {b}: a distance to itself says nothing")
-    sets = [
-        open_input(spec, device=device, **opening) for spec in ([*a, b] if b is not None else a)
-    ]
-    if keep and (bare := [images.spec for images in sets if not len(images)]):
-        raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
-    here, keep, passes = set(metrics) - {"fd_dinov2"}, keep or bootstrap > 0, []
-    if here:  # statistics are looked at first: features may have to be downloaded
-        for spec, name in [
-            (s.spec, s.stored.settings.get("features", "")) for s in sets if s.stored and not len(s)
-        ]:
-            needs = next(
-                (kind for kind, start in extractors.PREFIXES.items() if name.startswith(start)),
-                features,
+            how.note(f"note: both sides are the same, {b}: a distance to itself says nothing")
+
+
+def _passes(metrics: Sequence[Metric], sets: Sequence[Images], how: Settings) -> list[Pass]:
+    """One pass for each feature network that the metrics are over."""
+    by_network: dict[str, list[Metric]] = {}
+    for metric in metrics:
+        by_network.setdefault(metric.over or how.features, []).append(metric)
+    passes = []
+    for kind, over in by_network.items():
+        # Statistics are looked at first: features may have to be downloaded.
+        if kind == how.features and any(metric.over is None for metric in over):
+            _check_stored(sets, how)
+        everything = how.keep or how.bootstrap > 0
+        rows_a = everything or any("a" in metric.rows_of for metric in over)
+        rows_b = everything or any("b" in metric.rows_of for metric in over)
+        made = _features(kind, over, sets, how)
+        passes.append(Pass(made, over, (rows_a, rows_b)))
+    return passes
+
+
+def _features(kind: str, over: Sequence[Metric], sets: Sequence[Images], how: Settings) -> Features:
+    needs = frozenset(metric.needs for metric in over if metric.needs)
+    if kind != how.features:
+        own = how.dinov2_weights if kind == "dinov2" else None
+        return extractors.build(kind, own, how.device, needs=needs)
+    options = dict(how.feature_options)
+    if options.get("resize") is None and kind == "inception":
+        stored = [s.stored.settings for s in sets if s.stored and "resize" in s.stored.settings]
+        options["resize"] = stored[-1]["resize"] if stored else None
+    return extractors.build(kind, how.weights, how.device, needs=needs, **options)
+
+
+def _check_stored(sets: Sequence[Images], how: Settings) -> None:
+    """Raises UsageError for statistics of other features than the chosen ones."""
+    for images in sets:
+        if images.stored is None or len(images):
+            continue
+        name = images.stored.settings.get("features", "")
+        kind = extractors.kind_of(name) or how.features
+        if kind != how.features:
+            raise UsageError(
+                f"{images.spec} holds statistics of {name}: it needs --features {kind}, not "
+                f"{how.features}"
             )
-            if needs != features:
-                raise UsageError(
-                    f"{spec} holds statistics of {name}: it needs --features {needs}, "
-                    f"not {features}"
-                )
-        if features == "inception" and resize is None:
-            rules = [
-                s.stored.settings["resize"]
-                for s in sets
-                if s.stored and "resize" in s.stored.settings
-            ]
-            resize = rules[-1] if rules else None
-        rows = keep or bool({"kid", "prdc"} & here)
-        made = extractors.build(features, weights, device, resize, precision, here)
-        passes.append(Pass(made, here, (rows or "is" in here, rows)))
-    if "fd_dinov2" in metrics and not (here and features == "dinov2"):
-        file = dinov2_weights or (weights if features == "dinov2" else None)
-        passes.append(Pass(extractors.build("dinov2", file, device), {"fid"}, (keep, keep)))
-    for each in passes:
-        for images in sets:
-            if differ := check(
-                images, sets[-1], each.features, each.keep[images is sets[-1]], allow_mismatch
-            ):
-                note(f"note: {images.spec} and {b} differ in {differ}; compared all the same")
+
+
+def _tell_assumptions(sets: Sequence[Images], how: Settings) -> None:
     for images in sets:
         if images.stored is not None and images.stored.assumed:
             known = ", ".join(images.stored.settings.values())
-            note(f"note: {images.spec} does not say how it was made; going by its layout: {known}")
-    for each in passes:
-        for images in sets:
-            each.sets.append(
-                of_input(images, each.features, batch_size, each.keep[images is sets[-1]], progress)
+            how.note(
+                f"note: {images.spec} does not say how it was made; going by its layout: {known}"
             )
+
+
+def _tell_unreadable(sets: Sequence[Images], how: Settings) -> None:
     for images in sets:
         if bad := images.unreadable():
             more = f" and {len(bad) - 5} more" if len(bad) > 5 else ""
-            note(
+            how.note(
                 f"left out: {len(bad)} of {len(images)} images in {images.spec}: "
                 f"{'; '.join(bad[:5])}{more}"
             )
-    compared = range(len(a) if b is not None else 0)
-    return (
-        [[s for p in passes for s in scores(p.sets[i], p, bootstrap)] for i in compared],
-        sets,
-        passes,
-    )
+
+
+def _scores(number: int, passes: Sequence[Pass], times: int) -> list[Score]:
+    """Every metric of every pass, of one set against the last one; `times` is of the bootstrap."""
+    found: dict[str, Score] = {}
+    for each in passes:
+        a, b = each.sets[number], each.sets[-1]
+        for metric in each.metrics:
+            for score in metric.scores(a, b, each.features):
+                if times and score.name == each.features.metric:
+                    score.interval = _interval(score, a, b, times)
+                found.setdefault(score.name, score)
+    return list(found.values())
+
+
+def _interval(score: Score, a: Statistics, b: Statistics, times: int) -> tuple[float, float] | None:
+    if a.rows is None or b.rows is None:
+        return None
+    spread = 1.96 * bootstrap_deviation(a.rows, b.rows, times, a.pooled.mean.device)
+    return max(0.0, score.value - spread), score.value + spread
 
 
 def check(
@@ -255,65 +329,3 @@ def check(
     if problem:
         raise UsageError(f"{images.spec} {problem}")
     return differ
-
-
-def scores(a: Statistics, each: Pass, times: int = 0) -> list[Score]:
-    """Every metric of a pass, of `a` against the pass's last set; `times` is of the bootstrap."""
-    features, b, out = each.features, each.sets[-1], list[Score]()
-
-    def add(name: str, title: str, value: float, deviation: float | None = None) -> None:
-        out.append(
-            Score(name, title + features.suffix, value, features.name, a.count, b.count, deviation)
-        )
-
-    if "fid" in each.metrics:
-        out.append(compare(a, b, features))
-        if times and a.rows is not None and b.rows is not None:
-            spread = 1.96 * bootstrap_deviation(a.rows, b.rows, times, features.device)
-            out[0].interval = (max(0.0, out[0].value - spread), out[0].value + spread)
-    if "sfid" in each.metrics and a.spatial is not None and b.spatial is not None:
-        add("sfid", "sFID", frechet_distance(a.spatial, b.spatial, features.device))
-    if "is" in each.metrics and a.rows is not None:
-        add(
-            "is",
-            "Inception Score",
-            *inception_score(features.probabilities(a.rows), PAPERS["splits"]),
-        )
-    if "kid" in each.metrics and a.rows is not None and b.rows is not None:
-        add(
-            "kid",
-            "KID",
-            *kid(a.rows, b.rows, PAPERS["kid_subsets"], PAPERS["kid_size"], features.device),
-        )
-    if "prdc" in each.metrics and a.rows is not None and b.rows is not None:
-        for name, value in prdc(
-            a.rows, b.rows, PAPERS["k"], PAPERS["k_density"], features.device
-        ).items():
-            add(name, name, value)
-    return out
-
-
-def compare(a: Statistics, b: Statistics, features: Features) -> Score:
-    """The Fréchet distance between two sets' statistics."""
-    value = frechet_distance(a.pooled, b.pooled, features.device)
-    return Score(features.metric, features.title, value, features.name, a.count, b.count)
-
-
-def bootstrap_deviation(
-    a: Tensor, b: Tensor, times: int, device: torch.device | str = "cpu"
-) -> float:
-    """The deviation of the Fréchet distance over `times` drawings of both sets [N, D] with
-    replacement.
-
-    A drawn set holds duplicates, which shifts its distance upwards: only the deviation tells
-        something.
-    """
-    values = []
-    for number in range(times):
-        rng = numpy_stream(0, "bootstrap", number)
-        one, two = (
-            Gaussian.fit(x[torch.from_numpy(rng.integers(0, len(x), len(x)))].to(device))
-            for x in (a, b)
-        )
-        values.append(frechet_distance(one, two, device))
-    return float(torch.tensor(values, dtype=torch.float64).std())

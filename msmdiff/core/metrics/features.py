@@ -3,25 +3,24 @@ offline use.
 """
 
 import hashlib
-from collections.abc import Callable
+from collections import OrderedDict
 from pathlib import Path
-from typing import Any
-from unittest import mock
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from pydantic import Field
+from torch import Tensor, nn
 
-from msmdiff.core import files
+from msmdiff.core import files, registry
 from msmdiff.core.data.loader import cache_folder
 from msmdiff.core.diffusion.codecs import to_unit
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.registry import Options, register
 
 INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
 """The published file, and how its sha256 begins."""
 DINOV2 = "vit_large_patch14_dinov2.lvd142m"
-PREFIXES = {"inception": "inception-", "dinov2": DINOV2.partition(".")[0], "pixel": "pixel-"}
-"""How `Features.name` begins for each `--features`, by which statistics are known."""
 
 
 class Features:
@@ -32,6 +31,11 @@ class Features:
     distance over it is called by scripts and by people, and `suffix` follows other metrics' names.
     `resize` is the rule by which images are brought to the network's size.
     """
+
+    prefix: ClassVar[str]
+    """How `name` begins, by which statistics are known."""
+    offers: ClassVar[frozenset[str]] = frozenset()
+    """What there is beside vectors: `spatial` ones, `classes`."""
 
     name = title = metric = suffix = resize = ""
     width = spatial_width = 0
@@ -52,13 +56,24 @@ class Features:
         return {"features": self.name, "resize": self.resize, "precision": self.precision}
 
 
+@register("features", "pixel")
 class PixelFeatures(Features):
-    """The image averaged over an 8x8 grid of areas, three colours in -1..1: 192 numbers. Not FID."""
+    """The image averaged over an 8x8 grid of areas, in -1..1: 192 numbers. Not FID."""
+
+    prefix = "pixel-"
 
     name, width, resize = "pixel-8x8", 192, "area"
     metric, title, suffix = "fd_pixel", "pixel Fréchet distance", " over pixels"
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        weights: Path | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        spatial: bool = False,
+    ) -> None:
+        if weights is not None:
+            raise UsageError(f"--weights {weights}: pixel features have no weights")
         self.device = torch.device(device)
 
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
@@ -71,7 +86,7 @@ class PixelFeatures(Features):
 
 
 def clean(images: Tensor, size: int) -> Tensor:
-    """Pillow's antialiased bicubic in float, clipped (Parmar et al. 2022): [B, 3, H, W] -> 0..255."""
+    """Pillow's antialiased bicubic in float, clipped (Parmar et al. 2022): [B, 3, H, W], 0..255."""
     return F.interpolate(images.float(), (size, size), mode="bicubic", antialias=True).clamp(0, 255)
 
 
@@ -90,18 +105,32 @@ def _tensorflow(images: Tensor, size: int) -> Tensor:
     return x
 
 
-RESIZES: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "pytorch-fid": lambda images, size: (
-        F.interpolate(images.float(), (size, size), mode="bilinear") / 127.5 - 1
-    ),
-    "clean": lambda images, size: (clean(images, size) - 128) / 128,
-    "adm": lambda images, size: (_tensorflow(images, size) - 128) / 128,
-}
-"""uint8 [B, 3, H, W] and a side -> the network's input, by the rule of pytorch-fid, clean-fid, or
-ADM's evaluator.
-"""
+def pytorch_fid_rule(images: Tensor, size: int) -> Tensor:
+    """uint8 [B, 3, H, W] -> the network's input of a side, as pytorch-fid brings it there."""
+    return F.interpolate(images.float(), (size, size), mode="bilinear") / 127.5 - 1
 
 
+def clean_rule(images: Tensor, size: int) -> Tensor:
+    """As clean-fid does."""
+    return (clean(images, size) - 128) / 128
+
+
+def adm_rule(images: Tensor, size: int) -> Tensor:
+    """As ADM's evaluator does."""
+    return (_tensorflow(images, size) - 128) / 128
+
+
+RESIZES = {"pytorch-fid": pytorch_fid_rule, "clean": clean_rule, "adm": adm_rule}
+
+
+class InceptionOptions(Options):
+    resize: Literal["pytorch-fid", "clean", "adm"] = Field(
+        "pytorch-fid", description="whose rule brings images to 299 pixels"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network")
+
+
+@register("features", "inception", InceptionOptions)
 class InceptionFeatures(Features):
     """The 2048 pooled features of pytorch-fid's Inception-v3, and with `spatial` ADM's: 7 channels
     of `mixed_6`.
@@ -116,18 +145,18 @@ class InceptionFeatures(Features):
     published one.
     """
 
+    prefix, offers = "inception-", frozenset({"spatial", "classes"})
     width, metric = 2048, "fid"
 
     def __init__(
         self,
         weights: Path | None = None,
         device: torch.device | str = "cpu",
+        *,
         resize: str = "pytorch-fid",
         precision: str = "fp32",
         spatial: bool = False,
     ) -> None:
-        from pytorch_fid import inception
-
         path = weights or _published_weights()
         if not path.is_file():
             raise UsageError(
@@ -150,13 +179,8 @@ class InceptionFeatures(Features):
         self.title = f"Fréchet Inception distance{self.suffix}" if self.suffix else "FID"
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            # pytorch-fid builds the network and downloads its weights in one function; hand it ours
-            # instead.
-            with mock.patch.object(inception, "load_state_dict_from_url", return_value=state):
-                network = inception.InceptionV3(
-                    [3], resize_input=False, normalize_input=False
-                ).eval()
-        except Exception as error:  # unpickling a damaged file, or loading other tensors, can raise nearly anything
+            network: Any = _pytorch_fid_network(state)
+        except Exception as error:  # a damaged file, or other tensors, can raise nearly anything
             raise MsmdiffError(
                 f"{path} does not hold pytorch-fid's Inception weights: {_short(error)}"
             ) from None
@@ -172,7 +196,7 @@ class InceptionFeatures(Features):
             # torchvision's Mixed_6d is what ADM's graph calls mixed_6; its first branch ends in
             # mixed_6/conv.
             self.spatial_width = 7 * 17 * 17
-            network.blocks[2][6].branch1x1.register_forward_hook(
+            network.Mixed_6d.branch1x1.register_forward_hook(
                 lambda *a: self._spatial.append(a[2][:, :7])
             )
 
@@ -180,15 +204,12 @@ class InceptionFeatures(Features):
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         x = RESIZES[self.resize](images.to(self.device), 299)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            pooled = (
-                self._network(x.to(self._dtype, memory_format=torch.channels_last))[0]
-                .flatten(1)
-                .float()
-            )
+            pooled = self._network(x.to(self._dtype, memory_format=torch.channels_last))
+        vectors = pooled.flatten(1).float()
+        if not self.spatial_width:
+            return vectors, None
         # ADM's order of the spatial features is rows, columns, channels.
-        return pooled, self._spatial.pop().permute(0, 2, 3, 1).flatten(
-            1
-        ).float() if self.spatial_width else None
+        return vectors, self._spatial.pop().permute(0, 2, 3, 1).flatten(1).float()
 
     def probabilities(self, features: Tensor) -> Tensor:
         return (features.double() @ self._classes).softmax(
@@ -196,6 +217,7 @@ class InceptionFeatures(Features):
         )  # published Inception Scores have no bias here
 
 
+@register("features", "dinov2")
 class DinoFeatures(Features):
     """DINOv2's class token after the last norm, of images brought to 224 by the clean rule (Stein
     et al. 2023).
@@ -207,10 +229,16 @@ class DinoFeatures(Features):
     Raises MsmdiffError when no weights can be had, or they are another network's.
     """
 
+    prefix = DINOV2.partition(".")[0]
     resize, metric, suffix = "clean", "fd_dinov2", " over DINOv2"
 
     def __init__(
-        self, weights: Path | None, device: torch.device | str = "cpu", model: str = DINOV2
+        self,
+        weights: Path | None = None,
+        device: torch.device | str = "cpu",
+        *,
+        spatial: bool = False,
+        model: str = DINOV2,
     ) -> None:
         import timm
 
@@ -235,7 +263,10 @@ class DinoFeatures(Features):
                 if weights
                 else "DINOv2's weights are neither cached nor to be had"
             )
-            hint = "give dinov2_vitl14_pretrain.pth or timm's file with --weights (beside Inception: --dinov2-weights)"
+            hint = (
+                "give dinov2_vitl14_pretrain.pth or timm's file with --weights (beside Inception: "
+                "--dinov2-weights)"
+            )
             raise MsmdiffError(f"{given} as {model} ({_short(error)}): {hint}") from None
         digest = hashlib.sha256()
         for key in sorted(state):
@@ -254,6 +285,37 @@ class DinoFeatures(Features):
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         x = (clean(images.to(self.device), 224) / 255 - self._mean) / self._deviation
         return self._network.forward_features(x)[:, 0].float(), None
+
+
+MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
+
+
+def _pytorch_fid_network(state: dict[str, Tensor]) -> nn.Sequential:
+    """pytorch-fid's Inception up to its pooled features, with the given weights.
+
+    The package's own constructor downloads the published ones, so that its pieces are put together
+    here: torchvision's network, of which nine modules are TensorFlow's.
+    """
+    from pytorch_fid import inception
+    from torchvision.models import inception_v3
+
+    whole = inception_v3(num_classes=1008, aux_logits=False, weights=None, init_weights=False)
+    whole.Mixed_5b = inception.FIDInceptionA(192, pool_features=32)
+    whole.Mixed_5c = inception.FIDInceptionA(256, pool_features=64)
+    whole.Mixed_5d = inception.FIDInceptionA(288, pool_features=64)
+    whole.Mixed_6b = inception.FIDInceptionC(768, channels_7x7=128)
+    whole.Mixed_6c = inception.FIDInceptionC(768, channels_7x7=160)
+    whole.Mixed_6d = inception.FIDInceptionC(768, channels_7x7=160)
+    whole.Mixed_6e = inception.FIDInceptionC(768, channels_7x7=192)
+    whole.Mixed_7b = inception.FIDInceptionE_1(1280)
+    whole.Mixed_7c = inception.FIDInceptionE_2(2048)
+    whole.load_state_dict(state)
+    first = ("Conv2d_1a_3x3", "Conv2d_2a_3x3", "Conv2d_2b_3x3", "maxpool1")
+    second = ("Conv2d_3b_1x1", "Conv2d_4a_3x3", "maxpool2")
+    mixed = [f"Mixed_{name}" for name in MIXED]
+    names = (*first, *second, *mixed, "avgpool")
+    blocks = OrderedDict((name, getattr(whole, name)) for name in names)
+    return nn.Sequential(blocks).eval().requires_grad_(False)
 
 
 def _positions(table: Tensor, side: int) -> Tensor:
@@ -299,21 +361,30 @@ def build(
     kind: str,
     weights: Path | None = None,
     device: torch.device | str = "cpu",
-    resize: str | None = None,
-    precision: str = "fp32",
-    metrics: set[str] = frozenset(),  # type: ignore[assignment]
+    *,
+    needs: frozenset[str] = frozenset(),
+    **options: Any,
 ) -> Features:
-    """The `inception`, `dinov2` or `pixel` features that `metrics` need; UsageError for a setting
-    they do not have.
+    """The feature network of a name, with what metrics need of it: `spatial` features, `classes`.
+
+    Raises UsageError for what it does not have, and for an option that it does not take.
     """
-    if kind == "inception":
-        return InceptionFeatures(
-            weights, device, resize or "pytorch-fid", precision, "sfid" in metrics
-        )
-    if kind == "pixel" and weights is not None:
-        raise UsageError(f"--weights {weights}: pixel features have no weights")
-    if resize or precision != "fp32" or metrics & {"sfid", "is"}:
+    entry = registry.find("features", kind, "--features")
+    given = {name: value for name, value in options.items() if value is not None}
+    if missing := needs - entry.make.offers:
         raise UsageError(
-            f"sfid, is, --resize and --precision are for --features inception, not {kind}"
+            f"sfid and is are for --features inception: {kind} has no {', '.join(sorted(missing))}"
         )
-    return DinoFeatures(weights, device) if kind == "dinov2" else PixelFeatures(device)
+    if foreign := set(given) - set(entry.options.model_fields):
+        name = min(foreign)
+        raise UsageError(f"--{name} {given[name]} has no effect on --features {kind}")
+    complete = entry.options(**given).model_dump()
+    return entry.make(weights, device, spatial="spatial" in needs, **complete)
+
+
+def kind_of(name: str) -> str | None:
+    """The registered name of the network whose features are called `name` in statistics."""
+    for entry in registry.entries("features").values():
+        if name.startswith(entry.make.prefix):
+            return entry.name
+    return None

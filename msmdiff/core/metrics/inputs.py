@@ -16,7 +16,7 @@ from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import statistics
 from msmdiff.core.metrics.statistics import Statistics
-from msmdiff.core.samplers.generate import generate
+from msmdiff.core.model import Model
 
 UNREADABLE_SHARE = 0.01
 """Up to this share of a set's images may be unreadable; they are left out, named and counted."""
@@ -142,42 +142,21 @@ class Stored(Images):
 
 
 class Drawn(Images):
-    """Images sampled from a network, seeds 0 to n - 1, classes in turn; none is written to disk."""
+    """Images sampled from a model, seeds 0 to n - 1, classes in turn; none is written to disk."""
 
-    def __init__(
-        self, spec: str, loaded: Any, n: int, device: torch.device | str = "cpu", **notes: Any
-    ) -> None:
-        super().__init__(spec, n=n, sample=loaded.config.sample.model_dump(mode="json"), **notes)
-        self.loaded, self.device = loaded, device
-        side = loaded.config.data.image_size
+    def __init__(self, spec: str, model: Model, n: int, **notes: Any) -> None:
+        super().__init__(spec, n=n, sample=model.config.sample.model_dump(mode="json"), **notes)
+        self.model = model
+        side = model.config.data.image_size
         self.settings = {"image_size": f"{side}x{side}"}
 
     def __len__(self) -> int:
         return self.notes["n"]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        network, count = self.loaded.backbone, self.loaded.backbone.num_classes
-        labels = [i % count for i in indices] if count else None
-        road = (
-            network,
-            self.loaded.process,
-            self.loaded.codec,
-            self.loaded.config.sample,
-            indices,
-            labels,
-        )
-        options = dict(
-            num_classes=count, guide=self.loaded.guide, batch_size=batch_size, device=self.device
-        )
-        yield from (x.images for x in generate(*road, **options))
-
-
-def is_data(spec: str) -> bool:
-    """Whether `sources.open_source` finds something there: a path, or embedded data."""
-    return (
-        spec.partition(":")[0] == "digits"
-        or Path(spec.removesuffix(":train").removesuffix(":test")).exists()
-    )
+        y = self.model.condition.deal(None, indices)
+        for batch in self.model.batches(indices, y, batch_size=batch_size):
+            yield batch.images
 
 
 def draws(spec: str) -> bool:
@@ -186,7 +165,7 @@ def draws(spec: str) -> bool:
     """
     path = Path(spec)
     run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or (
-        (Path("runs") / spec).is_dir() and not is_data(spec)
+        (Path("runs") / spec).is_dir() and not sources.is_data(spec)
     )
     return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")
 
@@ -218,7 +197,7 @@ def open_input(
         ]
         loaded = weights.load(spec, device, road, **fields)
         sha256 = files.checksum(weights.file_of(loaded.path))
-        opened = Drawn(spec, loaded, n, device, weights=str(loaded.path), sha256=sha256)
+        opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
     else:
         opened = Stored(sources.open_source(spec, "none"), crop, workers)
     opened.stored = found

@@ -1,10 +1,194 @@
-"""Inception Score and KID, from features."""
+"""Metrics by name: from the statistics of two sets to scores.
+
+A new one is one class here or in a plugin, registered with its options.
+"""
+
+from dataclasses import dataclass
+from typing import ClassVar
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
+from msmdiff.core.metrics.features import Features
+from msmdiff.core.metrics.frechet import Gaussian, frechet_distance
+from msmdiff.core.metrics.prdc import prdc
+from msmdiff.core.metrics.statistics import Statistics
+from msmdiff.core.registry import Options, register
 from msmdiff.core.seeding import numpy_stream
+
+
+@dataclass
+class Score:
+    """A number, what it is called by scripts and by people, and over which images and features it
+    was taken.
+
+    `deviation` is over splits or subsets, `interval` the bootstrap's 95 %, where there are any.
+    """
+
+    name: str
+    title: str
+    value: float
+    features: str
+    count_a: int
+    count_b: int
+    deviation: float | None = None
+    interval: tuple[float, float] | None = None
+
+
+class Metric:
+    """One metric, made with its options.
+
+    Attributes:
+        over: the feature network it is defined by; None: whichever the user chose.
+        rows_of: the sets of which it takes every feature: "a", "ab" or none.
+        needs: what its features must have beside vectors: `spatial` ones, or `classes`.
+    """
+
+    over: ClassVar[str | None] = None
+    rows_of: ClassVar[str] = ""
+    needs: ClassVar[str] = ""
+
+    def __init__(self, **options: int) -> None:
+        self.options = options
+
+    def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
+        """What it says of the set a, with b as the reference."""
+        raise NotImplementedError
+
+
+def score(
+    name: str,
+    title: str,
+    value: float,
+    *,
+    sets: tuple[Statistics, Statistics],
+    features: Features,
+    deviation: float | None = None,
+) -> Score:
+    """A score over the features of two sets, named after them where they are not Inception's."""
+    title += features.suffix
+    counts = (sets[0].count, sets[1].count)
+    return Score(name, title, value, features.name, *counts, deviation)
+
+
+@register("metric", "fid")
+class Frechet(Metric):
+    """Fréchet distance over the chosen features; over Inception's, FID (Heusel et al. 2017)."""
+
+    def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
+        return [compare(a, b, features)]
+
+
+@register("metric", "fd_dinov2")
+class FrechetDinov2(Frechet):
+    """Fréchet distance over DINOv2's features (Stein et al. 2023)."""
+
+    over = "dinov2"
+
+
+@register("metric", "sfid")
+class Sfid(Metric):
+    """FID over Inception's spatial features (Nash et al. 2021), as ADM's evaluator has it."""
+
+    needs = "spatial"
+
+    def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
+        if a.spatial is None or b.spatial is None:
+            return []
+        value = frechet_distance(a.spatial, b.spatial, features.device)
+        return [score("sfid", "sFID", value, sets=(a, b), features=features)]
+
+
+class InceptionScoreOptions(Options):
+    is_splits: int = Field(10, ge=1, description="parts that the images are cut into, in order")
+
+
+@register("metric", "is", InceptionScoreOptions)
+class InceptionScore(Metric):
+    """Inception Score (Salimans et al. 2016)."""
+
+    rows_of = "a"
+    needs = "classes"
+
+    def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
+        if a.rows is None:
+            return []
+        probabilities = features.probabilities(a.rows)
+        value, deviation = inception_score(probabilities, self.options["is_splits"])
+        title = "Inception Score"
+        return [score("is", title, value, sets=(a, b), features=features, deviation=deviation)]
+
+
+class KidOptions(Options):
+    kid_subsets: int = Field(100, ge=1, description="random subsets that are compared")
+    kid_size: int = Field(1000, ge=2, description="images of a subset, at most the smaller set's")
+
+
+@register("metric", "kid", KidOptions)
+class Kid(Metric):
+    """Kernel Inception distance (Binkowski et al. 2018)."""
+
+    rows_of = "ab"
+
+    def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
+        if a.rows is None or b.rows is None:
+            return []
+        subsets, size = self.options["kid_subsets"], self.options["kid_size"]
+        value, deviation = kid(a.rows, b.rows, subsets, size, features.device)
+        return [score("kid", "KID", value, sets=(a, b), features=features, deviation=deviation)]
+
+
+class PrdcOptions(Options):
+    prdc_k: int = Field(3, ge=1, description="neighbours of precision and recall")
+    prdc_k_density: int = Field(5, ge=1, description="neighbours of density and coverage")
+
+
+@register("metric", "prdc", PrdcOptions)
+class Prdc(Metric):
+    """Precision, recall, density and coverage."""
+
+    rows_of = "ab"
+
+    def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
+        if a.rows is None or b.rows is None:
+            return []
+        k, k_density = self.options["prdc_k"], self.options["prdc_k_density"]
+        found = prdc(a.rows, b.rows, k, k_density, features.device)
+        return [
+            score(name, name, value, sets=(a, b), features=features)
+            for name, value in found.items()
+        ]
+
+
+# ------------------------------------------------------------------ the mathematics
+
+
+def compare(a: Statistics, b: Statistics, features: Features) -> Score:
+    """The Fréchet distance between two sets' statistics."""
+    value = frechet_distance(a.pooled, b.pooled, features.device)
+    return Score(features.metric, features.title, value, features.name, a.count, b.count)
+
+
+def bootstrap_deviation(
+    a: Tensor, b: Tensor, times: int, device: torch.device | str = "cpu"
+) -> float:
+    """The deviation of the Fréchet distance over `times` drawings of both sets [N, D] with
+    replacement.
+
+    A drawn set holds duplicates, which shifts its distance upwards: only the deviation tells
+    something.
+    """
+    values = []
+    for number in range(times):
+        rng = numpy_stream(0, "bootstrap", number)
+        drawn = []
+        for rows in (a, b):
+            chosen = torch.from_numpy(rng.integers(0, len(rows), len(rows)))
+            drawn.append(Gaussian.fit(rows[chosen].to(device)))
+        values.append(frechet_distance(drawn[0], drawn[1], device))
+    return float(torch.tensor(values, dtype=torch.float64).std())
 
 
 def inception_score(
@@ -18,15 +202,16 @@ def inception_score(
     """
     p = probabilities.double()
     n, splits = len(p), min(splits, len(p))
-    parts = (
-        p.split(split_size)
-        if split_size
-        else [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
-    )
-    # xlogy: a probability of zero contributes nothing.
-    divergence = [
-        torch.xlogy(q, q).sum(1).mean() - torch.xlogy(q.mean(0), q.mean(0)).sum() for q in parts
-    ]
+    if split_size:
+        parts = list(p.split(split_size))
+    else:
+        parts = [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
+    divergence = []
+    for part in parts:
+        mean = part.mean(0)
+        # xlogy: a probability of zero contributes nothing.
+        within = torch.xlogy(part, part).sum(1).mean()
+        divergence.append(within - torch.xlogy(mean, mean).sum())
     scores = torch.stack(divergence).exp()
     return float(scores.mean()), float(scores.std(correction=0))
 

@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from msmdiff.core.metrics.evaluate import Pass, Score
+from msmdiff.core.metrics.evaluate import Pass
 from msmdiff.core.metrics.inputs import Images
 from msmdiff.core.metrics.prdc import nearest
+from msmdiff.core.metrics.scores import Score
 
 
 def save(

@@ -13,23 +13,44 @@ are computed before the first step.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
+from typing import Any, Literal
 
 import torch
+from pydantic import Field, StrictBool
 from torch import Tensor
 
-from msmdiff.core.config import SampleConfig
-from msmdiff.core.diffusion.process import Denoiser, Noise, Process
+from msmdiff.core.diffusion.process import Denoiser, Noise
+from msmdiff.core.diffusion.schedules import Schedule
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.samplers.times import solver_orders
+from msmdiff.core.registry import Entry, Options, register
+from msmdiff.core.samplers.times import Plan, planned, subdivide
+from msmdiff.core.sections import SampleConfig
+
+
+class MultistepOptions(Options):
+    order: Literal[1, 2, 3] = Field(2, description="of the method")
+    lower_order_final: StrictBool = Field(
+        True, description="multistep: lower the order at the end of under 10 steps"
+    )
+    denoise_to_zero: StrictBool = Field(False, description="one more evaluation gives x0")
+
+
+class SolverOptions(MultistepOptions):
+    method: Literal["multistep", "singlestep", "fast", "adaptive"] = Field(
+        "multistep",
+        description="singlestep: steps // order intervals; fast: mixed orders, all steps",
+    )
+    taylor: StrictBool = Field(False, description="differences by Taylor expansion")
 
 
 class _Line:
     """The coordinates of one prediction: l, and the two scales, on a sequence of times."""
 
-    def __init__(self, process: Process, times: Tensor, predicts: str) -> None:
-        alpha, sigma = process.alpha_sigma(times)
-        half = process.log_snr(times) / 2
+    def __init__(self, schedule: Schedule, times: Tensor, predicts: str) -> None:
+        alpha, sigma = schedule.alpha_sigma(times)
+        half = schedule.log_snr(times) / 2
         self.l, self.own, self.other = (
             (half, alpha, sigma) if predicts == "x0" else (-half, sigma, alpha)
         )
@@ -93,35 +114,103 @@ def _multi(h: float, places: list[float], taylor: bool) -> list[float]:
     )
 
 
-def sample(
+def solver_orders(method: str, evaluations: int, order: int) -> list[int]:
+    """The orders of a singlestep solver's steps, each of which takes as many evaluations as its
+    order.
+
+    `singlestep`: all of one order, as many as fit. `fast`: all evaluations are used, the last ones
+    at lower order (Lu et al. 2022, appendix D.3). Raises UsageError for fewer evaluations than one
+    step of `singlestep` takes.
+    """
+    if method == "singlestep":
+        if evaluations < order:
+            raise UsageError(
+                f"sample.steps {evaluations} are fewer than one step of sample.order {order} takes"
+            )
+        return [order] * (evaluations // order)
+    full, rest = divmod(evaluations, order)
+    if order == 3 and rest == 0:
+        return [3] * (full - 1) + [2, 1]
+    return [order] * full + [rest] * bool(rest)
+
+
+def _lay(
+    schedule: Schedule, entry: Entry, section: SampleConfig, ends: tuple[float, float]
+) -> Tensor:
+    """The times of a solver, of a singlestep one with the inner ones of its steps."""
+    given = {name: getattr(section, name) for name in SolverOptions.model_fields}
+    options, steps = SolverOptions(**given), int(section.steps)
+    # U-ViT's fast solver on even times goes through a fine grid; DPM-Solver-fast cuts equal steps
+    # of log-SNR.
+    fine = options.method == "fast" and entry.name != "logsnr"
+    if options.method in ("multistep", "adaptive") or fine:
+        return entry.make(schedule, steps, *ends)
+    orders = solver_orders(options.method, steps, options.order)
+    return subdivide(schedule, entry.make(schedule, len(orders), *ends), orders)
+
+
+def _integrate(
     denoise: Denoiser,
-    process: Process,
+    schedule: Schedule,
     x: Tensor,
     times: Tensor,
-    noise: Noise,
-    options: SampleConfig,
+    predicts: Literal["eps", "x0"],
+    options: SolverOptions,
 ) -> Tensor:
     """x [B, C, H, W] at times[0] -> x at times[-1], of which a last zero is reached by one plain
     prediction of x0.
 
-    A singlestep method's times include the inner ones of its steps, see `times.visited`. Raises
-    UsageError where there are fewer steps than the order has.
+    Raises UsageError where there are fewer steps than the order has.
     """
-    predicts = "eps" if options.sampler == "dpm_solver" else "x0"
     to_zero = bool(times[-1] == 0)
     visited = times[:-1] if to_zero else times
     if len(visited) > 1:
-        line = _Line(process, visited, predicts)
+        line = _Line(schedule, visited, predicts)
 
         def evaluate(x: Tensor, at: int) -> Tensor:
             return getattr(denoise(x, visited[at]), predicts)
 
-        if options.method == "adaptive" and options.sampler != "unipc":
-            x = _adaptive(denoise, process, x, visited[0], visited[-1], predicts, options)
-        elif options.method == "multistep" or options.sampler == "unipc":
-            x = _multistep(evaluate, line, x, len(visited) - 1, options)
+        if options.method == "adaptive":
+            x = _adaptive(denoise, schedule, x, visited, predicts, options.order)
+        elif options.method == "multistep":
+            rule = partial(_multi, taylor=options.taylor)
+            x = _multistep(evaluate, line, x, _Multistep(rule, options, len(visited) - 1))
         else:
             x = _singlestep(evaluate, line, x, len(visited) - 1, options)
+    return denoise(x, visited[-1]).x0 if to_zero else x
+
+
+@register("sampler", "dpm_solver", SolverOptions)
+@planned(Plan(stops=True, lay=_lay))
+def dpm_solver(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, times: Tensor, noise: Noise, **options: Any
+) -> Tensor:
+    """DPM-Solver: exponential integration of the noise (Lu et al. 2022)."""
+    return _integrate(denoise, schedule, x, times, "eps", SolverOptions(**options))
+
+
+@register("sampler", "dpm_solver++", SolverOptions)
+@planned(Plan(stops=True, lay=_lay))
+def dpm_solver_pp(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, times: Tensor, noise: Noise, **options: Any
+) -> Tensor:
+    """DPM-Solver++: exponential integration of x0 (Lu et al. 2022)."""
+    return _integrate(denoise, schedule, x, times, "x0", SolverOptions(**options))
+
+
+@register("sampler", "unipc", MultistepOptions)
+@planned(Plan(stops=True))
+def unipc(
+    denoise: Denoiser, schedule: Schedule, x: Tensor, times: Tensor, noise: Noise, **options: Any
+) -> Tensor:
+    """UniPC: a predictor and a corrector that shares its evaluations (Zhao et al. 2023)."""
+    given = MultistepOptions(**options)
+    to_zero = bool(times[-1] == 0)
+    visited = times[:-1] if to_zero else times
+    if len(visited) > 1:
+        line = _Line(schedule, visited, "x0")
+        plan = _Multistep(interpolate, given, len(visited) - 1, corrects=True)
+        x = _multistep(lambda x, at: denoise(x, visited[at]).x0, line, x, plan)
     return denoise(x, visited[-1]).x0 if to_zero else x
 
 
@@ -138,14 +227,13 @@ def _singlestep(
     line: _Line,
     x: Tensor,
     evaluations: int,
-    options: SampleConfig,
+    options: SolverOptions,
 ) -> Tensor:
     if options.method == "singlestep" and evaluations % options.order:
         raise UsageError(
             f"sample.method singlestep of order {options.order} cannot cut {evaluations} given "
-            "steps into threes or "
-            f"twos of its own: choose a multiple of {options.order}, method fast, or "
-            "sample.grid logsnr"
+            f"steps into threes or twos of its own: choose a multiple of {options.order}, method "
+            "fast, or sample.times logsnr"
         )
     plan: list[tuple[int, bool, list[float]]] = []
     for order in solver_orders(options.method, evaluations, options.order):
@@ -164,29 +252,41 @@ def _singlestep(
     return current
 
 
+@dataclass
+class _Multistep:
+    """How a multistep method goes.
+
+    Attributes:
+        rule: weights of the values at hand for the next step.
+        options: order, and whether the last steps lower it.
+        steps: how many there are.
+        corrects: go each step once more with the value at its end (UniC).
+    """
+
+    rule: Callable[[float, list[float]], list[float]]
+    options: MultistepOptions
+    steps: int
+    corrects: bool = False
+
+
 def _multistep(
-    evaluate: Callable[[Tensor, int], Tensor],
-    line: _Line,
-    x: Tensor,
-    steps: int,
-    options: SampleConfig,
+    evaluate: Callable[[Tensor, int], Tensor], line: _Line, x: Tensor, plan: _Multistep
 ) -> Tensor:
+    options, steps = plan.options, plan.steps
     if steps < options.order:
         raise UsageError(f"sample.steps {steps} are fewer than sample.order {options.order}")
-    unipc, plan, corrections = options.sampler == "unipc", [], [[0.0]]
-    rule = interpolate if unipc else partial(_multi, taylor=options.taylor)
+    predictions: list[list[float]] = []
+    corrections: list[list[float]] = [[0.0]]
     for i in range(steps):
-        order = min(
-            options.order, i + 1, steps - i if options.lower_order_final and steps < 10 else 3
-        )
-        past = list(range(i, i - order, -1))
-        plan.append(line.step(i, i + 1, past, rule))
+        final = steps - i if options.lower_order_final and steps < 10 else 3
+        past = list(range(i, i - min(options.order, i + 1, final), -1))
+        predictions.append(line.step(i, i + 1, past, plan.rule))
         corrections.append(line.step(i, i + 1, [i + 1, *past], interpolate))
     values: list[Tensor] = []
     before = x
-    for i, factors in enumerate(plan):
+    for i, factors in enumerate(predictions):
         values.insert(0, evaluate(x, i))
-        if i and unipc:  # UniC: the step that led here once more, with the value at its end
+        if i and plan.corrects:
             x = _combine(corrections[i], before, values[: len(corrections[i]) - 1])
         before, x = x, _combine(factors, x, values[: len(factors) - 1])
         del values[options.order :]
@@ -195,54 +295,26 @@ def _multistep(
 
 def _adaptive(
     denoise: Denoiser,
-    process: Process,
+    schedule: Schedule,
     x: Tensor,
-    start: Tensor,
-    end: Tensor,
-    predicts: str,
-    options: SampleConfig,
+    times: Tensor,
+    predicts: Literal["eps", "x0"],
+    order: int,
 ) -> Tensor:
     """DPM-Solver-12 and -23 (Lu et al. 2022, appendix C): the difference of two orders sets the
     step.
 
     Reading that difference makes the host wait at every step, and couples the images of a batch.
     """
-    if options.order == 1:
+    if order == 1:
         raise UsageError("sample.method adaptive compares two orders: set sample.order to 2 or 3")
-    order, data, lower = options.order, predicts == "x0", x
+    line = _Anywhere(schedule, predicts, x.dtype)
+    time, end = times[0].to(x.dtype), times[-1].to(x.dtype)
     absolute, relative, safety = 0.0078, 0.05, 0.9
-    time, end = start.to(x.dtype), end.to(x.dtype)
-    h = torch.tensor(0.05, dtype=x.dtype)
-
-    def half(t: Tensor) -> Tensor:
-        return process.log_snr(t) / 2
-
-    def time_at(half_log_snr: Tensor) -> Tensor:
-        return process.time_at(2 * half_log_snr).to(x.dtype)
-
-    def scales(t: Tensor) -> tuple[Tensor, Tensor]:
-        alpha, sigma = process.alpha_sigma(t)
-        return (alpha, sigma) if data else (sigma, alpha)
-
+    lower, h = x, torch.tensor(0.05, dtype=x.dtype)
     while abs((time - end).item()) > 1e-5:
-        ahead = time_at(half(time) + h)
-        span = half(ahead) - half(time)
-        step = span if data else -span
-        other, own_end, other_end = scales(time)[1], *scales(ahead)
-        first = getattr(denoise(x, time), predicts)
-        slopes: list[Tensor] = []
-        for k in range(1, order):
-            inner, part = time_at(half(time) + k / order * span), k / order * step
-            own, other_inner = scales(inner)
-            guess = other_inner / other * x - own * torch.expm1(-part) * first
-            if k == 2:
-                guess = guess + 2 * own * (torch.expm1(-part) / part + 1) * slopes[0]
-            slopes.append(getattr(denoise(guess, inner), predicts) - first)
-        whole = -torch.expm1(-step)
-        plain = other_end / other * x + own_end * whole * first
-        tried = plain if order == 2 else plain + 1.5 * whole * own_end * slopes[0]
-        curve = whole if order == 2 else 1.5 * (1 - whole / step)
-        better = plain + own_end * curve * slopes[-1]
+        ahead = line.time_at(line.half(time) + h)
+        tried, better = _two_orders(denoise, line, x, (time, ahead), order)
         size = (relative * torch.maximum(tried.abs(), lower.abs())).clamp(min=absolute)
         error = ((better - tried) / size).flatten(1).square().mean(1).sqrt().max().cpu()
         if not error.isfinite():
@@ -251,7 +323,51 @@ def _adaptive(
             )
         if error <= 1:
             x, lower, time = better, tried, ahead
-        h = torch.minimum(
-            safety * h * error.clamp(min=1e-30) ** (-1 / order), half(end) - half(time)
-        )
+        wanted = safety * h * error.clamp(min=1e-30) ** (-1 / order)
+        h = torch.minimum(wanted, line.half(end) - line.half(time))
     return x
+
+
+class _Anywhere:
+    """The coordinates of one prediction at any time, in x's precision as published."""
+
+    def __init__(
+        self, schedule: Schedule, predicts: Literal["eps", "x0"], dtype: torch.dtype
+    ) -> None:
+        self.schedule, self.predicts, self.dtype = schedule, predicts, dtype
+        self.data = predicts == "x0"
+
+    def half(self, t: Tensor) -> Tensor:
+        return self.schedule.log_snr(t) / 2
+
+    def time_at(self, half_log_snr: Tensor) -> Tensor:
+        return self.schedule.time_at(2 * half_log_snr).to(self.dtype)
+
+    def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The prediction's own scale, and the other one."""
+        alpha, sigma = self.schedule.alpha_sigma(t)
+        return (alpha, sigma) if self.data else (sigma, alpha)
+
+
+def _two_orders(
+    denoise: Denoiser, line: _Anywhere, x: Tensor, span: tuple[Tensor, Tensor], order: int
+) -> tuple[Tensor, Tensor]:
+    """One step from span[0] to span[1] by the method of order - 1, and by that of `order`."""
+    time, ahead = span
+    width = line.half(ahead) - line.half(time)
+    step = width if line.data else -width
+    other, own_end, other_end = line.scales(time)[1], *line.scales(ahead)
+    first = getattr(denoise(x, time), line.predicts)
+    slopes: list[Tensor] = []
+    for k in range(1, order):
+        inner, part = line.time_at(line.half(time) + k / order * width), k / order * step
+        own, other_inner = line.scales(inner)
+        guess = other_inner / other * x - own * torch.expm1(-part) * first
+        if k == 2:
+            guess = guess + 2 * own * (torch.expm1(-part) / part + 1) * slopes[0]
+        slopes.append(getattr(denoise(guess, inner), line.predicts) - first)
+    whole = -torch.expm1(-step)
+    plain = other_end / other * x + own_end * whole * first
+    tried = plain if order == 2 else plain + 1.5 * whole * own_end * slopes[0]
+    curve = whole if order == 2 else 1.5 * (1 - whole / step)
+    return tried, plain + own_end * curve * slopes[-1]

@@ -6,46 +6,49 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from msmdiff.core.diffusion.process import Denoiser, Prediction, Process
+from msmdiff.core.diffusion.predictions import Estimate
+from msmdiff.core.diffusion.process import Denoiser, Process
 
 Wrap = Callable[[Denoiser, Tensor], tuple[Denoiser, Tensor]]
 """(denoiser, initial noise [B, C, H, W]) -> what takes their place."""
 
 
-def inpainting(process: Process, known: Tensor, keep: Tensor) -> Wrap:
+def inpainting(process: Process, known: Tensor, held: Tensor) -> Wrap:
     """Replacement conditioning (Song et al. 2021, appendix I.2): the kept part is always the known
     x0, noised.
 
-    known [1, C, H, W] and keep, bool [1, 1, H, W], are in the space of the diffusion. The noise of
+    known [1, C, H, W] and held, bool [1, 1, H, W], are in the space of the diffusion. The noise of
     the kept part is the initial noise throughout, so that every sampler carries it along exactly.
     """
 
     def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
-        def filled(x_t: Tensor, t: Tensor) -> Prediction:
-            prediction = denoise(torch.where(keep, process.add_noise(known, t, start), x_t), t)
-            prediction.x0 = torch.where(keep, known, prediction.x0)
-            prediction.eps = torch.where(keep, start, prediction.eps)
-            return prediction
+        noise = start / process.schedule.start_std
 
-        latest = torch.tensor(process.latest, dtype=torch.float64)
-        return filled, torch.where(keep, process.add_noise(known, latest, start), start)
+        def filled(x_t: Tensor, t: Tensor) -> Estimate:
+            estimate = denoise(torch.where(held, process.add_noise(known, t, noise), x_t), t)
+            estimate.x0 = torch.where(held, known, estimate.x0)
+            estimate.eps = torch.where(held, noise, estimate.eps)
+            return estimate
+
+        latest = torch.tensor(process.schedule.latest, dtype=torch.float64)
+        return filled, torch.where(held, process.add_noise(known, latest, noise), start)
 
     return wrap
 
 
-def wholly_kept(keep: Tensor, side: int) -> Tensor:
+def wholly_kept(held: Tensor, side: int) -> Tensor:
     """bool [1, 1, H, W] in pixels -> [1, 1, side, side]: places all of whose pixels are kept."""
-    return F.adaptive_avg_pool2d(keep.float(), side) > 1 - 1e-6
+    return F.adaptive_avg_pool2d(held.float(), side) > 1 - 1e-6
 
 
 class Trajectory:
-    """Remembers the x0 predictions of a sampling; `wrap` goes to `generate`."""
+    """Remembers the x0 predictions of a sampling; `wrap` goes to `Model.batches`."""
 
     def __init__(self) -> None:
         self.x0: list[Tensor] = []
 
     def wrap(self, denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
-        def watched(x_t: Tensor, t: Tensor) -> Prediction:
+        def watched(x_t: Tensor, t: Tensor) -> Estimate:
             prediction = denoise(x_t, t)
             self.x0.append(prediction.x0)
             return prediction

@@ -2,39 +2,34 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from msmdiff.core.config import SampleConfig
-from msmdiff.core.diffusion.process import Process
+from msmdiff.core import registry
+from msmdiff.core.condition import Condition
+from msmdiff.core.diffusion.process import Network, call
+from msmdiff.core.diffusion.schedules import Schedule
 from msmdiff.core.errors import UsageError
-
-Network = Callable[[Tensor, Tensor, Tensor | None], Tensor]
-"""(x_t, network time, labels) -> the network's output."""
+from msmdiff.core.registry import Options, register
+from msmdiff.core.sections import SampleConfig
 
 Strength = Callable[[Tensor], Tensor]
 """Times -> the guidance scale at each."""
 
 
-def combine(
-    network: Network,
-    x: Tensor,
-    time: Tensor,
-    y: Tensor | None,
-    null: int | Tensor,
-    scale: float | Tensor,
-    channels: int | None = None,
-    guide: Network | None = None,
-) -> Tensor:
-    """out_u + scale (out_c - out_u) (Ho & Salimans 2022), both passes in one batch.
+@dataclass
+class Guided:
+    """A network whose output is guided; called like the network itself.
 
-    A scale of 1 is the conditional network, of 0 the unconditional one; both cost one pass.
+    out_u + scale (out_c - out_u) (Ho & Salimans 2022), both passes in one batch. A scale of 1 is
+    the conditional network, of 0 the unconditional one; both cost one pass.
 
-    Args:
-        x, time, y: [B, C, H, W], [B], and classes [B] or the features of a text [B, tokens, width]
-            or None.
-        null: the class that stands for no label, or the features of an empty text [tokens, width].
+    Attributes:
+        condition: knows the null that stands for no label.
         scale: one number, or [B].
         channels: guide the first so many output channels, and take the others from the conditional
             pass. The published samplers of DiT, MDT and EDT guide 3, also where the latents have 4.
@@ -44,70 +39,106 @@ def combine(
 
     Raises UsageError for a guide whose output has another shape.
     """
-    fixed = isinstance(scale, int | float)
-    if (fixed and scale == 1) or (y is None and guide is None):
-        return network(x, time, y)
-    if guide is not None:
-        conditional, other = network(x, time, y), guide(x, time, y)
+
+    network: Network
+    condition: Condition
+    scale: float | Tensor
+    channels: int | None = None
+    guide: Network | None = None
+
+    def __call__(
+        self, x: Tensor, time: Tensor, y: Tensor | None = None, route: Any = None
+    ) -> Tensor:
+        """x [B, C, H, W], time [B], y as the condition has it -> [B, C or 2C, H, W]."""
+        scale = self.scale
+        fixed = isinstance(scale, int | float)
+        if (fixed and scale == 1) or (y is None and self.guide is None):
+            return call(self.network, x, time, y, route)
+        if self.guide is None and fixed and scale == 0 and self.channels is None:
+            assert y is not None
+            return call(self.network, x, time, self.condition.nulls(y), route)
+        conditional, other = self._both(x, time, y, route)
+        strength = scale
+        if isinstance(scale, Tensor):
+            strength = scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
+        mixed = other + strength * (conditional - other)
+        guided = min(self.channels or x.shape[1], x.shape[1])
+        if guided == conditional.shape[1]:
+            return mixed
+        return torch.cat([mixed[:, :guided], conditional[:, guided:]], dim=1)
+
+    def _both(self, x: Tensor, time: Tensor, y: Tensor | None, route: Any) -> tuple[Tensor, Tensor]:
+        """The conditional output, and the one to get away from."""
+        if self.guide is None:
+            assert y is not None
+            twice = torch.cat([y, self.condition.nulls(y)])
+            out = call(self.network, torch.cat([x, x]), torch.cat([time, time]), twice, route)
+            conditional, other = out.chunk(2)
+            return conditional, other
+        conditional = call(self.network, x, time, y, route)
+        other = call(self.guide, x, time, y, route)
         if conditional.shape != other.shape:
             raise UsageError(
                 f"the guide gives {other.shape[1]} channels, the network {conditional.shape[1]}"
             )
-    else:
-        assert y is not None
-        empty = torch.full_like(y, null) if isinstance(null, int) else null.to(y).expand_as(y)
-        if fixed and scale == 0 and channels is None:
-            return network(x, time, empty)
-        conditional, other = network(
-            torch.cat([x, x]), torch.cat([time, time]), torch.cat([y, empty])
-        ).chunk(2)
-    strength = (
-        scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype) if isinstance(scale, Tensor) else scale
-    )
-    mixed = other + strength * (conditional - other)
-    guided = min(channels or x.shape[1], x.shape[1])
-    if guided == conditional.shape[1]:
-        return mixed
-    return torch.cat([mixed[:, :guided], conditional[:, guided:]], dim=1)
+        return conditional, other
 
 
-def power_cosine(scale: float, power: float, timesteps: int = 1000) -> Strength:
-    """MDT's schedule (Gao et al. 2023): none at t = T, rising to `scale` at t = 0, the later the
-    larger `power`.
+# ------------------------------------------------------------------ schedules of the scale
+
+
+@register("guidance", "constant")
+def constant(scale: float) -> Callable[[Tensor], Tensor]:
+    """The same scale at all times."""
+    return lambda left: torch.full_like(left, scale)
+
+
+@register("guidance", "linear")
+def linear(scale: float) -> Callable[[Tensor], Tensor]:
+    """From none at pure noise to the scale at the image, evenly."""
+    return lambda left: 1 + (scale - 1) * left
+
+
+class PowerOptions(Options):
+    cfg_power: float | None = Field(None, gt=0, description="the exponent (MDT: 4)")
+
+
+@register("guidance", "power_cosine", PowerOptions)
+def power_cosine(scale: float, *, cfg_power: float | None) -> Callable[[Tensor], Tensor]:
+    """MDT's schedule (Gao et al. 2023): none at pure noise, rising the later the larger the power.
+
+    Raises UsageError without the power.
     """
+    if cfg_power is None:
+        raise UsageError("sample.cfg_schedule power_cosine needs sample.cfg_power (MDT: 4)")
+    power = cfg_power
 
-    def strength(time: Tensor) -> Tensor:
-        return (
-            1 + (scale - 1) * (1 - torch.cos(math.pi * (1 - time.float() / timesteps) ** power)) / 2
-        )
+    def strength(left: Tensor) -> Tensor:
+        return 1 + (scale - 1) * (1 - torch.cos(math.pi * left.float() ** power)) / 2
 
     return strength
 
 
-def schedule(options: SampleConfig, process: Process) -> Strength:
+def schedule(options: SampleConfig, noise: Schedule) -> Strength:
     """The scale at process times t of any shape: its schedule, and 1 outside `cfg_interval`.
 
-    Raises UsageError for a power-cosine schedule without its power, or an interval that falls.
+    Registered schedules are functions of what is left of the way to pure noise, 1 - k / T, at the
+    network's time k. Raises UsageError for an interval that falls.
     """
-    scale, timesteps, interval = options.cfg_scale, process.timesteps, options.cfg_interval
-    over_time: Strength = lambda time: torch.full_like(time, scale)  # noqa: E731
-    if options.cfg_schedule == "linear":
-        over_time = lambda time: 1 + (scale - 1) * (1 - time / timesteps)  # noqa: E731
-    elif options.cfg_schedule == "power_cosine":
-        if options.cfg_power is None:
-            raise UsageError("sample.cfg_schedule power_cosine needs sample.cfg_power (MDT: 4)")
-        over_time = power_cosine(scale, options.cfg_power, timesteps)
+    entry = registry.find("guidance", options.cfg_schedule, "sample.cfg_schedule")
+    over_time = entry.make(options.cfg_scale, **entry.takes(options))
+    interval = options.cfg_interval
     if interval is not None and not 0 <= interval[0] < interval[1]:
         raise UsageError(
-            f"sample.cfg_interval {interval} must be two rising noise levels sigma / alpha, "
-            "such as 0.3, 5"
+            f"sample.cfg_interval {interval} must be two rising noise levels sigma / alpha, such "
+            "as 0.3, 5"
         )
 
     def strength(t: Tensor) -> Tensor:
-        value = over_time(process.model_time(t))
+        value = over_time(1 - noise.clock(t) / noise.timesteps)
         if interval is None:
             return value
-        level = torch.exp(-process.log_snr(t) / 2)
+        level = torch.exp(-noise.log_snr(t) / 2)
         return torch.where((level >= interval[0]) & (level <= interval[1]), value, 1.0)
 
     return strength

@@ -1,69 +1,122 @@
 """Which times a sampler visits, from pure noise (t = 1) down to the clean image (t = 0), as falling
 float64 tensors.
+
+Index times are training steps and end with the clean image; free times lie anywhere, and end where
+the sampler's plan or `end` says. A new kind is one function, registered under "times".
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
 import torch
+from pydantic import Field
 from torch import Tensor
 
-from msmdiff.core.config import SampleConfig
-from msmdiff.core.diffusion.process import Process
+from msmdiff.core import registry
+from msmdiff.core.diffusion.schedules import Schedule
 from msmdiff.core.errors import UsageError
+from msmdiff.core.registry import Options, register
+from msmdiff.core.sections import SampleConfig
 
-# ------------------------------------------------------------------ training steps, with the clean
+
+@dataclass(frozen=True)
+class Plan:
+    """Which times suit a sampler.
+
+    Attributes:
+        default: the times it takes unless others are asked for.
+        stops: on free times it makes `steps` intervals and stops at the last one; all others use
+            the last of their steps to reach the clean image.
+        lay: for a sampler that evaluates inside its steps: (schedule, entry of the times, `sample`
+            section, (start, end)) -> all times that it visits.
+    """
+
+    default: str = "logsnr"
+    stops: bool = False
+    lay: Callable[..., Tensor] | None = None
 
 
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def planned(plan: Plan) -> Callable[[F], F]:
+    """Say which times suit a sampler; without, those of `Plan()` do."""
+
+    def remember(sampler: F) -> F:
+        sampler.plan = plan  # type: ignore[attr-defined]
+        return sampler
+
+    return remember
+
+
+# ------------------------------------------------------------------ index times
+
+
+@register("times", "even")
 def even(timesteps: int, steps: int | str) -> Tensor:
-    """steps + 1 grid times, evenly spaced over the whole range: [steps + 1], from 1 to 0."""
+    """Training steps, evenly spaced: [steps + 1], from 1 to 0."""
     k = torch.linspace(timesteps, 0, _count(timesteps, steps) + 1, dtype=torch.float64).round()
     return k / timesteps
 
 
+@register("times", "maskdm")
 def maskdm(timesteps: int, steps: int | str) -> Tensor:
-    """MaskDM's DDIM grid: the integer part of a float32 linspace(-1, T - 1, steps + 1); index -1 is
-    clean.
+    """MaskDM's DDIM steps: the integer part of a float32 linspace(-1, T - 1, steps + 1).
+
+    Index -1 is the clean image.
     """
-    indices = (
-        torch.linspace(-1, timesteps - 1, _count(timesteps, steps) + 1, dtype=torch.float32)
-        .int()
-        .flip(0)
-    )
-    return (indices.double() + 1) / timesteps
+    count = _count(timesteps, steps)
+    places = torch.linspace(-1, timesteps - 1, count + 1, dtype=torch.float32)
+    return (places.int().flip(0).double() + 1) / timesteps
 
 
+@register("times", "adm")
 def adm(timesteps: int, steps: int | str) -> Tensor:
-    """ADM's respacing (Nichol & Dhariwal 2021), then clean.
+    """ADM's respaced training steps (Nichol & Dhariwal 2021), then clean.
 
     `250`: so many evenly rounded indices from 0 to T - 1. `10,20,30`: so many in each third.
     `ddim25`: the integer stride from 0 that gives 25. Raises UsageError where there is none, or a
     part has fewer indices.
     """
     if str(steps).startswith("ddim"):
-        wanted = int(str(steps)[4:])
-        strides = [s for s in range(1, timesteps + 1) if len(range(0, timesteps, s)) == wanted]
-        if not strides:
-            raise UsageError(
-                f"sample.steps {steps}: no whole stride takes {wanted} of {timesteps} time steps"
-            )
-        kept = list(range(0, timesteps, strides[0]))
+        kept = _strided(timesteps, str(steps))
     else:
-        counts, kept, start = [int(count) for count in str(steps).split(",")], [], 0
-        for part, count in enumerate(counts):
-            size = timesteps // len(counts) + (part < timesteps % len(counts))
-            _count(size, count)
-            stride, place = (size - 1) / max(count - 1, 1), 0.0
-            for _ in range(count):
-                kept.append(start + round(place))
-                place += stride
-            start += size
+        kept = _in_parts(timesteps, [int(count) for count in str(steps).split(",")])
     indices = torch.tensor(kept[::-1], dtype=torch.float64)
     return torch.cat([(indices + 1) / timesteps, torch.zeros(1, dtype=torch.float64)])
+
+
+def _strided(timesteps: int, spacing: str) -> list[int]:
+    wanted = int(spacing.removeprefix("ddim"))
+    for stride in range(1, timesteps + 1):
+        kept = list(range(0, timesteps, stride))
+        if len(kept) == wanted:
+            return kept
+    raise UsageError(
+        f"sample.steps {spacing}: no whole stride takes {wanted} of {timesteps} time steps"
+    )
+
+
+def _in_parts(timesteps: int, counts: list[int]) -> list[int]:
+    kept: list[int] = []
+    start = 0
+    for part, count in enumerate(counts):
+        size = timesteps // len(counts) + (part < timesteps % len(counts))
+        _count(size, count)
+        stride, place = (size - 1) / max(count - 1, 1), 0.0
+        for _ in range(count):
+            kept.append(start + round(place))
+            place += stride
+        start += size
+    return kept
 
 
 def _number(steps: int | str) -> int:
     if not isinstance(steps, int):
         raise UsageError(
-            f"sample.steps {steps} is a spacing of the adm grid (sample.grid); other grids "
-            "take a number"
+            f"sample.steps {steps} is a spacing of the adm times (sample.times); others take a "
+            "number"
         )
     return steps
 
@@ -77,96 +130,80 @@ def _count(timesteps: int, steps: int | str) -> int:
     return steps
 
 
-# ------------------------------------------------------------------ free times: intervals + 1, from
+# ------------------------------------------------------------------ free times
 
 
-def uniform(process: Process, intervals: int, start: float, end: float) -> Tensor:
+class FreeOptions(Options):
+    end: float | None = Field(
+        None, gt=0, lt=1, description="the last time; null: the process's first step"
+    )
+
+
+@register("times", "uniform", FreeOptions)
+def uniform(schedule: Schedule, intervals: int, start: float, end: float) -> Tensor:
+    """Evenly spaced in t."""
     return torch.linspace(start, end, intervals + 1, dtype=torch.float64)
 
 
-def quadratic(process: Process, intervals: int, start: float, end: float) -> Tensor:
+@register("times", "quadratic", FreeOptions)
+def quadratic(schedule: Schedule, intervals: int, start: float, end: float) -> Tensor:
     """Evenly spaced in the square root of t."""
     return torch.linspace(start**0.5, end**0.5, intervals + 1, dtype=torch.float64) ** 2
 
 
-def logsnr(process: Process, intervals: int, start: float, end: float) -> Tensor:
+@register("times", "logsnr", FreeOptions)
+def logsnr(schedule: Schedule, intervals: int, start: float, end: float) -> Tensor:
     """Evenly spaced in log(alpha / sigma) (Lu et al. 2022)."""
-    first, last = process.log_snr(torch.tensor([start, end], dtype=torch.float64)).tolist()
-    times = process.time_at(torch.linspace(first, last, intervals + 1, dtype=torch.float64))
+    first, last = schedule.log_snr(torch.tensor([start, end], dtype=torch.float64)).tolist()
+    times = schedule.time_at(torch.linspace(first, last, intervals + 1, dtype=torch.float64))
     times[0], times[-1] = start, end if intervals else start
     return times
 
 
-INDEX_GRIDS = {"even": even, "maskdm": maskdm, "adm": adm}
-FREE_GRIDS = {"uniform": uniform, "quadratic": quadratic, "logsnr": logsnr}
-
-
-def subdivide(process: Process, times: Tensor, parts: list[int]) -> Tensor:
+def subdivide(schedule: Schedule, times: Tensor, parts: list[int]) -> Tensor:
     """Cut interval i of times [N + 1] into parts[i] equal ones in log-SNR: [sum(parts) + 1]."""
-    pieces = [logsnr(process, n, *times[i : i + 2].tolist())[:-1] for i, n in enumerate(parts)]
+    pieces = []
+    for i, count in enumerate(parts):
+        start, end = times[i : i + 2].tolist()
+        pieces.append(logsnr(schedule, count, start, end)[:-1])
     return torch.cat([*pieces, times[-1:]])
 
 
-def grid_of(options: SampleConfig) -> str:
-    """The name of the grid that a `sample` section asks for, or else the sampler's own."""
-    if isinstance(options.steps, str):
-        return options.grid or "adm"
-    return options.grid or ("even" if options.sampler in ("ddim", "ddpm") else "logsnr")
+# ------------------------------------------------------------------ what a section asks for
 
 
-def visited(process: Process, options: SampleConfig) -> Tensor:
-    """The times of a `sample` section.
+def visited(schedule: Schedule, section: SampleConfig) -> Tensor:
+    """The times that the sampler of a `sample` section visits.
 
-    DDIM and DDPM visit even training steps unless told otherwise, solvers even steps of log-SNR. On
-    free times the multistep solvers make `steps` intervals and stop at the last time; all others
-    use the last of their steps to reach the clean image.
+    DDIM and DDPM visit even training steps unless told otherwise, solvers even steps of log-SNR.
 
-    Raises UsageError for a spacing or a number of steps that the grid has not, and for an end
-    without noise.
+    Raises UsageError for a spacing or a number of steps that the times have not, and for an end
+    that means nothing or is free of noise.
     """
-    solver = options.sampler in ("dpm_solver", "dpm_solver++", "unipc")
-    if (grid := grid_of(options)) in INDEX_GRIDS:
-        return (
-            INDEX_GRIDS[grid](process.timesteps, options.steps)
-            .clamp(max=process.latest)
-            .unique_consecutive()
-        )
-    steps = _number(options.steps)
-    ends = (process.latest, options.end or process.earliest)
-    if not process.log_snr(torch.tensor(ends[1], dtype=torch.float64)).isfinite():
-        near = f"end at {process.earliest:g} or later"
-        raise UsageError(f"sample.end {ends[1]:g} is free of noise in this process: {near}")
-    zero = torch.zeros(1, dtype=torch.float64)
-    if not solver:
-        return torch.cat([FREE_GRIDS[grid](process, steps - 1, *ends), zero])
-    if options.sampler != "unipc" and options.method in ("singlestep", "fast"):
-        orders = solver_orders(options.method, steps, options.order)
-        # U-ViT's fast solver on even times goes through a fine grid; DPM-Solver-fast cuts equal
-        # steps of log-SNR.
-        if options.method == "fast" and grid != "logsnr":
-            times = FREE_GRIDS[grid](process, steps, *ends)
-        else:
-            times = subdivide(process, FREE_GRIDS[grid](process, len(orders), *ends), orders)
+    sampler = registry.find("sampler", section.sampler, "sample.sampler")
+    plan: Plan = getattr(sampler.make, "plan", Plan())
+    spaced = "adm" if isinstance(section.steps, str) else plan.default
+    entry = registry.find("times", section.times or spaced, "sample.times")
+    end = getattr(section, "end", None)
+    if not issubclass(entry.options, FreeOptions):
+        if end is not None:
+            raise UsageError(f"sample.end {end:g} has no effect on the times {entry.name}")
+        times = entry.make(schedule.timesteps, section.steps)
+        return times.clamp(max=schedule.latest).unique_consecutive()
+    return _free(schedule, section, entry, plan)
+
+
+def _free(schedule: Schedule, section: SampleConfig, entry: registry.Entry, plan: Plan) -> Tensor:
+    steps = _number(section.steps)
+    start, end = schedule.latest, getattr(section, "end", None) or schedule.earliest
+    if not schedule.log_snr(torch.tensor(end, dtype=torch.float64)).isfinite():
+        near = f"end at {schedule.earliest:g} or later"
+        raise UsageError(f"sample.end {end:g} is free of noise in this process: {near}")
+    clean = torch.zeros(1, dtype=torch.float64)
+    if not plan.stops:
+        return torch.cat([entry.make(schedule, steps - 1, start, end), clean])
+    if plan.lay is not None:
+        times = plan.lay(schedule, entry, section, (start, end))
     else:
-        times = FREE_GRIDS[grid](process, steps, *ends)
-    return torch.cat([times, zero]) if options.denoise_to_zero else times
-
-
-def solver_orders(method: str, evaluations: int, order: int) -> list[int]:
-    """The orders of a singlestep solver's steps, each of which takes as many evaluations as its
-    order.
-
-    `singlestep`: all of one order, as many as fit. `fast`: all evaluations are used, the last ones
-    at lower order (Lu et al. 2022, appendix D.3). Raises UsageError for fewer evaluations than one
-    step of `singlestep` takes.
-    """
-    if method == "singlestep":
-        if evaluations < order:
-            raise UsageError(
-                f"sample.steps {evaluations} are fewer than one step of sample.order {order} takes"
-            )
-        return [order] * (evaluations // order)
-    full, rest = divmod(evaluations, order)
-    if order == 3 and rest == 0:
-        return [3] * (full - 1) + [2, 1]
-    return [order] * full + [rest] * bool(rest)
+        times = entry.make(schedule, steps, start, end)
+    return torch.cat([times, clean]) if getattr(section, "denoise_to_zero", False) else times

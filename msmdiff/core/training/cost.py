@@ -1,13 +1,17 @@
 """What a configuration costs, counted on the meta device before anything is allocated."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from msmdiff.core import build as road
+from msmdiff.core.backbones.routes import Route
 from msmdiff.core.config import Config
+from msmdiff.core.seeding import stream
+from msmdiff.core.training import optim
 
 
 @dataclass
@@ -43,8 +47,7 @@ class Cost:
 
         All but the activations are divided among the processes where `sharded`.
         """
-        states = {"adamw": 2, "adan": 4, "adan-pytorch": 4}[config.optim.name]
-        copies = 2 + states + len(config.ema.decays)
+        copies = 2 + optim.state_size(config.optim) + len(config.ema.decays)
         micro = config.train.micro_batch_size or config.train.batch_size // processes
         # Autocast keeps most activations in half the width; checkpointing keeps about one tensor
         # per block.
@@ -55,27 +58,18 @@ class Cost:
 
 
 def measure(config: Config) -> Cost:
-    """Count one image's forward pass through a resolved configuration, with and without its mask."""
+    """Count one image's forward pass through a resolved configuration, with and without its
+    mask.
+    """
     with torch.device("meta"):
         parts = road.build(config)
         network = parts.backbone
         x, t = torch.empty(1, *parts.codec.shape), torch.empty(1)
-        context = road.context_shape(config)
-        y = (
-            torch.empty(1, *context)
-            if context
-            else torch.zeros(1, dtype=torch.long)
-            if network.num_classes
-            else None
-        )
-        keep = (
-            torch.empty(1, parts.mask.kept, dtype=torch.long)
-            if parts.mask.kept < parts.mask.tokens
-            else None
-        )
+        y = parts.objective.condition.example(1, "meta")
+        route = _route(parts)
         saved: dict[int, int] = {}
 
-        def pack(tensor: torch.Tensor) -> torch.Tensor:
+        def pack(tensor: Tensor) -> Tensor:
             if not isinstance(tensor, torch.nn.Parameter):
                 saved[id(tensor.untyped_storage())] = tensor.untyped_storage().nbytes()
             return tensor
@@ -83,9 +77,9 @@ def measure(config: Config) -> Cost:
         with FlopCounterMode(display=False) as full, torch.no_grad():
             network(x, t, y)
         with FlopCounterMode(display=False) as masked, torch.no_grad():
-            network(x, t, y, keep)
+            network(x, t, y, route)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            network(x, t, y, keep)
+            network(x, t, y, route)
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         forward_flops=full.get_total_flops(),
@@ -95,3 +89,12 @@ def measure(config: Config) -> Cost:
         kept=parts.mask.kept,
         two_passes=len(parts.objective.passes) > 1,
     )
+
+
+def _route(parts: road.Parts) -> Route | None:
+    """The route of the masked pass, with as many tokens as the mask keeps, on the meta device."""
+    *_, route_of = parts.objective.passes.values()
+    route = route_of(1, lambda purpose, device="cpu": stream(device, 0, purpose))
+    if route is None or route.keep is None:
+        return None
+    return replace(route, keep=torch.empty(1, parts.mask.kept, dtype=torch.long, device="meta"))

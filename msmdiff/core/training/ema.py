@@ -6,7 +6,7 @@ import torch
 from ema_pytorch import EMA
 from torch import Tensor, nn
 
-from msmdiff.core.config import EmaConfig
+from msmdiff.core.sections import EmaConfig
 from msmdiff.core.training import sharding
 
 # ema-pytorch's ramp 1 - (1 + k)^-power with this power is the full decay from the first step on.

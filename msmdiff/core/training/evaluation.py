@@ -5,18 +5,34 @@ was best.
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msmdiff.core import files, weights
-from msmdiff.core.build import Parts, context_shape
+import torch
+
+from msmdiff.core import files, registry
+from msmdiff.core.build import Parts
+from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
+from msmdiff.core.data import sources
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import UsageError
-from msmdiff.core.metrics import evaluate, features, statistics
-from msmdiff.core.metrics.inputs import Drawn, Images, Stored, draws, is_data, open_input
+from msmdiff.core.metrics import evaluate, features, scores, statistics
+from msmdiff.core.metrics.inputs import Drawn, Images, Stored, draws, open_input
 from msmdiff.core.training import checkpoint, previews
 from msmdiff.core.training.run import Run
+
+
+@dataclass
+class Judged:
+    """A training whose samples are measured."""
+
+    config: Config
+    parts: Parts
+    run: Run
+    source: Source
+    device: torch.device
 
 
 class Evaluator:
@@ -27,46 +43,37 @@ class Evaluator:
     be had.
     """
 
-    def __init__(
-        self, config: Config, parts: Parts, run: Run, source: Source, device: Any, note: Callable
-    ) -> None:
-        self.config, self.parts, self.run, self.device, self._note = (
-            config,
-            parts,
-            run,
-            device,
-            note,
-        )
-        options, side = config.eval, config.data.image_size
-        if context_shape(config):
+    def __init__(self, judged: Judged, note: Callable[[str], None]) -> None:
+        self.config, self.parts, self.run = judged.config, judged.parts, judged.run
+        self._note = note
+        options, side = self.config.eval, self.config.data.image_size
+        if isinstance(self.parts.objective.condition, Text):
             raise UsageError(
                 "eval.every: measuring while training does not draw from text; set it to 0"
             )
+        entry = registry.find("features", options.features, "eval.features")
+        weights = Path(options.weights) if options.weights else None
         self.features = features.build(
-            options.features, Path(options.weights) if options.weights else None, device
+            options.features, weights, judged.device, **entry.takes(options)
         )
-        self._kept = run.path / "eval-reference.npz" if options.reference is None else None
-        self._reference: Images = (
-            open_input(options.reference, crop=side) if options.reference else Stored(source, side)
-        )
+        self._kept = None
+        if options.reference is None:
+            self._kept = self.run.path / "eval-reference.npz"
+            self._reference: Images = Stored(judged.source, side)
+        else:
+            self._reference = open_input(options.reference, crop=side)
         if self._kept and self._kept.is_file():  # measured before this run was resumed
             found = statistics.load(self._kept)
             if found and found.settings == self.features.settings() | self._reference.settings:
                 self._reference.stored = found
-        evaluate.check(self._drawn(parts.backbone), self._reference, self.features)
-        how = {"sample": config.sample.model_dump(), **options.model_dump(exclude={"every"})}
+        evaluate.check(self._drawn(self.parts.backbone), self._reference, self.features)
+        sample = self.config.sample.model_dump()
+        how = {"sample": sample, **options.model_dump(exclude={"every"})}
         self._how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]
 
     def _drawn(self, network: Any) -> Drawn:
-        config = self.config.model_copy(
-            update={
-                "sample": previews.alone(self.config.sample, bool(self.config.model.num_classes))
-            }
-        )
-        loaded = weights.Loaded(
-            network, self.parts.process, self.parts.codec, config, {}, self.run.path
-        )
-        return Drawn("samples", loaded, self.config.eval.n, self.device)
+        model = previews.model_in_training(network, self.parts, self.config)
+        return Drawn("samples", model, self.config.eval.n)
 
     def measured(self, images_seen: int) -> bool:
         """Whether the run's log has this step's distance, measured as now: settings may change
@@ -93,7 +100,7 @@ class Evaluator:
         drawn = evaluate.of_input(self._drawn(network.eval()), self.features, 64)
         network.train(training)
         score, step = (
-            evaluate.compare(drawn, self._reference.stored, self.features),
+            scores.compare(drawn, self._reference.stored, self.features),
             self.config.train.batch_size,
         )
         line = {
@@ -145,7 +152,7 @@ def open_run(
     found = {int(p.name[4:]): p / f"{stem}.safetensors" for p in checkpoint.whole(path)}
     if reference is None:
         reference, crop = config.data.source, crop or config.data.image_size
-        if draws(reference) or not is_data(reference):
+        if draws(reference) or not sources.is_data(reference):
             raise UsageError(
                 f"--run {run}: the data it was trained on, {reference}, is not there: name "
                 "the other side"

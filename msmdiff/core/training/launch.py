@@ -9,10 +9,12 @@ from types import FrameType
 from typing import Any
 
 import torch
+import torch.distributed
 
 from msmdiff.core import machine
 from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import TrainConfig
 from msmdiff.core.training import sharding
 
 AUTOCAST_WIDTH = 64
@@ -100,6 +102,28 @@ def _refuse_lonely_launch() -> None:
         )
 
 
+def shares(train: TrainConfig, processes: int) -> tuple[int, int]:
+    """Images of a micro-batch, and how many of them a process takes for a step.
+
+    Raises UsageError where the batch does not divide.
+    """
+    micro = train.micro_batch_size or max(1, train.batch_size // processes)
+    if train.batch_size % (micro * processes):
+        raise UsageError(
+            f"train.batch_size {train.batch_size} does not divide by {processes} processes x "
+            f"micro-batches of {micro}"
+        )
+    return micro, train.batch_size // (micro * processes)
+
+
+def agree(accelerator: Any, stop: bool) -> bool:
+    """Whether any process says so; all must leave the loop at the same step."""
+    if accelerator.num_processes == 1:
+        return stop
+    flag = torch.tensor([float(stop)], device=accelerator.device)
+    return bool(accelerator.reduce(flag, "sum").item())
+
+
 def process() -> tuple[torch.device, bool]:
     """Where there is no training: this process's device, and whether it reports; joined with others
     of a launch.
@@ -115,6 +139,12 @@ def process() -> tuple[torch.device, bool]:
     # share.
     state = PartialState(cpu=not cuda, backend="gloo", timeout=timedelta(days=7))
     return state.device, state.is_main_process
+
+
+def leave() -> None:
+    """The end of what `process` began, where several processes were joined."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 class Signals:

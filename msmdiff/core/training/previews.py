@@ -1,6 +1,7 @@
 """Pictures of a run in progress: samples from fixed noise, and what a masked model sees."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,15 @@ from PIL import Image
 from torch import Tensor
 
 from msmdiff.core.backbones.layers import gather_tokens, patchify, unpatchify
+from msmdiff.core.backbones.routes import Route, partial
 from msmdiff.core.build import Parts
-from msmdiff.core.config import Config, SampleConfig
+from msmdiff.core.condition import Text
+from msmdiff.core.config import Config
 from msmdiff.core.data.images import grid
 from msmdiff.core.data.loader import TrainingImages
-from msmdiff.core.samplers.generate import generate
+from msmdiff.core.diffusion.objectives import DrawRoute
+from msmdiff.core.model import Model
+from msmdiff.core.sections import SampleConfig
 from msmdiff.core.seeding import stream
 
 
@@ -40,51 +45,44 @@ def samples_at(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}-samples.png")
 
 
-def draw(
-    network: Any,
-    parts: Parts,
-    config: Config,
-    dataset: TrainingImages,
-    device: torch.device,
-    stem: Path,
-) -> None:
+def model_in_training(network: Any, parts: Parts, config: Config) -> Model:
+    """The model that a training would draw from now."""
+    sample = alone(config.sample, parts.objective.condition.count > 0)
+    condition = parts.objective.condition
+    if isinstance(condition, Text):
+        sample = config.sample
+    drawn = config.model_copy(update={"sample": sample})
+    return Model(network, parts.process, parts.codec, condition, drawn)
+
+
+def draw(model: Model, parts: Parts, dataset: TrainingImages, stem: Path) -> None:
     """Write `STEM-samples.png`, and `STEM-masked.png` where the training masks."""
-    training = network.training
-    network.eval()
+    training = model.backbone.training
+    model.backbone.eval()
     context = dataset.context(40)
-    picture = samples(network, parts, config, device, context=context)
-    picture.save(samples_at(stem))
-    if config.objective.name in ("msm", "mdt"):
+    samples(model, context=context).save(samples_at(stem))
+    *_, route_of = parts.objective.passes.values()
+    if model.config.objective.name in ("msm", "mdt"):
         images = next(dataset.sample(8, "preview"))
-        seen = None if context is None else context[: len(images)].to(device)
-        picture = masked_view(network, parts, images, config.train.seed, device, seen)
+        seen = None if context is None else context[: len(images)].to(model.device)
+        picture = masked_view(model, route_of, images, seen)
         picture.save(stem.with_name(f"{stem.name}-masked.png"))
-    network.train(training)
+    model.backbone.train(training)
 
 
-def samples(
-    network: Any,
-    parts: Parts,
-    config: Config,
-    device: torch.device,
-    count: int = 40,
-    context: Tensor | None = None,
-) -> Image.Image:
+def samples(model: Model, count: int = 40, context: Tensor | None = None) -> Image.Image:
     """A grid of `count` samples from seeds 0, 1, ...; a conditional network shows its classes in
     turn, by columns.
 
     A network that draws from text takes context, [count, tokens, width].
     """
-    classes = network.num_classes
+    options, classes = model.config.sample, model.condition.count
+    steps = min(options.steps, 50) if isinstance(options.steps, int) else options.steps
+    quick = model.config.model_copy(update={"sample": options.model_copy(update={"steps": steps})})
+    seeds = range(count)
+    y = context if context is not None else model.condition.deal(None, seeds)
+    drawn = replace(model, config=quick).batches(seeds, y)
     columns = min(classes, 10) if classes else 8
-    labels = [i % classes for i in range(count)] if classes else context
-    steps = config.sample.steps
-    options = alone(config.sample, labels is not None).model_copy(
-        update={"steps": min(steps, 50) if isinstance(steps, int) else steps}
-    )
-    null = parts.objective.null
-    road = (network, parts.process, parts.codec, options, range(count), labels)
-    drawn = generate(*road, num_classes=classes, null=null, device=device)
     return grid(to_hwc(torch.cat([batch.images for batch in drawn])), columns)
 
 
@@ -103,48 +101,43 @@ def curve(path: Path, title: str, points: Sequence[tuple[int, float]]) -> None:
 
 @torch.no_grad()
 def masked_view(
-    network: Any,
-    parts: Parts,
-    images: Tensor,
-    seed: int,
-    device: torch.device,
-    context: Tensor | None = None,
+    model: Model, route_of: DrawRoute, images: Tensor, context: Tensor | None = None
 ) -> Image.Image:
     """One column per image: the image, its visible part, that part noised, and the x0 predicted
     from it.
 
-    images is what the codec encodes, [N, ...]. The noise is that of t = 0.5, the mask that of the
-    objective's last pass. A network that drops tokens predicts the visible ones only; MDT fills in
-    the others.
+    images is what the codec encodes, [N, ...]. The noise is that of t = 0.5. A network that drops
+    tokens predicts the visible ones only; where gaps are filled it predicts all.
     """
+    network, codec, process, device = model.backbone, model.codec, model.process, model.device
+    seed, patch = model.config.train.seed, network.patch_size
+    tokens = network.grid[0] * network.grid[1]
 
     def draw(purpose: str, place: torch.device | str = device) -> torch.Generator:
         return stream(place, seed, f"preview-{purpose}")
 
-    x0 = parts.codec.encode(images.to(device), draw("codec"))
-    *_, mask = parts.objective.passes.values()
-    keep = mask(len(x0), draw)
-    if keep is None:
-        keep = torch.arange(parts.mask.tokens, device=device).expand(len(x0), -1)
+    x0 = codec.encode(images.to(device), draw("codec"))
+    route = route_of(len(x0), draw)
+    if route is None or route.keep is None:
+        route = Route(torch.arange(tokens, device=device).expand(len(x0), -1))
+    keep = route.keep
+    assert keep is not None
     t = torch.full((len(x0),), 0.5, device=device)
-    x_t = parts.process.add_noise(
-        x0, t, torch.randn(x0.shape, generator=draw("noise"), device=device)
-    )
-    output = network(x_t, parts.process.model_time(t), context, keep).float()
+    x_t = process.add_noise(x0, t, torch.randn(x0.shape, generator=draw("noise"), device=device))
+    output = process.feed(network, x_t, t, context, route).float()
 
-    def visible(tokens: Tensor) -> Tensor:
+    def visible(kept: Tensor) -> Tensor:
         """Kept tokens [N, K, D] -> their image, zero (mid-grey) elsewhere."""
-        canvas = tokens.new_zeros(len(tokens), parts.mask.tokens, tokens.shape[-1])
-        return unpatchify(
-            canvas.scatter(1, keep.unsqueeze(-1).expand_as(tokens), tokens),
-            network.patch_size,
-            network.grid,
-        )
+        canvas = kept.new_zeros(len(kept), tokens, kept.shape[-1])
+        canvas = canvas.scatter(1, keep.unsqueeze(-1).expand_as(kept), kept)
+        return unpatchify(canvas, patch, network.grid)
 
     def of_kept(image: Tensor) -> Tensor:
-        return visible(gather_tokens(patchify(image, network.patch_size), keep))
+        return visible(gather_tokens(patchify(image, patch), keep))
 
-    partial = output.ndim == 3
-    predicted = parts.process.split(visible(output) if partial else output, x_t, t).x0
-    rows = [x0, of_kept(x0), of_kept(x_t), of_kept(predicted) if partial else predicted]
-    return grid(to_hwc(torch.cat([parts.codec.decode(row) for row in rows])), columns=len(x0))
+    if partial(route):
+        predicted = of_kept(process.split(visible(output), x_t, t).x0)
+    else:
+        predicted = process.split(output, x_t, t).x0
+    rows = [x0, of_kept(x0), of_kept(x_t), predicted]
+    return grid(to_hwc(torch.cat([codec.decode(row) for row in rows])), columns=len(x0))

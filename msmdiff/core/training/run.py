@@ -76,7 +76,8 @@ class Run:
         path = self.path / "config.yaml"
         if not path.is_file():
             return None
-        return configuration.build(presets.parse_yaml(path.read_text(encoding="utf-8"), str(path)))
+        content = presets.parse_yaml(path.read_text(encoding="utf-8"), str(path))
+        return configuration.build(configuration.stored(content, str(self.path)))
 
     def begun(self) -> Config | None:
         """The configuration of a run that has a whole checkpoint to go on from, else None."""

@@ -1,31 +1,30 @@
 """The one training loop. `pretrain`, `finetune` and `train` differ in their configuration only."""
 
-import math
+import functools
 import os
-import time
+from collections.abc import Iterator
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from msmdiff.core import backbones, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
+from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Latents
-from msmdiff.core.data.loader import Batch, TrainingImages, batches, flip, open_training
+from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs
-from msmdiff.core.diffusion.codecs import DwtCodec
-from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.seeding import key, stream
-from msmdiff.core.training import checkpoint, cost, launch, optim, previews, sharding, warmstart
-from msmdiff.core.training.ema import Averages
-from msmdiff.core.training.evaluation import Evaluator
+from msmdiff.core.errors import UsageError
+from msmdiff.core.seeding import key
+from msmdiff.core.training import checkpoint, cost, launch, previews, sharding, warmstart
+from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
+from msmdiff.core.training.step import Step
 
 
 def train(
@@ -88,59 +87,66 @@ class Trainer:
             raise
 
     def _prepare(self, config: Config, allow_partial: bool, command: str) -> None:
-        config = self._with_statistics(config)
+        config = self._measured(config)
         self.run.admit(config)
         self.config = config
-        train, world = config.train, self.accelerator.num_processes
-        self.micro = train.micro_batch_size or max(1, train.batch_size // world)
-        if train.batch_size % (self.micro * world):
-            raise UsageError(
-                f"train.batch_size {train.batch_size} does not divide by {world} processes x "
-                "micro-batches of "
-                f"{self.micro}"
-            )
+        launch.shares(config.train, self.accelerator.num_processes)
 
-        torch.manual_seed(key(train.seed, "init"))
+        # The network: fresh, from other weights, or (below) from this run's newest checkpoint.
+        torch.manual_seed(key(config.train.seed, "init"))
         self.parts = road.build(config)
-        self.parts.process.to(self.device)
-        if self.parts.objective.history is not None:
-            self.parts.objective.history.gather = self.accelerator.gather
-        source = self.dataset.source
-        if isinstance(source, Latents) and source.captioned and source.null_context is not None:
-            self.parts.objective.null = source.null_context.to(self.device)
-        backbone = self.parts.backbone
+        self._tell_empty_text()
+        found = self._clear_checkpoints()
+        if config.train.init_from and not found:
+            self._start_from_weights(config.train.init_from, allow_partial)
+
+        # What a step touches, and where the run stands.
+        self.step = Step(
+            config,
+            self.parts,
+            self.accelerator,
+            note=self._note,
+            last_good=lambda: checkpoint.newest(self.run.path),
+        )
+        self.images_seen, self.seconds = 0, 0.0
+        if found:
+            self._restore(found)
+
+        # What watches it.
+        self.cost = cost.measure(config)
+        mean = functools.partial(self.accelerator.reduce, reduction="mean")
+        self.meter = Meter(self.cost, self.device, mean)
+        self.evaluator = None
+        if config.eval.every:
+            judged = Judged(config, self.parts, self.run, self.dataset.source, self.device)
+            self.evaluator = Evaluator(judged, self._note)
+        self.run.start(config, command, self.images_seen)
+        if config.train.trackers:
+            self.accelerator.init_trackers("msmdiff", configuration.plain(config))
+
+    def _tell_empty_text(self) -> None:
+        """A network that draws from text learns what the empty one is."""
+        source, condition = self.dataset.source, self.parts.objective.condition
+        if isinstance(condition, Text) and isinstance(source, Latents):
+            empty = source.null_context if source.captioned else None
+            condition.null = None if empty is None else empty.to(self.device)
+
+    def _clear_checkpoints(self) -> Path | None:
+        """Remove torn checkpoints; returns the newest whole one."""
         if self.main:
             for torn in checkpoint.clear_torn(self.run.path):
                 self._note(f"passed over and removed {torn}: it was not whole")
         self.accelerator.wait_for_everyone()
-        found = checkpoint.newest(self.run.path)
-        if train.init_from and not found:
-            # Only a published file asks for this: shapes do not tell how many heads a network has.
-            told = {k: v for k, v in config.model.model_dump().items() if k == "num_heads"}
-            stored = weights.read(weights.locate(train.init_from), told)
-            report = warmstart.start_from(backbone, stored, allow_partial)
-            for line in report.lines():
-                self._note(line)
-        backbone.gradient_checkpointing = train.gradient_checkpointing
-        self.averages = Averages(backbone.to(self.device), config.ema)
-        if train.compile:
-            backbone.compile()  # in place: parameter names stay as they are
-        trained = (backbone, optim.build(config.optim, backbone.parameters()))
-        self.model, self.optimizer = sharding.prepare(
-            self.accelerator, *trained, self.averages.networks.values()
-        )
-        self.images_seen, self.seconds, self.skipped = 0, 0.0, 0
-        if found:
-            self._restore(found)
-        self.cost = cost.measure(config)
-        self.meter = Meter(
-            self.cost, self.device, lambda terms: self.accelerator.reduce(terms, "mean")
-        )
-        judged = (config, self.parts, self.run, self.dataset.source, self.device, self._note)
-        self.evaluator = Evaluator(*judged) if config.eval.every else None
-        self.run.start(config, command, self.images_seen)
-        if train.trackers:
-            self.accelerator.init_trackers("msmdiff", configuration.plain(config))
+        return checkpoint.newest(self.run.path)
+
+    def _start_from_weights(self, source: str, allow_partial: bool) -> None:
+        # Only a published file asks for this: shapes do not tell how many heads a network has.
+        fields = self.config.model.model_dump()
+        told = {name: fields[name] for name in ("num_heads",) if name in fields}
+        stored = weights.read(weights.locate(source), told)
+        report = warmstart.start_from(self.parts.backbone, stored, allow_partial)
+        for line in report.lines():
+            self._note(line)
 
     # ------------------------------------------------------------------ the loop
 
@@ -191,104 +197,23 @@ class Trainer:
                     evaluated_at = self.images_seen
                 if done:
                     break
-                self._step(stream_of_batches)
+                self._take_step(stream_of_batches)
         signal = signals.received or (
             SIGTERM if told else None
         )  # of all processes, one may have been told
         return Summary(self.run.path, self.images_seen, step, self.seconds, self.main, signal)
 
-    def _step(self, stream_of_batches: Any) -> None:
-        """One optimiser step over the next batch_size images."""
-        train, started, waited = self.config.train, time.perf_counter(), 0.0
-        rate = optim.learning_rate(self.config.optim, self.images_seen, train.batch_size)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        # Nothing draws from the global generators; this keeps it so even for a layer that one day
-        # would.
-        torch.manual_seed(
-            key(train.seed, "global", self.accelerator.process_index, self.images_seen)
-        )
-        accumulate = train.batch_size // (self.micro * self.accelerator.num_processes)
-        terms: dict[str, Tensor] = {}
-        for i in range(accumulate):
-            asked = time.perf_counter()
-            batch: Batch = next(stream_of_batches)
-            waited += time.perf_counter() - asked
-            if i < accumulate - 1:
-                with self.accelerator.no_sync(self.model):
-                    part = self._accumulate(batch, accumulate)
-            else:
-                part = self._accumulate(batch, accumulate)
-            terms = {name: terms.get(name, 0.0) + value for name, value in part.items()}
-        grad_norm = self._checked_norm(terms)
-        if grad_norm is not None:
-            self.optimizer.step()
-            self.averages.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        self.images_seen += train.batch_size
-        spent = time.perf_counter() - started
-        self.seconds += spent
-        finite = grad_norm is not None and math.isfinite(grad_norm)
+    def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
+        taken = self.step(stream_of_batches, self.images_seen)
+        batch_size = self.config.train.batch_size
+        self.images_seen += batch_size
+        self.seconds += taken.seconds
         self.meter.add(
-            terms,
-            grad_norm if grad_norm is not None and finite else 0.0,
-            train.batch_size,
-            spent,
-            waited,
-        )
-
-    def _accumulate(self, batch: Batch, accumulate: int) -> dict[str, Tensor]:
-        """Backward through one micro-batch; returns its share of the step's loss terms, detached."""
-
-        def draw(purpose: str, device: torch.device | str = self.device) -> torch.Generator:
-            return stream(device, self.config.train.seed, purpose, batch.position)
-
-        images = batch.images.to(self.device, non_blocking=True)
-        labels = (
-            batch.labels.to(self.device, non_blocking=True) if batch.labels is not None else None
-        )
-        flipped = None
-        if self.config.data.hflip:
-            flipped = (
-                torch.rand(len(images), generator=draw("flip"), device=self.device)
-                < self.config.data.hflip
-            )
-        x0 = self.parts.codec.encode(flip(images, flipped), draw("codec"))
-        terms = self.parts.objective(self.model, x0, labels, draw)
-        self.accelerator.backward(terms["loss"] / accumulate)
-        return {name: value.detach() / accumulate for name, value in terms.items()}
-
-    def _checked_norm(self, terms: dict[str, Tensor]) -> float | None:
-        """Clip the gradients and return their norm; None where this step must not be taken."""
-        limit = self.config.optim.clip_grad_norm
-        norm = float(
-            sharding.whole(
-                self.accelerator.clip_grad_norm_(self.model.parameters(), limit or math.inf)
-            )
-        )
-        if math.isfinite(norm):
-            return norm
-        loss_is_finite = all(bool(torch.isfinite(value)) for value in terms.values())
-        self.skipped += 1
-        scaler = self.accelerator.scaler
-        if scaler is not None and scaler.get_scale() > 1 and not self._agree(not loss_is_finite):
-            return norm  # fp16: the loss scale was too large; the scaler leaves this step out and halves it
-        if self.config.train.on_nonfinite == "skip":
-            if scaler is not None:
-                self.optimizer.step()  # leaves the step out too, and has to be told of every gradient it unscaled
-            self._note(
-                f"image {self.images_seen:,}: gradient norm {norm}, step skipped "
-                f"({self.skipped} so far)"
-            )
-            return None
-        shown = ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
-        good = checkpoint.newest(self.run.path)
-        raise MsmdiffError(
-            f"stopped before the update at image {self.images_seen:,}: {shown}, gradient "
-            f"norm {norm}; "
-            f"the last good checkpoint is {good or 'none yet'}. A lower optim.lr or "
-            "train.precision fp32 may help; "
-            "train.on_nonfinite=skip goes on and counts"
+            taken.terms,
+            taken.grad_norm,
+            images=batch_size,
+            seconds=taken.seconds,
+            waited=taken.waited,
         )
 
     # ------------------------------------------------------------------ what happens between steps
@@ -302,8 +227,8 @@ class Trainer:
             "step": self.images_seen // self.config.train.batch_size,
             "mask_ratio": 0.0,
             **metrics,
-            "lr": self.optimizer.param_groups[0]["lr"],
-            "skipped_steps": self.skipped,
+            "lr": self.step.optimizer.param_groups[0]["lr"],
+            "skipped_steps": self.step.skipped,
             "seconds": self.seconds,
         }
         self.run.log(line)
@@ -317,8 +242,8 @@ class Trainer:
 
         It is the average of `sample.ema`, else the first one, else the trained network.
         """
-        averages, wanted = self.averages.networks, self.config.sample.ema
-        first = next(iter(averages.values()), self.accelerator.unwrap_model(self.model))
+        averages, wanted = self.step.averages.networks, self.config.sample.ema
+        first = next(iter(averages.values()), self.accelerator.unwrap_model(self.step.model))
         network = averages.get(f"{wanted:g}", first) if wanted is not None else first
         if not self.accelerator.is_fsdp2:
             return network
@@ -330,7 +255,8 @@ class Trainer:
     def _preview(self) -> None:
         network = self._sampled()
         if self.main:
-            previews.draw(network, self.parts, self.config, self.dataset, self.device, self._stem)
+            model = previews.model_in_training(network, self.parts, self.config)
+            previews.draw(model, self.parts, self.dataset, self._stem)
         self.accelerator.wait_for_everyone()
 
     @property
@@ -343,18 +269,18 @@ class Trainer:
         state = {
             "images_seen": self.images_seen,
             "seconds": self.seconds,
-            "skipped": self.skipped,
-            "optimizer": self.optimizer.state_dict(),
-            "averages": self.averages.counters(),
+            "skipped": self.step.skipped,
+            "optimizer": self.step.optimizer.state_dict(),
+            "averages": self.step.averages.counters(),
             "times": history.state_dict() if history is not None else None,
             "data": len(self.dataset.source),
             "listing": self.listing,
             "processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        networks = {"model": self.accelerator.unwrap_model(self.model).state_dict()}
+        networks = {"model": self.accelerator.unwrap_model(self.step.model).state_dict()}
         networks |= {
-            f"ema-{decay}": net.state_dict() for decay, net in self.averages.networks.items()
+            f"ema-{decay}": net.state_dict() for decay, net in self.step.averages.networks.items()
         }
         state, networks = sharding.whole((state, networks), keep=self.main)
         if self.main:
@@ -364,15 +290,15 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         state, networks = checkpoint.load(path)
-        sharding.load(self.accelerator.unwrap_model(self.model), networks["model"])
+        sharding.load(self.accelerator.unwrap_model(self.step.model), networks["model"])
         averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
-        self.averages.load(state["averages"], averaged)
-        sharding.load_optimizer(self.optimizer, state["optimizer"])
+        self.step.averages.load(state["averages"], averaged)
+        sharding.load_optimizer(self.step.optimizer, state["optimizer"])
         if self.parts.objective.history is not None:
             self.parts.objective.history.load_state_dict(state["times"])
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.images_seen, self.seconds, self.skipped = (
+        self.images_seen, self.seconds, self.step.skipped = (
             state["images_seen"],
             state["seconds"],
             state["skipped"],
@@ -386,7 +312,7 @@ class Trainer:
                 f"{count:,}{others}: restore the data, or finetune --ckpt from it in another --run"
             )
         if self.main:
-            stem = next((f"ema-{decay}" for decay in self.averages.networks), "model")
+            stem = next((f"ema-{decay}" for decay in self.step.averages.networks), "model")
             checkpoint.publish(path, self.run.path, stem)
         self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
         if (
@@ -398,20 +324,22 @@ class Trainer:
                 "other random draws"
             )
 
-    def _with_statistics(self, config: Config) -> Config:
+    def _measured(self, config: Config) -> Config:
         """Measure what the codec needs to know of the data, once; a resumed run keeps what it
         measured.
         """
         codec = codecs.build(config.codec, config.data.image_size)
-        if not isinstance(codec, DwtCodec) or (config.codec.mean and config.codec.std):
+        missing = codecs.open_measures(config.codec, codec)
+        if not missing:
             return config
         stored = self.run.begun()
-        if stored and stored.codec.model_copy(update={"mean": None, "std": None}) == config.codec:
+        if stored and stored.codec.model_copy(update=dict.fromkeys(missing)) == config.codec:
             config.codec = stored.codec
-        else:
-            config.codec.mean, config.codec.std = codec.measure(self.dataset.sample(2048))
-            shown = ", ".join(f"{v:.3g}" for v in config.codec.std)
-            self._note(f"measured the deviation of {codec.bands} sub-bands: {shown}")
+            return config
+        for name, values in codec.measure(self.dataset.sample(2048)).items():
+            setattr(config.codec, name, values)
+            shown = ", ".join(f"{value:.3g}" for value in values)
+            self._note(f"measured codec.{name} of the data: {shown}")
         return config
 
     def _introduce(self, total: int) -> None:
@@ -429,7 +357,8 @@ class Trainer:
             f"{self.accelerator.num_processes}, {goal}"
         )
         if self.config.objective.name == "mdt":
-            low, spread = self.config.mask.ratio, self.config.mask.spread or 0.0
+            mask_section: Any = self.config.mask
+            low, spread = mask_section.ratio, mask_section.spread or 0.0
             self._note(
                 f"a second pass hides {low:.0%}"
                 + (f" to {low + spread:.0%}" if spread else "")
@@ -447,17 +376,13 @@ class Trainer:
         return Chunks(
             self.images_seen,
             batch_size,
-            self.micro,
+            self.step.micro,
             accelerator.process_index,
             accelerator.num_processes,
         )
 
     def _agree(self, stop: bool) -> bool:
-        """Whether any process wants to stop; all must leave the loop at the same step."""
-        if self.accelerator.num_processes == 1:
-            return stop
-        flag = torch.tensor([float(stop)], device=self.device)
-        return bool(self.accelerator.reduce(flag, "sum").item())
+        return launch.agree(self.accelerator, stop)
 
     def _note(self, text: str) -> None:
         if self.main:

@@ -57,38 +57,13 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
     for name, target in own.items():
         source = stored.tensors.get(name)
         fitted = None
-        if (
-            source is not None
-            and source.shape == target.shape
-            and not _moved(name, origin, backbone)
-        ):
-            fitted = source
+        if source is not None and source.shape == target.shape:
+            fitted = None if _moved(name, origin, backbone) else source
+        if fitted is not None:
             report.loaded.append(name)
-        elif source is not None and name in fixed:
-            fitted = target
-            report.resized.append(name)
-        elif (
-            source is not None
-            and name.endswith("pos_embed")
-            and source.shape[-1] == target.shape[-1]
-        ):
-            fitted = _resize_positions(source, target, origin, backbone)
-            report.resized.append(name)
-        elif (
-            source is not None
-            and name.endswith("bias_table")
-            and source.shape[-1] == target.shape[-1]
-        ):
-            fitted = _resize_bias_table(source, target)
-            report.resized.append(name)
-        elif (
-            name == "label_emb.weight" and source is not None and source.shape[1] == target.shape[1]
-        ):
-            fitted, shared = target.clone(), min(origin.num_classes, backbone.num_classes)
-            fitted[:shared] = source[:shared]
-            if len(source) > origin.num_classes and len(target) > backbone.num_classes:
-                fitted[-1] = source[-1]
-            report.resized.append(name)
+        elif source is not None:
+            fitted = target if name in fixed else _fitted(name, source, target, origin, backbone)
+            (report.missing if fitted is None else report.resized).append(name)
         else:
             report.missing.append(name)
         if fitted is not None:
@@ -99,10 +74,30 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
         details = "; ".join(report.lines()[1:])
         raise UsageError(
             f"only {report.share:.0%} of the network's parameters are in {stored.path} "
-            f"({details}): is it another "
-            "architecture? --allow-partial starts from it all the same"
+            f"({details}): is it another architecture? --allow-partial starts from it all the same"
         )
     return report
+
+
+def _fitted(name: str, source: Tensor, target: Tensor, origin: Any, backbone: Any) -> Tensor | None:
+    """A tensor of another grid or other classes, brought to this network's; None where none is."""
+    alike = source.shape[-1] == target.shape[-1]
+    if name.endswith("pos_embed") and alike:
+        return _resize_positions(source, target, origin, backbone)
+    if name.endswith("bias_table") and alike:
+        return _resize_bias_table(source, target)
+    if name == "label_emb.weight" and alike:
+        return _shared_rows(source, target, origin.num_classes, backbone.num_classes)
+    return None
+
+
+def _shared_rows(source: Tensor, target: Tensor, old: int, new: int) -> Tensor:
+    """The label table's rows of the classes that both have, and the null class's."""
+    fitted, shared = target.clone(), min(old, new)
+    fitted[:shared] = source[:shared]
+    if len(source) > old and len(target) > new:
+        fitted[-1] = source[-1]
+    return fitted
 
 
 def _moved(name: str, origin: Any, backbone: Any) -> bool:

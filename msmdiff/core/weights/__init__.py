@@ -1,4 +1,4 @@
-"""Weights files: one self-describing `.safetensors` per network, to sample from or to start from."""
+"""Weights files: one self-describing `.safetensors` per network, to sample or to start from."""
 
 import json
 import os
@@ -15,13 +15,11 @@ from torch import Tensor
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion import codecs
-from msmdiff.core.diffusion.codecs import Codec
-from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.model import Model
 from msmdiff.core.weights import published
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 
 @dataclass
@@ -34,20 +32,6 @@ class Stored:
     tensors: dict[str, Tensor]
     config: Config
     notes: dict[str, str] = field(default_factory=dict)
-
-
-@dataclass
-class Loaded:
-    """A network ready to sample from, with the road around it."""
-
-    backbone: Any
-    process: Process
-    codec: Codec
-    config: Config
-    report: dict[str, str]
-    path: Path
-    guide: Any = None
-    """The weaker network of `sample.guide`."""
 
 
 def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -> None:
@@ -87,7 +71,8 @@ def read(
     """
     if is_ours(path):
         about = _about(path)
-        config = configuration.build(about.pop("config"))
+        layer = configuration.stored(about.pop("config"), str(path))
+        config = configuration.build(layer)
         try:
             return Stored(path, load_file(path), config, about)
         except (SafetensorError, OSError) as error:
@@ -131,30 +116,51 @@ def load(
     device: torch.device | str = "cpu",
     layers: Sequence[dict[str, Any]] = (),
     **model_fields: Any,
-) -> Loaded:
-    """The network of a weights file, a run, or a published checkpoint, in evaluation mode on
-    `device`.
+) -> Model:
+    """The model of a weights file, a run, or a published checkpoint, in evaluation mode on
+    `device`: `load("runs/primer").draw(seeds=range(16), classes=3)` gives images.
 
     Args:
         path: as `locate` takes it; of a run, `sample.ema` says which average.
-        layers: nested configuration dictionaries laid over the stored one, for example {"codec":
-            {"vae": FOLDER}}.
+        layers: nested configuration dictionaries laid over the stored one, for example
+            {"codec": {"vae": FOLDER}}.
         model_fields: what the shapes of a published checkpoint do not tell, such as num_heads=16.
 
     Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a
     source that is not there or does not say enough.
     """
-    asked = [
-        layer["sample"]["ema"]
-        for layer in layers
-        if (layer.get("sample") or {}).get("ema") is not None
-    ]
-    stored = read(locate(path, ema=asked[-1] if asked else None), model_fields)
+    stored, config = _stored_with(path, layers, model_fields)
+    parts = road.build(config)
+    try:
+        parts.backbone.load_state_dict(stored.tensors)
+    except RuntimeError as error:
+        raise MsmdiffError(f"{path} does not hold the network that it describes: {error}") from None
+    backbone = parts.backbone.to(device).eval().requires_grad_(False)
+    _set_amm(backbone, config)
+    model = Model(
+        backbone,
+        parts.process.to(device),
+        parts.codec,
+        parts.objective.condition,
+        config,
+        report=stored.notes,
+        path=stored.path,
+    )
+    if config.sample.guide:
+        model.guide = _guide(model, device)
+    return model
+
+
+def _stored_with(
+    path: str | Path, layers: Sequence[dict[str, Any]], model_fields: dict[str, Any]
+) -> tuple[Stored, Config]:
+    """What lies in a file, and its configuration under the layers, resolved."""
+    asked = [(layer.get("sample") or {}).get("ema") for layer in layers]
+    ema = next((decay for decay in reversed(asked) if decay is not None), None)
+    stored = read(locate(path, ema=ema), model_fields)
     config = road.resolve(configuration.build(stored.config.as_dict(), *layers))
-    if (
-        config.sample.ema is not None and not asked and not Path(path).is_file()
-    ):  # as the run was set up
-        stored = read(locate(path, ema=config.sample.ema), model_fields)
+    if config.sample.ema is not None and ema is None and not Path(path).is_file():
+        stored = read(locate(path, ema=config.sample.ema), model_fields)  # as the run was set up
     own = stored.config.model.model_dump() if is_ours(stored.path) else model_fields
     for name, value in model_fields.items():
         if own.get(name) != value:
@@ -162,30 +168,26 @@ def load(
                 f"model.{name} {value}: {stored.path} says itself what its network is "
                 f"({own.get(name)})"
             )
-    codecs.check(config.codec, [key for layer in layers for key in layer.get("codec") or {}])
-    parts = road.build(config)
-    try:
-        parts.backbone.load_state_dict(stored.tensors)
-    except RuntimeError as error:
-        raise MsmdiffError(f"{path} does not hold the network that it describes: {error}") from None
-    backbone = parts.backbone.to(device).eval().requires_grad_(False)
-    if config.sample.amm is not None:
-        if not hasattr(backbone, "set_amm"):
-            raise UsageError(
-                f"sample.amm {config.sample.amm}: {config.model.family} has no attention modulation"
-            )
-        formula = config.model.model_dump().get("amm_formula", "exp")
-        backbone.set_amm(config.sample.amm, formula, cfg_scale=config.sample.cfg_scale)
-    guide = _guide(config, parts.codec.shape, device) if config.sample.guide else None
-    return Loaded(
-        backbone, parts.process.to(device), parts.codec, config, stored.notes, stored.path, guide
-    )
+    return stored, config
 
 
-def _guide(config: Config, shape: tuple[int, int, int], device: torch.device | str) -> Any:
+def _set_amm(backbone: Any, config: Config) -> None:
+    """Modulate attention as `sample.amm` says. Raises UsageError for a network without it."""
+    if config.sample.amm is None:
+        return
+    if not hasattr(backbone, "set_amm"):
+        raise UsageError(
+            f"sample.amm {config.sample.amm}: {config.model.family} has no attention modulation"
+        )
+    formula = config.model.model_dump().get("amm_formula", "exp")
+    backbone.set_amm(config.sample.amm, formula, cfg_scale=config.sample.cfg_scale)
+
+
+def _guide(model: Model, device: torch.device | str) -> Any:
     """The network of `sample.guide`. Raises UsageError where it does not predict what the guided
     one does.
     """
+    config = model.config
     source = str(config.sample.guide)
     plain = {"sample": {"guide": None, "amm": None}}
     guide = load(locate(source, ema=config.sample.guide_ema), device, (plain,))
@@ -194,14 +196,13 @@ def _guide(config: Config, shape: tuple[int, int, int], device: torch.device | s
         if getattr(ours, name) != getattr(theirs, name):
             raise UsageError(
                 f"the guide {source} has process.{name} {getattr(theirs, name)}, not "
-                f"{getattr(ours, name)}: "
-                "a guide is a weaker version of the same model"
+                f"{getattr(ours, name)}: a guide is a weaker version of the same model"
             )
-    if guide.codec.shape != shape or guide.config.model.num_classes != config.model.num_classes:
+    shape, classes = model.codec.shape, config.model.num_classes
+    if guide.codec.shape != shape or guide.config.model.num_classes != classes:
         raise UsageError(
-            f"the guide {source} is for {guide.codec.shape} and "
-            f"{guide.config.model.num_classes} classes, "
-            f"not {shape} and {config.model.num_classes}"
+            f"the guide {source} is for {guide.codec.shape} and {guide.config.model.num_classes} "
+            f"classes, not {shape} and {classes}"
         )
     return guide.backbone
 

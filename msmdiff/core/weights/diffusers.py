@@ -2,8 +2,8 @@
 
 from typing import Any
 
-from msmdiff.core.config import ModelConfig
 from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import ModelConfig
 from msmdiff.core.weights.layout import Pairs, Tensors, linear_to_kernel, rename
 
 TIME = "transformer_blocks.{}.norm1.emb.timestep_embedder."

@@ -1,10 +1,12 @@
-"""The layout of DiT's checkpoints (facebookresearch/DiT), and what MDT's and EDT's share with it."""
+"""The layout of DiT's checkpoints (facebookresearch/DiT), and what MDT and EDT share with it."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from msmdiff.core.backbones import dit
-from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.registry import register
+from msmdiff.core.samplers.papers import SAMPLINGS
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -29,6 +31,9 @@ ENDS: Pairs = [
     ("final_layer.", "final."),
     (".adaLN_modulation.1.", ".modulation."),
 ]
+
+
+HOLDS = frozenset({"dit"})
 
 
 def matches(names: set[str]) -> bool:
@@ -59,7 +64,7 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance; guided with strength 1.5 for the published FID."""
-    return adm_sections(network, PRESETS["dit"])
+    return adm_sections(network, SAMPLINGS["dit"])
 
 
 # ------------------------------------------------------------------ shared with MDT and EDT
@@ -103,6 +108,7 @@ def adm_sections(network: Network, preset: dict[str, Any]) -> dict[str, Any]:
     guided = network.num_classes and network.fields.get("null_class", True)
     common = latent_sections(network.shape) | no_label_dropout(network)
     common["process"] = {"schedule": "linear", "timesteps": 1000, "prediction": "eps"}
-    return common | {
-        "sample": preset | ({} if guided else {"cfg_scale": 1.0, "cfg_schedule": "constant"})
-    }
+    return common | {"sample": preset | ({} if guided else {"cfg_scale": 1.0})}
+
+
+register("layout", "dit")(sys.modules[__name__])

@@ -1,12 +1,14 @@
 """The layout of EDT's checkpoints (xinwangChen/EDT)."""
 
+import sys
 from collections.abc import Mapping
 from itertools import groupby
 from typing import Any
 
 from msmdiff.core.backbones import edt
 from msmdiff.core.errors import MsmdiffError
-from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.registry import register
+from msmdiff.core.samplers.papers import SAMPLINGS
 from msmdiff.core.weights.dit import ENDS, adm_sections, ends_to_ours, ends_to_published, read_ends
 from msmdiff.core.weights.layout import Network, Pairs, Tensors, count, mlp_ratio
 
@@ -18,6 +20,9 @@ PAIRS: Pairs = [
     (".rel_pos_bias.relative_position_bias_table", ".bias_table"),
 ]
 TABLE = "attn.rel_pos_bias.relative_position_bias_table"
+
+
+HOLDS = frozenset({"edt"})
 
 
 def matches(names: set[str]) -> bool:
@@ -71,7 +76,7 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     generator.
     """
     known = network.fields["amm"] == "default"  # else the authors chose no blocks for this depth
-    common = adm_sections(network, PRESETS["edt"] | ({} if known else {"amm": None}))
+    common = adm_sections(network, SAMPLINGS["edt"] | ({} if known else {"amm": None}))
     common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
     return common
 
@@ -82,3 +87,6 @@ def _numbering(network: Network) -> Pairs:
         (s, j) for s, depth in enumerate(network.fields["stage_depths"]) for j in range(depth)
     ]
     return [(f"blocks.{i}.", f"stages.{s}.{j}.") for i, (s, j) in enumerate(places)]
+
+
+register("layout", "edt")(sys.modules[__name__])

@@ -1,14 +1,17 @@
 """The layout of MaskDM's checkpoints (jiachenlei/maskdm), and of its older wavelet network."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from msmdiff.core.diffusion.process import cosine_betas, linear_betas
+from msmdiff.core.diffusion.process import Process
+from msmdiff.core.diffusion.schedules import cosine_betas, linear_betas
 from msmdiff.core.errors import MsmdiffError
-from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.registry import register
+from msmdiff.core.samplers.papers import SAMPLINGS
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -38,6 +41,9 @@ BACK: Pairs = [
     ("to_output.detail.", "detail_to_output."),
     *reverse(PAIRS),
 ]
+
+
+HOLDS = frozenset({"uvit", "maskdwt"})
 
 
 def matches(names: set[str]) -> bool:
@@ -120,14 +126,19 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
         codec, data = {"name": "pixel"}, {"image_size": side}
     schedule, timesteps = _schedule(buffers.get("betas"))
     process = {"schedule": schedule, "timesteps": timesteps, "prediction": "eps"}
-    return {"data": data, "codec": codec, "process": process, "sample": PRESETS["maskdm"]}
+    return {"data": data, "codec": codec, "process": process, "sample": SAMPLINGS["maskdm"]}
+
+
+def file_content(state: Tensors, process: Process) -> dict[str, Any]:
+    """The file around a network's keys. Raises UsageError for a schedule without betas."""
+    return checkpoint(state, process.table("MaskDM's layout").alpha_bar)
 
 
 def checkpoint(state: Tensors, alpha_bar: Tensor) -> dict[str, Any]:
     """The file around a network's keys: MaskDM's training code reads `model`, its evaluation `ema`
     and the buffers.
 
-    alpha_bar [T + 1] float64 is `Process.alpha_bar`, from 1 at the clean image on.
+    alpha_bar [T + 1] float64 is `Table.alpha_bar`, from 1 at the clean image on.
     """
     now, before = alpha_bar[1:], alpha_bar[:-1]
     alphas = now / before
@@ -165,3 +176,6 @@ def _schedule(betas: Tensor | None) -> tuple[str, int]:
         ):
             return name, len(betas)
     raise MsmdiffError("its noise schedule (betas) is neither MaskDM's cosine nor its linear one")
+
+
+register("layout", "maskdm")(sys.modules[__name__])

@@ -1,12 +1,14 @@
 """The layouts of MDT's checkpoints (sail-sg/MDT): version 1 (branch mdtv1) and MDTv2."""
 
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from msmdiff.core.backbones.layers import relative_index
 from msmdiff.core.errors import MsmdiffError
-from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.registry import register
+from msmdiff.core.samplers.papers import SAMPLINGS
 from msmdiff.core.weights.dit import ENDS, adm_sections, ends_to_ours, ends_to_published, read_ends
 from msmdiff.core.weights.layout import Network, Pairs, Tensors, count, mlp_ratio
 
@@ -19,6 +21,9 @@ PAIRS: Pairs = [
     (".rel_pos_bias.relative_position_bias_table", ".bias_table"),
 ]
 INDEX = ".rel_pos_bias.relative_position_index"
+
+
+HOLDS = frozenset({"mdt", "mdtv2"})
 
 
 def matches(names: set[str]) -> bool:
@@ -70,7 +75,10 @@ def to_published(tensors: Tensors, network: Network) -> Tensors:
 
 def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     """Linear schedule with learned variance; MDTv2 weights its losses by min-SNR."""
-    common = adm_sections(network, PRESETS["mdtv2"])
+    common = adm_sections(network, SAMPLINGS["mdtv2"])
     if network.family == "mdtv2":
         common["process"] |= {"weighting": "min_snr", "min_snr_gamma": 5.0}
     return common
+
+
+register("layout", "mdt")(sys.modules[__name__])

@@ -9,22 +9,27 @@ import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msmdiff.core import backbones
-from msmdiff.core.config import ModelConfig
+from msmdiff.core import backbones, registry
+from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.weights import dit, edt, maskdm, mdt, uvit
+from msmdiff.core.sections import ModelConfig
 from msmdiff.core.weights.layout import Network, Tensors
 
 
 class Format(Protocol):
-    """One published project's layout."""
+    """One published project's layout: a module of this package, or of a plugin.
+
+    `HOLDS` are our families that it can hold.
+    """
+
+    HOLDS: frozenset[str]
 
     def matches(self, names: set[str]) -> bool:
         """Whether a state dict with these keys is this project's."""
@@ -40,18 +45,9 @@ class Format(Protocol):
         """The configuration, without its model, that this network was trained for."""
 
 
-FORMATS: dict[str, Format] = {
-    name: cast(Format, module)
-    for name, module in {"edt": edt, "mdt": mdt, "dit": dit, "maskdm": maskdm, "uvit": uvit}.items()
-}
-WRITES = {
-    "dit": {"dit"},
-    "mdt": {"mdt", "mdtv2"},
-    "edt": {"edt"},
-    "uvit": {"uvit"},
-    "maskdm": {"uvit", "maskdwt"},
-}
-"""Our families that each layout can hold."""
+def formats() -> dict[str, Format]:
+    """Every published project's layout, by name."""
+    return {name: entry.make for name, entry in registry.entries("layout").items()}
 
 
 @dataclass
@@ -90,7 +86,7 @@ def read(
     Args:
         given: model fields that override what is read off the tensors, such as num_heads.
         average: take the averaged weights (EMA) where the file has them beside the last ones.
-        family: a name in FORMATS, or auto to go by the keys.
+        family: a name in `formats`, or auto to go by the keys.
 
     Raises MsmdiffError or UsageError, in one sentence, for a file that is missing, damaged, of
     another project or of another family than forced, for one that would execute code, and for
@@ -100,7 +96,7 @@ def read(
     content, file = load(path, average)
     state, buffers, which = unwrap(content, average)
     name = recognise(path, set(state), family)
-    layout = FORMATS[name]
+    layout = formats()[name]
     try:
         network = layout.describe(state, given)
         num_classes = given.pop("num_classes", network.num_classes)
@@ -133,8 +129,8 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
 
     Raises UsageError when that project has no such network.
     """
-    if name not in WRITES:
-        raise UsageError(f"--format {name}: the published layouts are {', '.join(WRITES)}")
+    if name not in formats():
+        raise UsageError(f"--format {name}: the published layouts are {', '.join(formats())}")
     fields = {
         k: v for k, v in model.model_dump().items() if k not in ("name", "family", "num_classes")
     }
@@ -145,10 +141,16 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
         else {}
     )
     odd = [k for k, value in plain.items() if fields.get(k, value) != value]
-    if family not in WRITES[name] or odd:
+    if family not in formats()[name].HOLDS or odd:
         what = f"model.{odd[0]}={fields[odd[0]]}" if odd else f"model.family {family}"
         raise UsageError(f"--format {name} cannot hold a network with {what}")
-    return FORMATS[name].to_published(tensors, Network(family, shape, num_classes, fields))
+    return formats()[name].to_published(tensors, Network(family, shape, num_classes, fields))
+
+
+def file_content(state: Tensors, process: Process, name: str) -> Any:
+    """What a project's own code expects in a file around a network's tensors under its keys."""
+    wrap = getattr(formats()[name], "file_content", None)
+    return state if wrap is None else wrap(state, process)
 
 
 def load(path: Path, average: bool = True) -> tuple[Any, Path]:
@@ -228,15 +230,15 @@ def unwrap(content: Any, average: bool = True) -> tuple[Tensors, Tensors, str]:
 
 
 def recognise(path: Path, names: set[str], family: str = "auto") -> str:
-    """The layout (a name in FORMATS) of a state dict with these keys. Raises when it is none, or
+    """The layout (a name in `formats`) of a state dict with these keys. Raises when it is none, or
     not the one forced.
     """
-    found = next((name for name, layout in FORMATS.items() if layout.matches(names)), None)
-    if family != "auto" and family not in FORMATS:
-        raise UsageError(f"--family {family}: the families are auto, {', '.join(FORMATS)}")
+    found = next((name for name, layout in formats().items() if layout.matches(names)), None)
+    if family != "auto" and family not in formats():
+        raise UsageError(f"--family {family}: the families are auto, {', '.join(formats())}")
     if found is None:
         some = ", ".join(sorted(names)[:3]) or "no tensors"
-        raise MsmdiffError(f"{path} is no checkpoint of {', '.join(FORMATS)}: it holds {some}")
+        raise MsmdiffError(f"{path} is no checkpoint of {', '.join(formats())}: it holds {some}")
     if family not in ("auto", found):
         raise UsageError(f"{path} is a {found} checkpoint, not {family} as --family says")
     return found
@@ -272,7 +274,7 @@ def size_of(model: ModelConfig) -> str:
     def value(name: str, given: Any) -> Any:
         return given // 2 if name == "depth" and model.family in ("uvit", "maskdwt") else given
 
-    for size, known in backbones.SIZES.items():
+    for size, known in backbones.sizes().items():
         if size != "tiny" and all(
             value(k, fields.get(k)) == value(k, v) for k, v in known.items() if k != "amm"
         ):

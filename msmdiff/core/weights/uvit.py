@@ -1,10 +1,12 @@
 """The layout of U-ViT's checkpoints (baofff/U-ViT), image and text-to-image."""
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from msmdiff.core.backbones import maskdwt, uvit
-from msmdiff.core.samplers.presets import PRESETS
+from msmdiff.core.registry import register
+from msmdiff.core.samplers.papers import SAMPLINGS
 from msmdiff.core.weights.layout import (
     Network,
     Pairs,
@@ -27,6 +29,9 @@ PAIRS: Pairs = [
     ("decoder_pred.", "to_output."),
     ("final_layer.", "final_conv."),
 ]
+
+
+HOLDS = frozenset({"uvit"})
 
 
 def matches(names: set[str]) -> bool:
@@ -77,12 +82,12 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     common["process"] = {"schedule": "scaled_linear" if discrete else "vp_sde", "prediction": "eps"}
     common |= no_label_dropout(network)
     # The 512-pixel models (patch 4) use another scale than the 256-pixel ones.
-    preset = PRESETS[
+    preset = SAMPLINGS[
         "uvit-t2i" if text else "uvit-512" if network.fields["patch_size"] == 4 else "uvit"
     ]
     scale = preset["cfg_scale"] if latent and (text or network.num_classes) else 1.0
     return common | {
-        "sample": (preset if discrete else PRESETS["uvit-continuous"]) | {"cfg_scale": scale}
+        "sample": (preset if discrete else SAMPLINGS["uvit-continuous"]) | {"cfg_scale": scale}
     }
 
 
@@ -103,3 +108,6 @@ def read_blocks(
             f"{prefix}mid_block.attn.{name}" in tensors for name in ("qkv.bias", "q_bias")
         ),
     }
+
+
+register("layout", "uvit")(sys.modules[__name__])

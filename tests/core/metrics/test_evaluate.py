@@ -8,6 +8,7 @@ from PIL import Image
 from msmdiff.core.data.sources import Files
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import evaluate, inputs, statistics
+from msmdiff.core.metrics.evaluate import Settings
 from msmdiff.core.metrics.features import PixelFeatures
 from msmdiff.core.metrics.frechet import Gaussian
 from msmdiff.core.metrics.statistics import Moments, Statistics
@@ -104,7 +105,7 @@ def test_unequal_rules_are_refused_unless_asked_for(tmp_path, monkeypatch):
     a, b = pictures(tmp_path / "a", 4), str(tmp_path / "b.npz")
     small = inputs.Stored(Files(pictures(tmp_path / "small", 4, (16, 16)), "none"))
     (scores,), _, _ = evaluate.evaluate(
-        [a], small.spec, features="pixel"
+        [a], small.spec, Settings(features="pixel")
     )  # averages over areas: any size will do
     assert scores[0].value > 0
     monkeypatch.setattr(PixelFeatures, "resize", "some-rule")
@@ -113,41 +114,45 @@ def test_unequal_rules_are_refused_unless_asked_for(tmp_path, monkeypatch):
         UsageError,
         match=r"differs from .*b.npz in image_size 24x24 against 16x16: --allow-mismatch",
     ):
-        evaluate.evaluate([a], b, features="pixel")
+        evaluate.evaluate([a], b, Settings(features="pixel"))
     with pytest.raises(UsageError, match="image_size 24x24 against 16x16"):
-        evaluate.evaluate([a], small.spec, features="pixel")
+        evaluate.evaluate([a], small.spec, Settings(features="pixel"))
     notes = []
     (scores,), _, _ = evaluate.evaluate(
-        [a], b, features="pixel", allow_mismatch=True, note=notes.append
+        [a], b, Settings(features="pixel", allow_mismatch=True, note=notes.append)
     )
     assert scores[0].value > 0
     assert "image_size 24x24 against 16x16; compared all the same" in notes[0]
-    (scores,), _, passes = evaluate.evaluate([a], small.spec, features="pixel", crop=16)
+    (scores,), _, passes = evaluate.evaluate([a], small.spec, Settings(features="pixel"), crop=16)
     assert passes[0].sets[0].settings["crop"] == "adm 16"
     (tmp_path / "c.npz").write_bytes((tmp_path / "b.npz").read_bytes())
     other = statistics.load(tmp_path / "c.npz")
     other.settings["features"], other.rows = "pixel-9x9", None
     statistics.save(tmp_path / "c.npz", other)
     with pytest.raises(UsageError, match="features pixel-8x8 against pixel-9x9"):
-        evaluate.evaluate([small.spec], str(tmp_path / "c.npz"), features="pixel")
+        evaluate.evaluate([small.spec], str(tmp_path / "c.npz"), Settings(features="pixel"))
     with pytest.raises(UsageError, match="holds statistics only"):
         evaluate.evaluate(
-            [small.spec], str(tmp_path / "c.npz"), ["kid"], features="pixel", allow_mismatch=True
+            [small.spec],
+            str(tmp_path / "c.npz"),
+            Settings(metrics=["kid"], features="pixel", allow_mismatch=True),
         )
     np.savez(tmp_path / "d.npz", mu=np.zeros(3), sigma=np.eye(3))
     with pytest.raises(
         UsageError, match=r"holds statistics of 3 unnamed features, .* pixel-8x8 \(192\)"
     ):
-        evaluate.evaluate([a], str(tmp_path / "d.npz"), features="pixel")
+        evaluate.evaluate([a], str(tmp_path / "d.npz"), Settings(features="pixel"))
 
 
 def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
     a, b = pictures(tmp_path / "a", 30), pictures(tmp_path / "b", 25, seed=1)
     metrics = ["fid", "kid", "prdc"]
-    (direct,), _, passes = evaluate.evaluate([a], b, metrics, features="pixel", bootstrap=4)
+    (direct,), _, passes = evaluate.evaluate(
+        [a], b, Settings(metrics=metrics, features="pixel", bootstrap=4)
+    )
     statistics.save(tmp_path / "b.npz", passes[0].sets[-1])
     (stored,), _, _ = evaluate.evaluate(
-        [a], str(tmp_path / "b.npz"), metrics, features="pixel", bootstrap=4
+        [a], str(tmp_path / "b.npz"), Settings(metrics=metrics, features="pixel", bootstrap=4)
     )
     assert [s.value for s in stored] == pytest.approx([s.value for s in direct], rel=1e-12)
     assert stored[0].interval == pytest.approx(direct[0].interval, rel=1e-9)
@@ -165,36 +170,46 @@ def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
 
 def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     a = pictures(tmp_path / "a", 3)
-    _, _, (made,) = evaluate.evaluate([a], None, features="pixel")
+    _, _, (made,) = evaluate.evaluate([a], None, Settings(features="pixel"))
     assert (
         made.sets[0].rows is not None
     )  # so few that they are kept, which serves everything but a picture
     statistics.save(tmp_path / "b.npz", made.sets[0])
     monkeypatch.setattr(evaluate, "of_input", None)
     with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):
-        evaluate.evaluate([a], str(tmp_path / "b.npz"), features="pixel", keep=True)
+        evaluate.evaluate([a], str(tmp_path / "b.npz"), Settings(features="pixel", keep=True))
 
 
 def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):
     """And ADM's are taken for what its evaluator makes, so that other weights are told apart."""
     a, ref = pictures(tmp_path / "a", 3), str(tmp_path / "ref.npz")
-    _, _, (made,) = evaluate.evaluate([a], None, ["sfid"], weights=random_inception, resize="clean")
+    _, _, (made,) = evaluate.evaluate(
+        [a],
+        None,
+        Settings(metrics=["sfid"], weights=random_inception, feature_options={"resize": "clean"}),
+    )
     assert made.sets[0].spatial.mean.shape == (2023,)
     statistics.save(tmp_path / "ref.npz", made.sets[0])
-    (scores,), _, (again,) = evaluate.evaluate([a], ref, ["fid", "sfid"], weights=random_inception)
+    (scores,), _, (again,) = evaluate.evaluate(
+        [a], ref, Settings(metrics=["fid", "sfid"], weights=random_inception)
+    )
     assert again.features.resize == "clean"
     assert [s.name for s in scores] == ["fid", "sfid"]
     assert max(s.value for s in scores) < 1e-3
     with pytest.raises(UsageError, match="resize adm against clean"):
-        evaluate.evaluate([a], ref, weights=random_inception, resize="adm")
+        evaluate.evaluate(
+            [a], ref, Settings(weights=random_inception, feature_options={"resize": "adm"})
+        )
     made.sets[0].settings = {}
     statistics.save(tmp_path / "ref.npz", made.sets[0])
     with pytest.raises(
         UsageError, match=r"features inception-2048/\w+ against inception-2048/6726825d"
     ):
-        evaluate.evaluate([a], ref, weights=random_inception)
+        evaluate.evaluate([a], ref, Settings(weights=random_inception))
     notes = []
-    evaluate.evaluate([a], ref, weights=random_inception, allow_mismatch=True, note=notes.append)
+    evaluate.evaluate(
+        [a], ref, Settings(weights=random_inception, allow_mismatch=True, note=notes.append)
+    )
     assert (
         "does not say how it was made; going by its layout: inception-2048/6726825d, adm"
         in notes[1]
@@ -214,7 +229,9 @@ def test_mixed_sizes_and_unreadable_files_are_named(tmp_path):
     good = inputs.Stored(Files(folder, "none"), workers=1)
     assert evaluate.of_input(good, PixelFeatures()).count == 150
     notes = []
-    evaluate.evaluate([folder], pictures(tmp_path / "b", 3), features="pixel", note=notes.append)
+    evaluate.evaluate(
+        [folder], pictures(tmp_path / "b", 3), Settings(features="pixel", note=notes.append)
+    )
     assert notes == [f"left out: 1 of 151 images in {folder}: zebra.png ({good.bad[150]})"]
     for name in ("000", "001"):
         (tmp_path / "a" / f"{name}.png").write_bytes(b"y")
@@ -240,14 +257,16 @@ def test_a_name_is_a_runs_only_where_no_data_has_it(tmp_path, monkeypatch):
 def test_sets_that_are_no_sets(tmp_path):
     one = pictures(tmp_path / "one", 1)
     with pytest.raises(UsageError, match="holds 1 image: a distance needs at least two"):
-        evaluate.evaluate([one], one, features="pixel")
+        evaluate.evaluate([one], one, Settings(features="pixel"))
     outer = pictures(tmp_path / "outer", 3)
     inner = pictures(tmp_path / "outer" / "inner", 3)
     for a, b in ((outer, inner), (inner, outer)):
         with pytest.raises(UsageError, match="lies in the other"):
-            evaluate.evaluate([a], b, features="pixel")
+            evaluate.evaluate([a], b, Settings(features="pixel"))
     notes = []
-    evaluate.evaluate([inner], f"{inner}/../inner", features="pixel", note=notes.append)
+    evaluate.evaluate([inner], f"{inner}/../inner", Settings(features="pixel", note=notes.append))
     assert "note: both sides are the same, " in notes[0]
-    with pytest.raises(UsageError, match="--metrics fud: choose from fid, sfid"):
-        evaluate.evaluate([outer], outer, ["fud"])
+    with pytest.raises(
+        UsageError, match="--metrics 'fud' is none of the metrics; did you mean 'fid'"
+    ):
+        evaluate.evaluate([outer], outer, Settings(metrics=["fud"]))

@@ -158,7 +158,7 @@ def test_settings_that_features_do_not_have_are_refused():
         {"metrics": {"sfid"}},
         {"metrics": {"is"}},
     ):
-        with pytest.raises(UsageError, match="are for --features inception, not pixel"):
+        with pytest.raises(UsageError, match="no effect on --features pixel"):
             module.build("pixel", **more)
 
 

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from msmdiff.core import backbones
-from msmdiff.core.config import ModelConfig
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.sections import ModelConfig
 from msmdiff.core.weights import published
 
 SHAPE = (4, 8, 8)

@@ -9,7 +9,9 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from msmdiff.core.diffusion.process import Prediction, Process
+from msmdiff.core.diffusion.predictions import Estimate
+from msmdiff.core.diffusion.process import Process
+from msmdiff.core.diffusion.schedules import Table
 
 
 def terms(
@@ -37,17 +39,15 @@ def terms(
     mse = process.weight(t) * sum(group.flatten(1).mean(1) for group in groups)
     if output.shape[1] == channels:
         return {"mse": mse, "loss": mse}
+    table = process.table("a learned variance")
     x_t = process.add_noise(x0, t, eps)
     if variational == "kl":
-        vb = (
-            variational_bound(process, process.split(output, x_t, t), x0, x_t, t)
-            * process.timesteps
-        )
+        vb = variational_bound(table, process.split(output, x_t, t), x0, x_t, t) * table.timesteps
         return {"vb": vb, "loss": vb}
     frozen = torch.cat([output[:, :channels].detach(), output[:, channels:]], dim=1)
-    vb = variational_bound(process, process.split(frozen, x_t, t), x0, x_t, t)
+    vb = variational_bound(table, process.split(frozen, x_t, t), x0, x_t, t)
     if variational == "rescaled":
-        vb = vb * (process.timesteps / 1000)
+        vb = vb * (table.timesteps / 1000)
     return {"mse": mse, "vb": vb, "loss": mse + vb}
 
 
@@ -59,7 +59,7 @@ def channels_first(tokens: Tensor, patch: int) -> Tensor:
 
 
 def variational_bound(
-    process: Process, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor
+    table: Table, prediction: Estimate, x0: Tensor, x_t: Tensor, t: Tensor
 ) -> Tensor:
     """KL(q(x_s | x_t, x0) || p(x_s | x_t)) of the training step before t, in bits per dimension,
     [B].
@@ -67,13 +67,13 @@ def variational_bound(
     At the first step it is instead the negative log-likelihood of x0 on its 8-bit grid.
     """
     assert prediction.log_variance is not None
-    low = process.log_variance_bounds(t)[0].to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
-    mean = process.posterior_mean(prediction.x0, x_t, t)
-    gap = process.posterior_mean(x0, x_t, t) - mean
+    low = table.log_variance_bounds(t)[0].to(x_t.dtype).view(-1, *[1] * (x_t.ndim - 1))
+    mean = table.posterior_mean(prediction.x0, x_t, t)
+    gap = table.posterior_mean(x0, x_t, t) - mean
     log_variance = prediction.log_variance
     kl = log_variance - low + torch.exp(low - log_variance) - 1
     kl = (kl + gap.square() * torch.exp(-log_variance)) / 2
-    first = (process.index(t) <= 1).view(-1, *[1] * (x_t.ndim - 1))
+    first = (table.index(t) <= 1).view(-1, *[1] * (x_t.ndim - 1))
     nats = torch.where(first, -discretised_log_likelihood(x0, mean, log_variance / 2), kl)
     return nats.flatten(1).mean(1) / math.log(2)
 

@@ -8,7 +8,7 @@ from typing import Any
 _ADM: dict[str, Any] = {
     "sampler": "ddpm",
     "steps": 250,
-    "grid": "adm",
+    "times": "adm",
     "variance": "large",
     "clip": False,
 }
@@ -23,12 +23,12 @@ _UVIT: dict[str, Any] = {
 _MASKDM: dict[str, Any] = {
     "sampler": "ddim",
     "eta": 1.0,
-    "grid": "maskdm",
+    "times": "maskdm",
     "clip": True,
     "eps_after_clip": "raw",
 }
 
-PRESETS: dict[str, dict[str, Any]] = {
+SAMPLINGS: dict[str, dict[str, Any]] = {
     "dit": {
         **_FIRST3,
         "cfg_scale": 1.5,
@@ -51,16 +51,16 @@ PRESETS: dict[str, dict[str, Any]] = {
     },  # image_generator.py
     "edt-nocfg": {**_FIRST3, "cfg_scale": 1.0, "amm": "default", "rounding": "half_up"},
     # U-ViT's latent models without a convolution: DPM-Solver++ on a discrete schedule.
-    "uvit": {**_UVIT, "sampler": "dpm_solver++", "grid": "uniform", "cfg_scale": 1.4},
-    "uvit-512": {**_UVIT, "sampler": "dpm_solver++", "grid": "uniform", "cfg_scale": 1.7},
-    "uvit-t2i": {**_UVIT, "sampler": "dpm_solver++", "grid": "uniform", "cfg_scale": 2.0},
+    "uvit": {**_UVIT, "sampler": "dpm_solver++", "times": "uniform", "cfg_scale": 1.4},
+    "uvit-512": {**_UVIT, "sampler": "dpm_solver++", "times": "uniform", "cfg_scale": 1.7},
+    "uvit-t2i": {**_UVIT, "sampler": "dpm_solver++", "times": "uniform", "cfg_scale": 2.0},
     # Its continuous models: DPM-Solver on even log-SNR; the unconditional ones were scored with
     # 1000 SDE steps.
-    "uvit-continuous": {**_UVIT, "sampler": "dpm_solver", "grid": "logsnr", "end": 1e-4},
+    "uvit-continuous": {**_UVIT, "sampler": "dpm_solver", "times": "logsnr", "end": 1e-4},
     "uvit-sde": {
         "sampler": "euler_maruyama",
         "steps": 1000,
-        "grid": "uniform",
+        "times": "uniform",
         "clip": False,
         "rounding": "half_up",
     },

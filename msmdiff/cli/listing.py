@@ -1,0 +1,130 @@
+"""`list`: what there is to choose from, and the options of each choice."""
+
+from typing import Annotated, Any
+
+import typer
+
+NAMES = {
+    "models": "size",
+    "backbones": "backbone",
+    "masks": "mask",
+    "routes": "route",
+    "schedules": "schedule",
+    "predictions": "prediction",
+    "weightings": "weighting",
+    "time-samplings": "time_sampling",
+    "objectives": "objective",
+    "codecs": "codec",
+    "samplers": "sampler",
+    "times": "times",
+    "guidance": "guidance",
+    "optimisers": "optimiser",
+    "metrics": "metric",
+    "features": "features",
+    "sources": "source",
+    "layouts": "layout",
+}
+"""What users call the kinds of the registry."""
+
+OTHERS = ("presets", "plugins", "keys")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        "list",
+        epilog="Examples: `msmdiff list` · `msmdiff list samplers` · `msmdiff list samplers ddim` "
+        "· `msmdiff list keys train` · `msmdiff list presets`",
+    )(listing)
+
+
+def listing(
+    what: Annotated[
+        str | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join((*NAMES, *OTHERS))}.")
+    ] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="One of them: its options; of keys: a section.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
+) -> None:
+    """What there is to choose from: models, samplers, codecs, presets, ... and their options."""
+    from msmdiff.cli.console import Console, print_json
+    from msmdiff.core import registry
+    from msmdiff.core.errors import UsageError, nearest
+
+    known = [*NAMES, *OTHERS]
+    if what is not None and what not in known:
+        near = nearest(what, known)
+        raise UsageError(f"list {what}: no such kind{near}; there are {', '.join(known)}")
+    if what is None:
+        rows = [(kind, f"{len(_names(kind))} to choose from") for kind in known]
+        header: tuple[str, ...] = ("kind", "")
+    elif what == "keys":
+        header, rows = ("key", "default", "what it is"), _keys(name)
+    elif what in OTHERS or name is None:
+        if name is not None:
+            raise UsageError(f"list {what} {name}: {what} have no options")
+        header, rows = ("name", "what it is"), _summaries(what)
+    else:
+        entry = registry.find(NAMES[what], name, f"list {what}")
+        header, rows = ("option", "default", "what it is"), _options(entry)
+    if as_json:
+        print_json([dict(zip(header, row, strict=True)) for row in rows])
+    else:
+        Console().table(
+            " ".join(x for x in (what or "kinds", name) if x), header, rows, figures=False
+        )
+
+
+def _names(what: str) -> list[str]:
+    return [row[0] for row in (_keys(None) if what == "keys" else _summaries(what))]
+
+
+def _summaries(what: str) -> list[tuple[str, ...]]:
+    from msmdiff.core import presets, registry
+
+    if what == "presets":
+        return [(name, presets.summary(name)) for name in presets.names()]
+    if what == "plugins":
+        loaded = registry.plugins()
+        offered = dict.fromkeys(registry.installed(), "installed; load it with --plugin")
+        return [*(offered | loaded).items()]
+    found = registry.entries(NAMES[what]).values()
+    return [(e.name, e.summary + (f" (plugin {e.plugin})" if e.plugin else "")) for e in found]
+
+
+def _options(entry: Any) -> list[tuple[str, ...]]:
+    if isinstance(entry.make, dict):  # a size is a table of its backbone's options
+        return [(key, str(value), "") for key, value in entry.make.items()]
+    return [_row(key, field) for key, field in entry.options.model_fields.items()]
+
+
+def _keys(section: str | None) -> list[tuple[str, ...]]:
+    """Every key that does not depend on a choice, and where the choices are."""
+    from msmdiff.core.errors import UsageError, nearest
+    from msmdiff.core.layers import SECTIONS
+
+    if section is not None and section not in SECTIONS:
+        near = nearest(section, list(SECTIONS))
+        raise UsageError(f"list keys {section}: no such section{near}: {', '.join(SECTIONS)}")
+    shown = {kind: name for name, kind in NAMES.items()}
+    rows = []
+    for name in [section] if section else SECTIONS:
+        for key, field in SECTIONS[name].model_fields.items():
+            dotted, default, about = _row(f"{name}.{key}", field)
+            kind = SECTIONS[name].CHOICES.get(key)
+            more = f" (see `msmdiff list {shown[kind]}`)" if kind else ""
+            rows.append((dotted, default, about + more))
+    return rows
+
+
+def _row(key: str, field: Any) -> tuple[str, str, str]:
+    default = "required" if field.is_required() else field.get_default(call_default_factory=True)
+    shown = (
+        "null"
+        if default is None
+        else str(default).lower()
+        if isinstance(default, bool)
+        else default
+    )
+    return key, str(shown), field.description or ""

@@ -1,0 +1,83 @@
+"""How a network enters the registry: its family, with its constructor's arguments as options, and
+its published sizes.
+"""
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Protocol, TypeVar
+
+from pydantic import Field, create_model
+from torch import Tensor
+
+from msmdiff.core.backbones.routes import Route
+from msmdiff.core.registry import Options, register
+
+ALIASES: dict[str, str] = {}
+"""What the published code calls sizes, where a paper's name differs."""
+
+Network = TypeVar("Network", bound=type)
+
+
+class Backbone(Protocol):
+    """What the objectives and samplers ask of a network.
+
+    Attributes:
+        patch_size, grid: side of a patch, and (rows, columns) of patches.
+        num_classes: 0 without labels.
+        fills: the fillings of gaps that it knows (`routes.Route.fill`); empty: it drops no tokens.
+        published_objective: the objective that it was published with, if one of its own.
+    """
+
+    patch_size: int
+    grid: tuple[int, int]
+    num_classes: int
+    gradient_checkpointing: bool
+    fills: ClassVar[frozenset[str]]
+    published_objective: ClassVar[str | None]
+
+    def __call__(
+        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
+    ) -> Tensor: ...
+
+
+def family(
+    name: str, sizes: Mapping[str, dict[str, Any]], aliases: Mapping[str, str] | None = None
+) -> Callable[[Network], Network]:
+    """Register a network under a family's name, and its sizes: tables of constructor arguments."""
+
+    def enter(network: Network) -> Network:
+        register("backbone", name, _options(network))(network)
+        for size, fields in sizes.items():
+            summary = ", ".join(f"{key} {value}" for key, value in fields.items())
+            register("size", size, summary=f"{name}: {summary}")({"family": name, **fields})
+        ALIASES.update(aliases or {})
+        return network
+
+    return enter
+
+
+def _options(network: type) -> type[Options]:
+    """The keyword arguments of a constructor as a typed model; its docstring describes them."""
+    about = _described(network.__doc__ or "")
+    fields: dict[str, Any] = {}
+    for parameter in inspect.signature(network).parameters.values():
+        if parameter.kind is parameter.KEYWORD_ONLY:
+            default = ... if parameter.default is parameter.empty else parameter.default
+            text = about.get(parameter.name)
+            fields[parameter.name] = (parameter.annotation, Field(default, description=text))
+    return create_model(network.__name__, __base__=Options, **fields)
+
+
+def _described(docstring: str) -> dict[str, str]:
+    """The lines `name: text` of a docstring's Args."""
+    found: dict[str, str] = {}
+    last = ""
+    for line in inspect.cleandoc(docstring).partition("Args:")[2].splitlines():
+        if not line.strip():
+            continue
+        name, colon, text = line.strip().partition(": ")
+        if colon and line.startswith("    ") and not line.startswith("     ") and " " not in name:
+            found[name], last = text, name
+        elif last:
+            found[last] += " " + line.strip()
+    return found

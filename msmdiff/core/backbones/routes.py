@@ -1,0 +1,173 @@
+"""How tokens travel through the blocks of a network, and the one trunk that runs them so."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from msmdiff.core.backbones.layers import gather_tokens
+from msmdiff.core.errors import UsageError
+
+
+@dataclass
+class Route:
+    """What one pass lets through.
+
+    Attributes:
+        keep: ids [B, K] of the tokens that are let through; None lets everyone through.
+        enter, leave: blocks enter..leave-1 see the kept tokens only; leave None is behind the last.
+        fill: what stands in the gaps from `leave` on: `none` nothing (only behind the last block),
+            `own` the tokens' own values from before `enter`, `mask` a learned token, `side` MDT's
+            side-interpolater.
+        scored: where the loss counts.
+    """
+
+    keep: Tensor | None = None
+    enter: int = 0
+    leave: int | None = None
+    fill: Literal["none", "own", "mask", "side"] = "none"
+    scored: Literal["kept", "all"] = "kept"
+
+    @property
+    def early(self) -> bool:
+        """Whether hidden tokens are never asked for: their patches need not be embedded."""
+        return self.keep is not None and self.enter == 0 and self.fill == "none"
+
+
+Fill = Callable[[Tensor, Tensor], Tensor]
+"""(tokens from before `enter` [B, E + L, D], kept tokens [B, E + K, D]) -> all tokens."""
+
+
+Step = Callable[[int, Tensor, Tensor | None, Tensor | None], Tensor]
+"""One block of a network: (its number, tokens [B, E + L or K, D], the skip that joins it, the ids
+of the tokens where they are not all) -> tokens of the same shape."""
+
+
+@dataclass
+class Trunk:
+    """The blocks of a network in their order.
+
+    Attributes:
+        depth: how many there are.
+        joins: long skips: number of a block -> the earlier one whose output joins its input.
+        extras: tokens in front of the patches, which always travel.
+    """
+
+    depth: int
+    joins: Mapping[int, int]
+    extras: int = 0
+
+    def run(self, tokens: Tensor, route: Route | None, step: Step, fill: Fill) -> Tensor:
+        """Run all blocks along a route.
+
+        tokens [B, E + L, D], of an `early` route [B, E + K, D]; what comes back has all tokens
+        unless nothing fills the gaps. Without a route this is the plain pass, to the last bit.
+
+        Raises UsageError for a route that does not suit these blocks.
+        """
+        route = route if route is not None and route.keep is not None else Route()
+        keep = route.keep
+        enter, leave = self._span(route) if keep is not None else (self.depth, self.depth)
+        narrow = route.early
+        before = tokens
+        remembered: dict[int, Tensor] = {}
+        wanted = set(self.joins.values())
+        for number in range(self.depth):
+            if number == enter and not narrow:
+                before, narrow = tokens, True
+                tokens = self.narrowed(tokens, keep)
+            if number == leave:
+                tokens, narrow = fill(before, tokens), False
+            skip = remembered.pop(self.joins[number]) if number in self.joins else None
+            tokens = step(number, tokens, skip, keep if narrow else None)
+            if number in wanted:
+                remembered[number] = tokens
+        if narrow and route.fill != "none":
+            tokens = fill(before, tokens)
+        return tokens
+
+    def narrowed(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
+        """[B, E + L, D] -> [B, E + K, D]: the kept patches behind the special tokens."""
+        if keep is None:
+            return tokens
+        if not self.extras:
+            return gather_tokens(tokens, keep)
+        special, patches = tokens[:, : self.extras], tokens[:, self.extras :]
+        return torch.cat([special, gather_tokens(patches, keep)], dim=1)
+
+    def own(self, before: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
+        """Kept tokens put back among their own earlier values: [B, E + L, D]."""
+        special, patches = kept[:, : self.extras], kept[:, self.extras :]
+        place = keep.unsqueeze(-1).expand_as(patches)
+        everyone = before[:, self.extras :].to(patches.dtype).scatter(1, place, patches)
+        return torch.cat([special, everyone], dim=1) if self.extras else everyone
+
+    def symmetric_leave(self, enter: int, from_end: int) -> int:
+        """Where a route that enters at `enter` leaves: so many blocks before the end, or where the
+        long skips ask for it.
+        """
+        return max(self.joins) + 1 - enter if self.joins else self.depth - from_end
+
+    def check(self, enter: int, leave: int, fill: str) -> None:
+        """Raises UsageError for a route that does not suit these blocks."""
+        if not 0 <= enter < leave <= self.depth:
+            raise UsageError(
+                f"a route from block {enter} to {leave} does not fit {self.depth} blocks"
+            )
+        if fill == "none" and leave < self.depth:
+            raise UsageError(
+                f"a route that leaves at block {leave} of {self.depth} needs a filling of its gaps"
+            )
+        for late, early in self.joins.items():
+            if (enter <= early < leave) != (enter <= late < leave):
+                raise UsageError(
+                    f"a route from block {enter} to {leave} cuts the long skip from block {early} "
+                    f"to {late}: let it leave at {max(self.joins) + 1 - enter}"
+                )
+
+    def _span(self, route: Route) -> tuple[int, int]:
+        leave = self.depth if route.leave is None else route.leave
+        self.check(route.enter, leave, route.fill)
+        return route.enter, leave
+
+
+def partial(route: Route | None) -> bool:
+    """Whether the network answers with the kept patches instead of an image."""
+    return route is not None and route.keep is not None and route.fill == "none"
+
+
+def own_only(trunk: Trunk, route: Route | None, before: Tensor, kept: Tensor) -> Tensor:
+    """The filling of networks that have no token of their own for it."""
+    assert route is not None
+    assert route.keep is not None
+    if route.fill != "own":
+        raise UsageError(f"this network has nothing to fill gaps with by '{route.fill}': use 'own'")
+    return trunk.own(before, kept, route.keep)
+
+
+def run_block(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+    """One block, computed again in the backward pass where the network asks for it."""
+    if network.gradient_checkpointing and torch.is_grad_enabled():
+        return checkpoint(block, *inputs, use_reentrant=False)
+    return block(*inputs)
+
+
+def check_patches(height: int, width: int, patch_size: int) -> tuple[int, int]:
+    """The grid of patches. Raises UsageError where they do not divide the input."""
+    if height % patch_size or width % patch_size:
+        raise UsageError(
+            f"model.patch_size {patch_size} does not divide the {height}x{width} input"
+        )
+    return height // patch_size, width // patch_size
+
+
+def class_or_null(network: Any, y: Tensor | None, batch: int, device: torch.device) -> Tensor:
+    """Labels y [B], or the null class for everyone. Raises UsageError where there is none."""
+    if y is not None:
+        return y
+    if not network.null_class:
+        raise UsageError("this network has no null class (model.null_class=false): give it labels")
+    return torch.full((batch,), network.num_classes, device=device)

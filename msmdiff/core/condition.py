@@ -1,0 +1,158 @@
+"""The condition: what a network is told beside time. Nothing, classes, or the features of a text.
+
+Its values y are None, int64 [B], or float [B, tokens, width]. Each form knows its null, which is
+what a network is told in order to be unconditional: in training for a share of the images, in
+sampling as what guidance leads away from.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import ModelConfig
+from msmdiff.core.seeding import numpy_stream, parse_range
+
+
+class Condition(Protocol):
+    """One form.
+
+    Attributes:
+        count: how many classes there are, else 0.
+        guidable: whether there is a null to guide away from; `why_not_guided` else says why.
+    """
+
+    count: int
+    why_not_guided: str
+
+    @property
+    def guidable(self) -> bool: ...
+
+    def nulls(self, y: Tensor) -> Tensor:
+        """The null for every row of y."""
+
+    def values(self, wanted: Sequence[int] | Tensor | None) -> Tensor | None:
+        """What a user gave, a value for each image -> y. Raises UsageError for what has no use."""
+
+    def deal(self, wish: str | None, seeds: Sequence[int]) -> Tensor | None:
+        """y for seeds: each by the seed alone, or None where values do not go by seeds."""
+
+    def example(self, batch: int, device: torch.device | str) -> Tensor | None:
+        """Some y, to count and to time with."""
+
+
+def drop(condition: Condition, y: Tensor, dropped: Tensor) -> Tensor:
+    """y with the null in the rows where dropped [B] is true."""
+    return torch.where(dropped.view(-1, *[1] * (y.ndim - 1)), condition.nulls(y), y)
+
+
+@dataclass
+class Unconditional:
+    """Nothing."""
+
+    count = 0
+    guidable = False
+    why_not_guided = "this network is unconditional: it takes no classes and no cfg scale"
+
+    def nulls(self, y: Tensor) -> Tensor:
+        raise UsageError(self.why_not_guided)
+
+    def values(self, wanted: Sequence[int] | Tensor | None) -> None:
+        if wanted is not None:
+            raise UsageError(self.why_not_guided)
+
+    def deal(self, wish: str | None, seeds: Sequence[int]) -> None:
+        return None
+
+    def example(self, batch: int, device: torch.device | str) -> None:
+        return None
+
+
+@dataclass
+class Classes:
+    """One of `count` classes; the null class, where there is one, is number `count`."""
+
+    count: int
+    guidable: bool = True
+    why_not_guided = (
+        "this network has no null class to guide away from: set the scale to 1, or give a --guide"
+    )
+
+    def nulls(self, y: Tensor) -> Tensor:
+        return torch.full_like(y, self.count)
+
+    def values(self, wanted: Sequence[int] | Tensor | None) -> Tensor | None:
+        if wanted is None:
+            return None
+        y = torch.as_tensor(wanted)
+        if y.is_floating_point() or not ((y >= 0) & (y < self.count)).all():
+            raise UsageError(f"classes must lie in 0..{self.count - 1}")
+        return y
+
+    def deal(self, wish: str | None, seeds: Sequence[int]) -> Tensor:
+        """`3`, `0-9`, `0,4,7` or `balanced` (all, as None) in turn; or `random`."""
+        if wish == "random":
+            drawn = [int(numpy_stream(seed, "class").integers(self.count)) for seed in seeds]
+            return torch.tensor(drawn, dtype=torch.int64)
+        every = wish in (None, "balanced")
+        dealt = list(range(self.count)) if every else parse_range(str(wish), "--classes")
+        if max(dealt) >= self.count:
+            raise UsageError(f"--classes {wish}: the classes are 0 to {self.count - 1}")
+        return torch.tensor([dealt[seed % len(dealt)] for seed in seeds], dtype=torch.int64)
+
+    def example(self, batch: int, device: torch.device | str) -> Tensor:
+        return torch.zeros(batch, dtype=torch.long, device=device)
+
+
+@dataclass
+class Text:
+    """The features of a text, [tokens, width]; `null` are those of the empty one, once known."""
+
+    tokens: int
+    width: int
+    null: Tensor | None = None
+    count = 0
+    why_not_guided = "guidance of text needs the features of the empty text"
+
+    @property
+    def guidable(self) -> bool:
+        return self.null is not None
+
+    def nulls(self, y: Tensor) -> Tensor:
+        if self.null is None:
+            raise UsageError(self.why_not_guided)
+        return self.null.to(y).expand_as(y)
+
+    def values(self, wanted: Sequence[int] | Tensor | None) -> Tensor | None:
+        if wanted is None:
+            return None
+        if not isinstance(wanted, Tensor) or not wanted.is_floating_point():
+            raise UsageError("this network draws from text: it takes features, not classes")
+        return wanted.float()
+
+    def deal(self, wish: str | None, seeds: Sequence[int]) -> None:
+        return None
+
+    def example(self, batch: int, device: torch.device | str) -> Tensor:
+        if self.null is None:
+            self.null = torch.zeros(self.tokens, self.width, device=device)
+        return torch.zeros(batch, self.tokens, self.width, device=device)
+
+
+def of(model: ModelConfig) -> Condition:
+    """The condition of the network that a resolved `model` section describes."""
+    fields = model.model_dump()
+    if fields.get("context_tokens"):
+        return Text(fields["context_tokens"], fields["context_width"])
+    if fields["num_classes"]:
+        return Classes(int(fields["num_classes"]), fields.get("null_class") is not False)
+    return Unconditional()
+
+
+def text_shape(model: ModelConfig) -> tuple[int, int] | None:
+    """(tokens, width) of the text features that a network draws from, or None."""
+    condition = of(model)
+    return (condition.tokens, condition.width) if isinstance(condition, Text) else None

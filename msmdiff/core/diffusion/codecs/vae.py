@@ -1,0 +1,229 @@
+"""Latents of an autoencoder."""
+
+import hashlib
+from pathlib import Path
+from pickle import UnpicklingError
+from typing import Any, Literal
+
+import torch
+from pydantic import Field, StrictBool
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from msmdiff.core.diffusion.codecs import Codec, to_uint8, to_unit
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.registry import Options, register
+
+
+class VaeOptions(Options):
+    vae: str | None = Field(
+        None,
+        description="folder, file or hub id of an AutoencoderKL; null: what packed data was "
+        "encoded with",
+    )
+    vae_config: str | None = Field(
+        None,
+        description="folder or hub id with the config.json of a single file; null: Stable "
+        "Diffusion's",
+    )
+    scale: float = Field(0.18215, gt=0, description="x0 = scale (latent - mean) / std")
+    mean: list[float] | None = Field(None, description="mean of each channel; null: 0")
+    std: list[float] | None = Field(None, description="standard deviation of each channel; null: 1")
+    channels: int = Field(4, ge=1, description="channels of a latent")
+    factor: int = Field(8, ge=1, description="pixels per latent, along a side")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of its network")
+    tile: StrictBool = Field(
+        False, description="large images in tiles: less memory, slightly other latents"
+    )
+
+
+@register("codec", "vae", VaeOptions)
+class VaeCodec(Codec):
+    """Latents of a diffusers AutoencoderKL, brought to about unit scale: x0 = scale (latent - mean)
+    / std.
+
+    The network is loaded when it is first used, so that a denoiser's shape is known without it.
+
+    Args:
+        image_size: side of the images in pixels; must divide by the network's factor.
+        options: where the network is, and one `mean` and `std` per channel.
+
+    Raises UsageError for an indivisible size or a wrong number of statistics, and, on use,
+    MsmdiffError when the network cannot be had or is not of these channels and this factor.
+    """
+
+    packs = "vae"
+
+    @classmethod
+    def factor_of(cls, options: dict[str, Any]) -> int:
+        return options["factor"]
+
+    @classmethod
+    def complete(cls, section: Any, identity: dict[str, Any]) -> None:
+        section.vae = section.vae or identity.get("vae")
+
+    @classmethod
+    def fits(cls, section: Any, image_size: int, entry: tuple[int, ...]) -> dict[str, Any]:
+        return {
+            "codec.channels": (section.channels, entry[-3] // 2),
+            "data.image_size / codec.factor": (image_size // section.factor, entry[-1]),
+        }
+
+    def __init__(self, image_size: int, **options: Any) -> None:
+        config = VaeOptions(**options)
+        if image_size % config.factor:
+            raise UsageError(
+                f"data.image_size {image_size} does not divide by {config.factor}, the VAE's factor"
+            )
+        for name, values in (("mean", config.mean), ("std", config.std)):
+            if values is not None and len(values) != config.channels:
+                raise UsageError(
+                    f"codec.{name} has {len(values)} numbers; the latents have {config.channels} "
+                    "channels"
+                )
+        if config.std is not None and min(config.std) <= 0:
+            raise UsageError(
+                f"codec.std has {min(config.std)}; every channel's deviation must be positive"
+            )
+        self.config, self.factor = config, config.factor
+        side = image_size // config.factor
+        self.shape = (config.channels, side, side)
+        self._mean = torch.tensor(config.mean or [0.0], device="cpu").view(-1, 1, 1)
+        deviation = torch.tensor(config.std or [1.0], device="cpu").view(-1, 1, 1)
+        self._scale = config.scale / deviation
+        self._vae: Any = None
+
+    def pack(self, images: Tensor) -> Tensor:
+        """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 2C, H/f,
+        W/f].
+        """
+        vae = self._network(images.device)
+        with torch.no_grad():
+            posterior = vae.encode(to_unit(images).to(vae.dtype)).latent_dist
+        return torch.cat([posterior.mean.float(), torch.exp(0.5 * posterior.logvar.float())], dim=1)
+
+    def encode(self, packed: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """A fresh draw from the posterior; images (uint8) are packed first."""
+        if packed.dtype == torch.uint8:
+            packed = self.pack(packed)
+        mean, std = packed.float().chunk(2, dim=1)
+        noise = torch.randn(mean.shape, generator=generator, device=mean.device)
+        self._to(mean.device)
+        return self._scale * (mean + std * noise - self._mean)
+
+    def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
+        vae = self._network(z.device)
+        with torch.no_grad():
+            return to_uint8(
+                vae.decode((z.float() / self._scale + self._mean).to(vae.dtype)).sample, rounding
+            )
+
+    def identity(self) -> dict[str, Any]:
+        """What made a packed set: settings, and the checksum of the network's numbers."""
+        self._network(torch.device("cpu"))
+        settings = {key: getattr(self.config, key) for key in ("vae", "precision", "tile")}
+        return {"name": self.packs, **settings, "sha256": self._checksum}
+
+    def example(self, batch: int, device: torch.device | str) -> Tensor:
+        """Means and deviations, packed before."""
+        channels, height, width = self.shape
+        size = (batch, 2 * channels, height, width)
+        return torch.rand(size, dtype=torch.float16, device=device)
+
+    def _to(self, device: torch.device) -> None:
+        if self._mean.device != device:
+            self._mean, self._scale = self._mean.to(device), self._scale.to(device)
+
+    def _network(self, device: torch.device) -> Any:
+        if self._vae is None:
+            vae, config = _load_vae(self.config), self.config
+            self._checksum = checksum(vae.state_dict())
+            found = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
+            if found != (config.channels, config.factor):
+                raise UsageError(
+                    f"codec.vae {config.vae} makes {found[0]} channels at a factor of {found[1]}: "
+                    "set codec.channels="
+                    f"{found[0]} and codec.factor={found[1]}, not {config.channels} and "
+                    f"{config.factor}"
+                )
+            if config.tile:
+                vae.enable_tiling()
+            self._vae = vae.bfloat16() if config.precision == "bf16" else vae
+        self._to(device)
+        return self._vae.to(device)
+
+
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """sha256 over a network's tensors by name, whatever kind of file they came from."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {list(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().data)
+    return digest.hexdigest()
+
+
+STABLE_DIFFUSION_VAE = dict(
+    block_out_channels=(128, 256, 512, 512),
+    down_block_types=("DownEncoderBlock2D",) * 4,
+    up_block_types=("UpDecoderBlock2D",) * 4,
+    layers_per_block=2,
+    sample_size=512,
+)
+
+
+def _load_vae(config: VaeOptions) -> Any:
+    source = config.vae
+    if source is None:
+        raise UsageError(
+            "latents need their VAE: --set codec.vae=FOLDER (for `data encode`: --vae FOLDER), a "
+            "file, or a hub id "
+            "such as stabilityai/sd-vae-ft-ema"
+        )
+    try:
+        from diffusers import AutoencoderKL
+        from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+    except ImportError:
+        raise MsmdiffError("latents need diffusers: pip install 'msmdiff[vae]'") from None
+    try:
+        if not Path(source).is_file():
+            vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+            missing = loading[
+                "missing_keys"
+            ]  # diffusers only warns, and goes on with random numbers
+        else:
+            settings = (
+                AutoencoderKL.load_config(config.vae_config)
+                if config.vae_config
+                else STABLE_DIFFUSION_VAE
+            )
+            vae = AutoencoderKL.from_config(settings)
+            if source.endswith(".safetensors"):
+                tensors = load_file(source)
+            else:
+                tensors = torch.load(source, map_location="cpu", weights_only=True)
+                tensors = tensors.get("state_dict", tensors)
+            if any(
+                "mid.block_1." in name for name in tensors
+            ):  # the layout of Stable Diffusion's own code
+                tensors = convert_ldm_vae_checkpoint(tensors, settings)
+            missing = vae.load_state_dict(tensors, strict=False).missing_keys
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        KeyError,
+        AttributeError,
+        SafetensorError,
+        UnpicklingError,
+    ) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise MsmdiffError(
+            f"codec.vae {source} cannot be loaded as an AutoencoderKL: {reason}"
+        ) from None
+    if missing:
+        raise MsmdiffError(
+            f"codec.vae {source} lacks {len(missing)} of the network's tensors, such as "
+            f"{missing[0]}"
+        )
+    return vae.eval().requires_grad_(False)

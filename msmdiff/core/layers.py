@@ -1,0 +1,81 @@
+"""Layers of a configuration: nested dictionaries laid over each other, later ones winning.
+
+Where a later layer makes another choice (another sampler, optimiser, size), what earlier layers
+said of the old choice's own options no longer applies, unless both declare the option alike.
+"""
+
+import copy
+from typing import Any
+
+from msmdiff.core import registry, sections
+from msmdiff.core.sections import Section
+
+SECTIONS: dict[str, type[Section]] = {
+    "data": sections.DataConfig,
+    "codec": sections.CodecConfig,
+    "model": sections.ModelConfig,
+    "process": sections.ProcessConfig,
+    "mask": sections.MaskConfig,
+    "objective": sections.ObjectiveConfig,
+    "optim": sections.OptimConfig,
+    "ema": sections.EmaConfig,
+    "train": sections.TrainConfig,
+    "sample": sections.SampleConfig,
+    "eval": sections.EvalConfig,
+}
+"""The sections of a configuration by name, in the order they are written."""
+
+
+def merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """`layer` over `base`; neither is changed. An empty section (None) says nothing."""
+    merged = dict(base)
+    for name, content in layer.items():
+        if name in SECTIONS and content is None:
+            continue
+        if name not in SECTIONS or not isinstance(content, dict):
+            merged[name] = copy.deepcopy(content)
+            continue
+        section = SECTIONS[name]
+        over = section.prepare(content)
+        under = base.get(name)
+        under = dict(section.prepare(under)) if isinstance(under, dict) else {}
+        stale = _stale_dimensions(under, over) if name == "model" else _stale(section, under, over)
+        kept = {key: value for key, value in under.items() if key not in stale}
+        merged[name] = {**kept, **copy.deepcopy(over)}
+    return merged
+
+
+def _stale_dimensions(under: dict[str, Any], over: dict[str, Any]) -> set[str]:
+    """Another size: what was said of the old one's dimensions no longer applies."""
+    same = over.get("name") in (None, under.get("name"))
+    return set() if same else set(under) - {"num_classes"}
+
+
+def _stale(section: type[Section], under: dict[str, Any], over: dict[str, Any]) -> set[str]:
+    """The keys of `under` that were options of a choice which `over` makes otherwise."""
+    stale: set[str] = set()
+    for key, kind in section.CHOICES.items():
+        default = section.model_fields[key].default
+        old, new = under.get(key, default), over.get(key, under.get(key, default))
+        if old == new:
+            continue
+        before, after = _options(kind, old), _options(kind, new)
+        for name, field in before.items():
+            other = after.get(name)
+            alike = other is not None and (field.annotation, field.description) == (
+                other.annotation,
+                other.description,
+            )
+            if not alike:
+                stale.add(name)
+    return stale
+
+
+def _options(kind: str, choice: Any) -> dict[str, Any]:
+    """The option fields of a choice; of one that is still automatic, those of all."""
+    known = registry.entries(kind)
+    if isinstance(choice, str) and choice in known:
+        return dict(known[choice].options.model_fields)
+    if choice not in (None, sections.AUTO):
+        return {}
+    return {k: f for entry in known.values() for k, f in entry.options.model_fields.items()}

@@ -1,0 +1,195 @@
+"""A model: a trained network and the road around it, which images are drawn from."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msmdiff.core import registry
+from msmdiff.core.condition import Condition
+from msmdiff.core.config import Config
+from msmdiff.core.diffusion.codecs import Codec
+from msmdiff.core.diffusion.process import Denoiser, Estimate, Process
+from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.samplers import guidance
+from msmdiff.core.samplers.editing import Wrap
+from msmdiff.core.samplers.times import visited
+from msmdiff.core.sections import SampleConfig
+from msmdiff.core.seeding import SeedNoise
+
+DECODED_AT_ONCE = 32
+"""Images per pass of the codec's decoder."""
+
+
+@dataclass
+class Images:
+    """One finished batch: the seeds, uint8 images [B, 3, H, W] on the CPU, and the classes [B], or
+    None where there are none.
+    """
+
+    seeds: list[int]
+    images: Tensor
+    labels: Tensor | None
+
+
+@dataclass
+class Model:
+    """What samples are drawn from.
+
+    Attributes:
+        backbone: the network, in evaluation mode, on the device that it draws on.
+        process, codec, condition: what its numbers mean.
+        config: of which `sample` says how images are drawn.
+        report: what the weights file says of itself.
+        path: that file.
+        guide: the weaker network of `sample.guide`.
+    """
+
+    backbone: Any
+    process: Process
+    codec: Codec
+    condition: Condition
+    config: Config
+    report: dict[str, str] = field(default_factory=dict)
+    path: Path = Path()
+    guide: Any = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.backbone.parameters()).device
+
+    def draw(
+        self,
+        seeds: Sequence[int],
+        classes: int | Sequence[int] | Tensor | None = None,
+        *,
+        batch_size: int = 64,
+    ) -> Tensor:
+        """The images of `seeds`: uint8 [N, 3, H, W] on the CPU; a seed is an image.
+
+        Args:
+            classes: one class for all, one for each seed, or the features of a text for each
+                [N, tokens, width]; None draws the classes in turn, by the seeds.
+
+        Raises what `batches` raises.
+        """
+        if classes is None:
+            y = self.condition.deal(None, seeds)
+        else:
+            wanted = [classes] * len(seeds) if isinstance(classes, int) else classes
+            y = self.condition.values(wanted)
+        drawn = self.batches(seeds, y, batch_size=batch_size)
+        return torch.cat([batch.images for batch in drawn])
+
+    @torch.no_grad()
+    def batches(
+        self,
+        seeds: Sequence[int],
+        y: Tensor | None = None,
+        *,
+        batch_size: int = 64,
+        start: Tensor | None = None,
+        wraps: Sequence[Wrap] = (),
+    ) -> Iterator[Images]:
+        """Yield the images of `seeds` in batches; a seed gives one image whatever its batch.
+
+        Args:
+            y: what the network is told, a row for each seed; None is the null.
+            batch_size: images per network pass; with `sample.compile` the last batch is filled up
+                to it.
+            start: initial noise [N, C, H, W] in place of the seeds' own.
+            wraps: change the denoiser of each batch, see `editing`.
+
+        Raises UsageError for guidance that the network has no use for, or times that the process
+        has not, and MsmdiffError for images that are not finite.
+        """
+        options, device, schedule = self.config.sample, self.device, self.process.schedule
+        y = self.condition.values(y)
+        self._check_guidance()
+        times = visited(schedule, options)
+        entry = registry.find("sampler", options.sampler, "sample.sampler")
+        network = torch.compile(self.backbone, dynamic=False) if options.compile else self.backbone
+        for first in range(0, len(seeds), batch_size):
+            rows = list(range(first, min(first + batch_size, len(seeds))))
+            count = len(rows)
+            if options.compile:  # one shape: anything else would be compiled anew
+                rows += rows[-1:] * (batch_size - count)
+            told = None if y is None else y[rows].to(device)
+            noise = SeedNoise([seeds[i] for i in rows], self.codec.shape, device)
+            x = noise()  # always drawn: the steps' noise comes after it
+            x = x if start is None else start[rows].to(device)
+            if schedule.start_std != 1:
+                x = x * schedule.start_std
+            denoise = self.denoiser(told, network)
+            for wrap in wraps:
+                denoise, x = wrap(denoise, x)
+            half = options.precision == "bf16"
+            with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
+                z = entry.make(denoise, schedule, x, times, noise, **entry.takes(options))[:count]
+            labels = told[:count].cpu() if told is not None and self.condition.count else None
+            yield Images([seeds[i] for i in rows[:count]], self._decoded(z), labels)
+
+    def denoiser(self, y: Tensor | None, network: Callable[..., Tensor] | None = None) -> Denoiser:
+        """(x_t [B, C, H, W], t) -> x0 and eps, guided and clipped as `sample` says.
+
+        t is one number on the CPU for the whole batch, which lets steps without guidance do without
+        its second pass, or [B] on x_t's device. After clipping, eps is derived again from the
+        clipped x0 (as ADM does), or left as the network gave it (`raw`, as MaskDM does).
+        """
+        options, process = self.config.sample, self.process
+        strength = guidance.schedule(options, process.schedule)
+        channels = 3 if options.cfg_channels == "first3" else None
+
+        def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+            at = strength(t)
+            scale = at.item() if t.ndim == 0 else at
+            guided = guidance.Guided(
+                network or self.backbone, self.condition, scale, channels, self.guide
+            )
+            output = process.feed(guided, x_t, t, y)
+            estimate = process.split(output.float(), x_t, t)
+            return self._clipped(estimate, x_t, t, options)
+
+        return denoise
+
+    def _clipped(
+        self, estimate: Estimate, x_t: Tensor, t: Tensor, options: SampleConfig
+    ) -> Estimate:
+        if options.threshold is not None:
+            estimate.x0 = dynamic_threshold(estimate.x0, options.threshold)
+        elif options.clip:
+            estimate.x0 = self.codec.clip(estimate.x0)
+        else:
+            return estimate
+        if options.eps_after_clip == "derived":
+            estimate.eps = self.process.eps_from_x0(estimate.x0, x_t, t)
+        return estimate
+
+    def _check_guidance(self) -> None:
+        if self.config.sample.cfg_scale == 1 or self.guide is not None:
+            return
+        if not self.condition.guidable:
+            raise UsageError(self.condition.why_not_guided)
+
+    def _decoded(self, z: Tensor) -> Tensor:
+        if not z.isfinite().all():
+            raise MsmdiffError(
+                "sampling gave numbers that are not finite: try more steps, sample.clip, or fp32"
+            )
+        rounding = self.config.sample.rounding
+        parts = [self.codec.decode(part, rounding).cpu() for part in z.split(DECODED_AT_ONCE)]
+        return torch.cat(parts)
+
+
+def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:
+    """Clip each image [B, ...] at this quantile of its absolute values, and scale that to 1
+    (Saharia et al. 2022).
+    """
+    size = x0.abs().flatten(1)
+    place = max(1, round(quantile * size.shape[1]))
+    bound = size.kthvalue(place, dim=1).values.clamp(min=1)
+    bound = bound.view(-1, *[1] * (x0.ndim - 1))
+    return torch.maximum(torch.minimum(x0, bound), -bound) / bound

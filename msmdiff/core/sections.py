@@ -1,0 +1,279 @@
+"""The sections of the configuration: the keys that do not depend on a choice.
+
+A key in `CHOICES` names something of a registered kind. What that choice takes beside the keys here
+is declared where it is defined, and `config` puts the two together.
+"""
+
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+
+AUTO = "auto"
+"""A choice that is settled when the configuration is resolved."""
+
+
+class Section(BaseModel):
+    """One section; subclasses are completed by the options of what they choose."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+    CHOICES: ClassVar[dict[str, str]] = {}
+    """Keys that choose something registered: key -> kind."""
+
+    @classmethod
+    def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Keys as users may write them -> today's keys."""
+        return fields
+
+
+class DataConfig(Section):
+    CHOICES: ClassVar = {"kind": "source"}
+
+    source: str = Field(
+        "digits", description="`digits[:train|:test]`, or any folder or file of docs/data.md"
+    )
+    kind: str = Field(AUTO, description="which kind of source it is; auto: by its look")
+    image_size: int = Field(16, ge=2, description="side of the square images, in pixels")
+    labels: Literal["auto", "folders", "adm", "none"] = Field(
+        "auto",
+        description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none",
+    )
+    crop: Literal["center", "random"] = Field("center", description="ADM's centre or random crop")
+    hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
+    verify: StrictBool = Field(
+        True, description="decode every image once before the first training on this data"
+    )
+    skip_unreadable: StrictBool = Field(
+        False, description="leave unreadable images out instead of stopping"
+    )
+    workers: int | None = Field(None, ge=0, description="loader processes; null: as many as help")
+
+
+class CodecConfig(Section):
+    CHOICES: ClassVar = {"name": "codec"}
+
+    name: str = Field("pixel", description="the space that diffusion runs in")
+    text: str | None = Field(
+        None,
+        description="folder or hub id of the CLIP text encoder; null: what packed data was "
+        "encoded with",
+    )
+
+
+class ModelConfig(Section):
+    """`name` is a published size; every other key is an argument of that family's network and
+    overrides the size.
+    """
+
+    model_config = ConfigDict(extra="allow", validate_assignment=True)
+
+    name: str | None = Field("tiny", description="a published size; null: by family and its keys")
+    family: str | None = Field(None, description="the backbone; null: the size's")
+    num_classes: int | Literal["auto"] = Field(
+        0, description="0: unconditional; auto: as many as the data has"
+    )
+
+
+class ProcessConfig(Section):
+    CHOICES: ClassVar = {
+        "schedule": "schedule",
+        "prediction": "prediction",
+        "weighting": "weighting",
+        "time_sampling": "time_sampling",
+    }
+
+    schedule: str = Field("cosine", description="how much signal and noise there is at each time")
+    timesteps: int = Field(1000, ge=2, description="training steps, or how finely samplers step")
+    prediction: str = Field("eps", description="what the network's output means")
+    weighting: str = Field("uniform", description="how much each time counts in the loss")
+    time_sampling: str = Field("uniform", description="how training times are drawn")
+
+
+class MaskConfig(Section):
+    CHOICES: ClassVar = {"kind": "mask", "route": "route"}
+
+    ratio: float = Field(0.0, ge=0, lt=1, description="share of hidden tokens; 0: no mask")
+    kind: str = Field("patch", description="what is hidden as one")
+    route: str = Field(
+        AUTO, description="how the visible tokens travel; auto: as the objective was published"
+    )
+
+
+class ObjectiveConfig(Section):
+    CHOICES: ClassVar = {"name": "objective"}
+
+    name: str = Field(
+        AUTO,
+        description="all tokens, visible ones, MDT's and EDT's two passes; auto: as the network "
+        "was published",
+    )
+    loss: Literal["mse", "l1"] = Field("mse", description="distance of output and target")
+    variational: Literal["hybrid", "rescaled", "kl"] = Field(
+        "hybrid", description="with a learned variance: mse + vb, mse + vb T / 1000, or vb T alone"
+    )
+    channel_groups: list[int] | None = Field(
+        None,
+        description="average the error within each group of channels and add: [3, 9] for "
+        "MaskDM's wavelets",
+    )
+    label_dropout: float = Field(
+        0.1, ge=0, le=1, description="share of labels replaced by the null class"
+    )
+
+
+class OptimConfig(Section):
+    CHOICES: ClassVar = {"name": "optimiser"}
+
+    name: str = Field("adamw", description="the optimiser")
+    lr: float | None = Field(None, gt=0, description="null: 2e-4 x 512 / hidden_size, at most 1e-3")
+    eps: float = Field(1e-8, gt=0, description="added to the denominator of the update")
+    weight_decay: float = Field(0.03, ge=0, description="decoupled weight decay")
+    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the rate, after the warm-up"
+    )
+    final_lr: float = Field(0.0, ge=0, description="where a linear or cosine schedule ends")
+    decay_steps: int | None = Field(
+        None, ge=1, description="length of the decay; null: the whole training"
+    )
+    clip_grad_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
+
+
+class EmaConfig(Section):
+    decays: list[float] = Field(
+        default=[0.999], description="one average per decay, the first one is sampled from"
+    )
+    warmup: Literal["power", "constant"] = Field(
+        "power",
+        description="power: ema-pytorch's min(1 - (1 + k)^-power, decay); constant: the decay "
+        "from step one",
+    )
+    power: float = Field(2 / 3, gt=0, description="power: of the ramp")
+    update_after_step: int = Field(100, ge=0, description="power: plain copies until then")
+    update_every: int = Field(
+        1, ge=1, description="optimiser steps between updates; the decay is not rescaled"
+    )
+
+
+class TrainConfig(Section):
+    steps: int = Field(2000, ge=1, description="optimiser steps")
+    max_seconds: float | None = Field(
+        None, gt=0, description="stop after this much time spent in training steps"
+    )
+    batch_size: int = Field(128, ge=1, description="images per optimiser step, over all processes")
+    micro_batch_size: int | None = Field(
+        None, ge=1, description="images per forward pass and process"
+    )
+    seed: int = Field(0, ge=0, description="of everything random")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="of the network; auto: bf16 where it is faster"
+    )
+    compile: StrictBool = Field(False, description="torch.compile the network")
+    gradient_checkpointing: StrictBool = Field(
+        False, description="compute blocks again in the backward pass: less memory, slower"
+    )
+    init_from: str | None = Field(
+        None, description="weights to start from; set by `finetune --ckpt`"
+    )
+    on_nonfinite: Literal["stop", "skip"] = Field(
+        "stop", description="a loss or gradient that is not finite: stop, or leave the step out"
+    )
+    log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
+    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
+    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay")
+    preview_every: int = Field(1000, ge=0, description="steps between pictures; 0: none")
+    trackers: list[Literal["tensorboard", "wandb"]] = Field(
+        default=[], description="where metrics are shown as well"
+    )
+    threads: int | None = Field(
+        None, ge=1, description="CPU threads of a process; null: its share of the cores"
+    )
+
+
+class SampleConfig(Section):
+    CHOICES: ClassVar = {"sampler": "sampler", "times": "times", "cfg_schedule": "guidance"}
+
+    sampler: str = Field("ddim", description="the method")
+    steps: int | str = Field(
+        50, description="network evaluations, heun: two each; or ADM's spacing: ddim25, 10,20,30"
+    )
+    times: str | None = Field(
+        None,
+        description="training steps (even, maskdm, adm) or free times to visit; null: the "
+        "sampler's own",
+    )
+    clip: StrictBool = Field(True, description="clip x0 to the codec's range at every step")
+    threshold: float | None = Field(
+        None, gt=0, le=1, description="clip x0 to this quantile of its own size (Imagen)"
+    )
+    eps_after_clip: Literal["derived", "raw"] = Field(
+        "derived",
+        description="the noise estimate after clipping x0: derived again (ADM) or as "
+        "predicted (MaskDM)",
+    )
+    cfg_scale: float = Field(
+        1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance"
+    )
+    cfg_channels: Literal["all", "first3"] = Field(
+        "all",
+        description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth "
+        "one unguided",
+    )
+    cfg_schedule: str = Field(
+        "constant",
+        description="of the scale over time: from 1 at pure noise to cfg_scale at the image",
+    )
+    cfg_interval: list[float] | None = Field(
+        None,
+        min_length=2,
+        max_length=2,
+        description="guide at noise levels sigma / alpha from .. to, else not at all",
+    )
+    guide: str | None = Field(
+        None, description="autoguidance: a weaker run or file in the unconditional one's place"
+    )
+    guide_ema: float | None = Field(None, description="which average of the guide's run")
+    amm: Literal["off", "default"] | list[int] | None = Field(
+        None, description="null: as the model section says"
+    )
+    rounding: Literal["half_even", "half_up", "truncate"] = Field(
+        "half_even", description="to uint8; half_up: as DiT, U-ViT and MaskDM; truncate: as MDT"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="the network's, by autocast")
+    compile: StrictBool = Field(False, description="torch.compile the network")
+    ema: float | None = Field(None, description="which average to sample from; null: the first")
+
+    @classmethod
+    def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """`grid` was the name of `times`; a power implies its schedule."""
+        if "grid" in fields:
+            fields = {("times" if key == "grid" else key): value for key, value in fields.items()}
+        if fields.get("cfg_power") is not None:
+            fields = {"cfg_schedule": "power_cosine", **fields}
+        return fields
+
+    @field_validator("steps", mode="before")
+    @classmethod
+    def _steps_or_spacing(cls, steps: Any) -> Any:
+        if isinstance(steps, str) and steps.strip().isdigit():
+            steps = int(steps)
+        if isinstance(steps, bool) or (isinstance(steps, int) and steps < 1):
+            raise ValueError("give at least one step")
+        if isinstance(steps, str) and not re.fullmatch(r"ddim\d+|\d+(,\d+)*", steps):
+            raise ValueError("give a number, or ADM's spacing such as ddim25 or 10,20,30")
+        return steps
+
+
+class EvalConfig(Section):
+    CHOICES: ClassVar = {"features": "features"}
+
+    every: int = Field(
+        0, ge=0, description="steps between measurements of the samples' distance; 0: none"
+    )
+    n: int = Field(5000, ge=2, description="samples drawn for each")
+    features: str = Field("inception", description="what images are compared by")
+    weights: str | None = Field(
+        None, description="the features' weights file; null: as `msmdiff fid` finds them"
+    )
+    reference: str | None = Field(None, description="images or statistics; null: the training data")

@@ -1,0 +1,153 @@
+"""One optimiser step: what the trainer runs and the bench times."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from msmdiff.core.build import Parts
+from msmdiff.core.config import Config
+from msmdiff.core.data.loader import Batch, flip
+from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.seeding import key, stream
+from msmdiff.core.training import launch, optim, sharding
+from msmdiff.core.training.ema import Averages
+
+
+@dataclass
+class Taken:
+    """What a step was like.
+
+    Attributes:
+        terms: mean loss terms, on the device.
+        grad_norm: before clipping; 0 where it was not finite.
+        seconds, waited: the whole step, and of it the time waiting for data.
+    """
+
+    terms: dict[str, Tensor]
+    grad_norm: float
+    seconds: float
+    waited: float
+
+
+class Step:
+    """Everything that a step touches, prepared once; calling it takes one.
+
+    Args:
+        config: resolved.
+        parts: built from it, with the weights to start from.
+        accelerator: devices, precision and processes.
+        note: told of steps that are left out.
+        last_good: the checkpoint that a message may name.
+
+    Raises UsageError where the batch does not divide among the processes.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        parts: Parts,
+        accelerator: Any,
+        note: Callable[[str], None] = lambda text: None,
+        last_good: Callable[[], Path | None] = lambda: None,
+    ) -> None:
+        self.config, self.parts, self.accelerator = config, parts, accelerator
+        self.note, self.last_good = note, last_good
+        self.device = accelerator.device
+        self.micro, self.accumulate = launch.shares(config.train, accelerator.num_processes)
+        self.skipped = 0
+        parts.process.to(self.device)
+        if parts.objective.history is not None:
+            parts.objective.history.gather = accelerator.gather
+        backbone = parts.backbone
+        backbone.gradient_checkpointing = config.train.gradient_checkpointing
+        self.averages = Averages(backbone.to(self.device), config.ema)
+        if config.train.compile:
+            backbone.compile()  # in place: parameter names stay as they are
+        optimizer = optim.build(config.optim, backbone.parameters())
+        copies = self.averages.networks.values()
+        self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
+
+    def __call__(self, batches: Iterator[Batch], images_seen: int) -> Taken:
+        """Take the step that follows `images_seen` images, over the next batch_size of them.
+
+        Raises MsmdiffError for a loss or a gradient that is not finite, before the update.
+        """
+        train, started, waited = self.config.train, time.perf_counter(), 0.0
+        rate = optim.learning_rate(self.config.optim, images_seen, train.batch_size)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        # Nothing draws from the global generators; this keeps it so even for a layer that one day
+        # would.
+        torch.manual_seed(key(train.seed, "global", self.accelerator.process_index, images_seen))
+        terms: dict[str, Tensor] = {}
+        for i in range(self.accumulate):
+            asked = time.perf_counter()
+            batch = next(batches)
+            waited += time.perf_counter() - asked
+            if i < self.accumulate - 1:
+                with self.accelerator.no_sync(self.model):
+                    part = self._backward(batch)
+            else:
+                part = self._backward(batch)
+            terms = {name: terms.get(name, 0.0) + value for name, value in part.items()}
+        norm = self._checked_norm(terms, images_seen)
+        if norm is not None:
+            self.optimizer.step()
+            self.averages.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        finite = norm if norm is not None and math.isfinite(norm) else 0.0
+        return Taken(terms, finite, time.perf_counter() - started, waited)
+
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
+        """One micro-batch, forth and back; its share of the step's loss terms, detached."""
+        seed, hflip = self.config.train.seed, self.config.data.hflip
+
+        def draw(purpose: str, device: torch.device | str = self.device) -> torch.Generator:
+            return stream(device, seed, purpose, batch.position)
+
+        images = batch.images.to(self.device, non_blocking=True)
+        labels = None
+        if batch.labels is not None:
+            labels = batch.labels.to(self.device, non_blocking=True)
+        flipped = None
+        if hflip:
+            flipped = torch.rand(len(images), generator=draw("flip"), device=self.device) < hflip
+        x0 = self.parts.codec.encode(flip(images, flipped), draw("codec"))
+        terms = self.parts.objective(self.model, x0, labels, draw)
+        self.accelerator.backward(terms["loss"] / self.accumulate)
+        return {name: value.detach() / self.accumulate for name, value in terms.items()}
+
+    def _checked_norm(self, terms: dict[str, Tensor], images_seen: int) -> float | None:
+        """Clip the gradients and return their norm; None where this step must not be taken."""
+        limit = self.config.optim.clip_grad_norm or math.inf
+        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        norm = float(sharding.whole(clipped))
+        if math.isfinite(norm):
+            return norm
+        self.skipped += 1
+        loss_is_finite = all(bool(torch.isfinite(value)) for value in terms.values())
+        scaler = self.accelerator.scaler
+        scaled = scaler is not None and scaler.get_scale() > 1
+        if scaled and not launch.agree(self.accelerator, not loss_is_finite):
+            # fp16: the loss scale was too large; the scaler leaves this step out and halves it.
+            return norm
+        if self.config.train.on_nonfinite == "skip":
+            if scaler is not None:
+                # Leaves the step out too, and has to be told of every gradient it unscaled.
+                self.optimizer.step()
+            self.note(
+                f"image {images_seen:,}: gradient norm {norm}, step skipped ({self.skipped} so far)"
+            )
+            return None
+        shown = ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
+        raise MsmdiffError(
+            f"stopped before the update at image {images_seen:,}: {shown}, gradient norm {norm}; "
+            f"the last good checkpoint is {self.last_good() or 'none yet'}. A lower optim.lr or "
+            "train.precision fp32 may help; train.on_nonfinite=skip goes on and counts"
+        )
