@@ -186,6 +186,8 @@ def load_plugin(spec: str) -> str:
         raise UsageError(
             f"--plugin {spec} is neither a .py file nor an installed plugin (installed: {offered})"
         )
+    for kind in KINDS.values():  # what the plugin imports of the package is not the plugin's own
+        _import_home(kind.home)
     _loading.append(name)
     try:
         if path.suffix == ".py":
