@@ -14,6 +14,27 @@ Skip = Annotated[
 ]
 
 
+Source = Annotated[
+    str, typer.Argument(help="Images: a folder, a zip, ...; or the latents of another project.")
+]
+Out = Annotated[
+    Path,
+    typer.Option("-o", "--out", help="Folder of the packed set. The same command goes on in it."),
+]
+Vae = Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id.")]
+ImageSize = Annotated[int, typer.Option(help="Side of the images, in pixels.")]
+Codec = Annotated[str, typer.Option(help="pixel: cropped images, also for dwt (`list codecs`).")]
+Mirror = Annotated[bool, typer.Option("--mirror", help="Also the mirrored images, for data.hflip.")]
+Captions = Annotated[
+    str | None,
+    typer.Option(help="`txt`: NAME.txt beside each image, a caption a line; or a JSON file."),
+]
+Text = Annotated[str, typer.Option(help="CLIP text encoder: folder or hub id.")]
+Dtype = Annotated[Literal["float16", "float32"], typer.Option(help="Of stored moments.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
+Shard = Annotated[int, typer.Option(min=1, help="Images written and resumed as one.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the group of commands."""
     group = typer.Typer(
@@ -37,36 +58,18 @@ def register(app: typer.Typer) -> None:
 
 
 def encode(
-    source: Annotated[
-        str, typer.Argument(help="Images: a folder, a zip, ...; or the latents of another project.")
-    ],
-    out: Annotated[
-        Path,
-        typer.Option(
-            "-o", "--out", help="Folder of the packed set. The same command goes on in it."
-        ),
-    ],
-    vae: Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id.")] = None,
-    image_size: Annotated[int, typer.Option(help="Side of the images, in pixels.")] = 256,
-    codec: Annotated[
-        str, typer.Option(help="pixel: cropped images, also for dwt (`list codecs`).")
-    ] = "vae",
-    mirror: Annotated[
-        bool, typer.Option("--mirror", help="Also the mirrored images, for data.hflip.")
-    ] = False,
-    captions: Annotated[
-        str | None,
-        typer.Option(help="`txt`: NAME.txt beside each image, a caption a line; or a JSON file."),
-    ] = None,
-    text: Annotated[
-        str, typer.Option(help="CLIP text encoder: folder or hub id.")
-    ] = "openai/clip-vit-large-patch14",
+    source: Source,
+    out: Out,
+    vae: Vae = None,
+    image_size: ImageSize = 256,
+    codec: Codec = "vae",
+    mirror: Mirror = False,
+    captions: Captions = None,
+    text: Text = "openai/clip-vit-large-patch14",
     labels: Labels = None,
-    dtype: Annotated[
-        Literal["float16", "float32"], typer.Option(help="Of stored moments.")
-    ] = "float16",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 8,
-    shard: Annotated[int, typer.Option(min=1, help="Images written and resumed as one.")] = 1024,
+    dtype: Dtype = "float16",
+    batch_size: BatchSize = 8,
+    shard: Shard = 1024,
     skip_unreadable: Skip = False,
     sets: Sets = None,
 ) -> None:

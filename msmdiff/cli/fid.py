@@ -10,6 +10,66 @@ import typer
 
 from msmdiff.core.errors import UsageError
 
+SetA = Annotated[
+    str | None, typer.Argument(help="Folder, zip, `.npz`, or a run or weights to sample from.")
+]
+SetB = Annotated[str | None, typer.Argument(help="The reference; also an `.npz` of statistics.")]
+Metrics = Annotated[
+    str, typer.Option(help="Of fid,sfid,is,kid,prdc,fd_dinov2,... (`list metrics`).")
+]
+Features = Annotated[
+    str,
+    typer.Option(help="inception, dinov2, or pixel: 8x8 averages, not FID (`list features`)."),
+]
+Weights = Annotated[
+    Path | None, typer.Option(help="Feature-network weights; by default cached or downloaded.")
+]
+Dinov2Weights = Annotated[Path | None, typer.Option(help="Those of fd_dinov2 beside Inception.")]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="pytorch-fid, clean or adm; default: the given statistics', else pytorch-fid."
+    ),
+]
+Crop = Annotated[
+    int | None,
+    typer.Option(min=8, help="Centre-crop images to this side first, as training does."),
+]
+N = Annotated[
+    int | None, typer.Option(min=2, help="Images to draw, seeds from 0; default: 10,000.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Of metric; of sample, codec or model when drawing."),
+]
+Run = Annotated[
+    Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")
+]
+EveryCheckpoint = Annotated[
+    bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")
+]
+Bootstrap = Annotated[
+    int, typer.Option(min=0, help="Bootstrap resamples for a 95 % interval; 0 means none.")
+]
+Plot = Annotated[Path | None, typer.Option(help="PNG: samples beside their nearest references.")]
+AllowMismatch = Annotated[
+    bool, typer.Option("--allow-mismatch", help="Compare what was measured unalike.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
+Precision = Annotated[
+    Literal["fp32", "bf16"] | None, typer.Option(help="Of Inception; default: fp32.")
+]
+Workers = Annotated[
+    int | None, typer.Option(min=0, help="Decoding processes; default: as many as help.")
+]
+SaveStats = Annotated[
+    Path | None,
+    typer.Option("--save-stats", "-o", "--out", help="Write the statistics of the last set given."),
+]
+JsonFile = Annotated[
+    Path | None, typer.Option("--json", help="Write scores and settings; - for stdout.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -24,73 +84,26 @@ def register(app: typer.Typer) -> None:
 
 
 def fid(
-    a: Annotated[
-        str | None, typer.Argument(help="Folder, zip, `.npz`, or a run or weights to sample from.")
-    ] = None,
-    b: Annotated[
-        str | None, typer.Argument(help="The reference; also an `.npz` of statistics.")
-    ] = None,
-    metrics: Annotated[
-        str, typer.Option(help="Of fid,sfid,is,kid,prdc,fd_dinov2,... (`list metrics`).")
-    ] = "fid",
-    features: Annotated[
-        str,
-        typer.Option(help="inception, dinov2, or pixel: 8x8 averages, not FID (`list features`)."),
-    ] = "inception",
-    weights: Annotated[
-        Path | None, typer.Option(help="Feature-network weights; by default cached or downloaded.")
-    ] = None,
-    dinov2_weights: Annotated[
-        Path | None, typer.Option(help="Those of fd_dinov2 beside Inception.")
-    ] = None,
-    resize: Annotated[
-        str | None,
-        typer.Option(
-            help="pytorch-fid, clean or adm; default: the given statistics', else pytorch-fid."
-        ),
-    ] = None,
-    crop: Annotated[
-        int | None,
-        typer.Option(min=8, help="Centre-crop images to this side first, as training does."),
-    ] = None,
-    n: Annotated[
-        int | None, typer.Option(min=2, help="Images to draw, seeds from 0; default: 10,000.")
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Of metric; of sample, codec or model when drawing."),
-    ] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")
-    ] = None,
-    every_checkpoint: Annotated[
-        bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")
-    ] = False,
-    bootstrap: Annotated[
-        int, typer.Option(min=0, help="Bootstrap resamples for a 95 % interval; 0 means none.")
-    ] = 0,
-    plot: Annotated[
-        Path | None, typer.Option(help="PNG: samples beside their nearest references.")
-    ] = None,
-    allow_mismatch: Annotated[
-        bool, typer.Option("--allow-mismatch", help="Compare what was measured unalike.")
-    ] = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 16,
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="Of Inception; default: fp32.")
-    ] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=0, help="Decoding processes; default: as many as help.")
-    ] = None,
-    save_stats: Annotated[
-        Path | None,
-        typer.Option(
-            "--save-stats", "-o", "--out", help="Write the statistics of the last set given."
-        ),
-    ] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write scores and settings; - for stdout.")
-    ] = None,
+    a: SetA = None,
+    b: SetB = None,
+    metrics: Metrics = "fid",
+    features: Features = "inception",
+    weights: Weights = None,
+    dinov2_weights: Dinov2Weights = None,
+    resize: Resize = None,
+    crop: Crop = None,
+    n: N = None,
+    sets: Sets = None,
+    run: Run = None,
+    every_checkpoint: EveryCheckpoint = False,
+    bootstrap: Bootstrap = 0,
+    plot: Plot = None,
+    allow_mismatch: AllowMismatch = False,
+    batch_size: BatchSize = 16,
+    precision: Precision = None,
+    workers: Workers = None,
+    save_stats: SaveStats = None,
+    json_file: JsonFile = None,
 ) -> None:
     """Compare two sets of images: FID, sFID, Inception Score, KID, precision/recall,
     density/coverage, FD-DINOv2.
@@ -98,24 +111,17 @@ def fid(
     `msmdiff fid stats SRC -o FILE` keeps a reference's statistics. Images of one set must have one
     size.
     """
-    from msmdiff.cli.console import Console, print_json
-    from msmdiff.core.files import write_json
-    from msmdiff.core.metrics import evaluate, sheet, statistics
-    from msmdiff.core.training import launch
+    from msmdiff.core.metrics.evaluate import Settings
 
-    wish = _Wish(a, b, run, crop, every_checkpoint)
     layers, metric_options = _split_sets(sets)
-    sides = _sides(wish, save_stats)
+    sides = _sides(_Wish(a, b, run, crop, every_checkpoint), save_stats)
     if every_checkpoint and (run is None or plot is not None or "fid" not in metrics.split(",")):
         raise UsageError(
             "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
             "--plot"
         )
     _refuse_idle_drawing(sides, n, layers, sets)
-    device, main = launch.process()
-    console = Console(to_stderr=str(json_file) == "-")
-    note = console.note if main else lambda text: None
-    settings = evaluate.Settings(
+    settings = Settings(
         metrics=metrics.split(","),
         features=features,
         weights=weights,
@@ -126,32 +132,49 @@ def fid(
         batch_size=batch_size,
         bootstrap=bootstrap,
         keep=plot is not None,
-        device=device,
-        note=note,
-        progress=lambda done, total: console.progress(done, total, {}) if main else None,
     )
     opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
-    results, sets_, passes = evaluate.evaluate(
-        sides.samples, sides.reference, settings, layers=[layers], **opening
-    )
+    _compare(sides, settings, {**opening, "layers": [layers]}, (save_stats, json_file, plot))
+
+
+def _compare(
+    sides: "_Sides",
+    settings: Any,
+    opening: dict[str, Any],
+    outputs: tuple[Path | None, Path | None, Path | None],
+) -> None:
+    """Measure, show, and write statistics, JSON and a picture where they are wanted."""
+    from msmdiff.cli.console import Console, print_json
+    from msmdiff.core.files import write_json
+    from msmdiff.core.metrics import evaluate, sheet, statistics
+    from msmdiff.core.training import launch
+
+    save_stats, json_file, plot = outputs
+    settings.device, main = launch.process()
+    console = Console(to_stderr=str(json_file) == "-")
+    if main:
+        settings.note = console.note
+        settings.progress = lambda done, total: console.progress(done, total, {})
+    results, sets, passes = evaluate.evaluate(sides.samples, sides.reference, settings, **opening)
     launch.leave()
     if not main:
         return
     if save_stats is not None:
         statistics.save(save_stats, passes[0].sets[-1])
         count, name = passes[0].sets[-1].count, passes[0].features.name
-        note(f"statistics of {count:,} images, {name}, in {save_stats}")
+        console.note(f"statistics of {count:,} images, {name}, in {save_stats}")
     _show(console, sides, results, passes)
-    if sides.images_seen and run is not None:
-        _show_curve(sides, results, note)
-    content = _record(sides, results, sets_, passes, {**_told(settings), **opening})
+    if sides.images_seen:
+        _show_curve(sides, results, console.note)
+    opening.pop("layers")
+    content = _record(sides, results, sets, passes, {**_told(settings), **opening})
     if json_file is not None and str(json_file) == "-":
         print_json(content)
     elif json_file is not None:
         write_json(json_file, content)
     if plot is not None and results:
-        sheet.save(plot, sets_[0], sets_[-1], passes[0], results[0])
-        note(f"nearest references in {plot}")
+        sheet.save(plot, sets[0], sets[-1], passes[0], results[0])
+        console.note(f"nearest references in {plot}")
 
 
 @dataclass

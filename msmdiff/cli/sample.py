@@ -8,6 +8,71 @@ import typer
 
 from msmdiff.core.errors import UsageError
 
+Source = Annotated[
+    list[str] | None,
+    typer.Argument(help="Runs, their names, or weights files; default: newest."),
+]
+N = Annotated[int | None, typer.Option(help="How many images: seeds 0 to n - 1.")]
+Seeds = Annotated[
+    str | None,
+    typer.Option(help="Seeds as A-B, inclusive, or one seed. One seed is one image."),
+]
+Classes = Annotated[
+    str | None,
+    typer.Option(
+        help="As 3, 0-9 or 0,4,7, or balanced (all): dealt to the seeds in turn; or random, "
+        "by the seed."
+    ),
+]
+Prompts = Annotated[
+    Path | None,
+    typer.Option(help="Text to image: a file, one prompt a line, dealt to the seeds in turn."),
+]
+Steps = Annotated[str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")]
+Sampler = Annotated[
+    str | None, typer.Option(help="Default: the run's, normally ddim (`list samplers`).")
+]
+Preset = Annotated[
+    str | None,
+    typer.Option(help="A paper's evaluation settings: dit, mdtv2, edt, uvit, maskdm, ..."),
+]
+Eta = Annotated[float | None, typer.Option(help="ddim: 0 deterministic, 1 as noisy as ddpm.")]
+Cfg = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
+Guide = Annotated[str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")]
+Ema = Annotated[float | None, typer.Option(help="Which of a run's averages, by its decay.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
+Precision = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")]
+Out = Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")]
+Png = Annotated[
+    bool,
+    typer.Option("--png/--no-png", help="Write the images; whole ones are not made again."),
+]
+Npz = Annotated[
+    Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")
+]
+Stats = Annotated[Path | None, typer.Option(help="Also write the statistics that `fid` takes.")]
+Features = Annotated[
+    str | None, typer.Option(help="Of --stats; default: inception (`list features`).")
+]
+Weights = Annotated[Path | None, typer.Option(help="Inception weights of --stats.")]
+Grid = Annotated[
+    bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")
+]
+Interpolate = Annotated[
+    str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")
+]
+Inpaint = Annotated[
+    tuple[Path, Path] | None,
+    typer.Option(help="IMAGE MASK: fill in IMAGE where MASK is white, n times."),
+]
+Trajectory = Annotated[
+    bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")
+]
+Sets = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Other keys of sample, codec or model: `--set sample.clip=false`."),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -21,93 +86,35 @@ def register(app: typer.Typer) -> None:
 
 
 def sample(
-    source: Annotated[
-        list[str] | None,
-        typer.Argument(help="Runs, their names, or weights files; default: newest."),
-    ] = None,
-    n: Annotated[int | None, typer.Option(help="How many images: seeds 0 to n - 1.")] = None,
-    seeds: Annotated[
-        str | None,
-        typer.Option(help="Seeds as A-B, inclusive, or one seed. One seed is one image."),
-    ] = None,
-    classes: Annotated[
-        str | None,
-        typer.Option(
-            help="As 3, 0-9 or 0,4,7, or balanced (all): dealt to the seeds in turn; or random, "
-            "by the seed."
-        ),
-    ] = None,
-    prompts: Annotated[
-        Path | None,
-        typer.Option(help="Text to image: a file, one prompt a line, dealt to the seeds in turn."),
-    ] = None,
-    steps: Annotated[
-        str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")
-    ] = None,
-    sampler: Annotated[
-        str | None, typer.Option(help="Default: the run's, normally ddim (`list samplers`).")
-    ] = None,
-    preset: Annotated[
-        str | None,
-        typer.Option(help="A paper's evaluation settings: dit, mdtv2, edt, uvit, maskdm, ..."),
-    ] = None,
-    eta: Annotated[
-        float | None, typer.Option(help="ddim: 0 deterministic, 1 as noisy as ddpm.")
-    ] = None,
-    cfg: Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")] = None,
-    guide: Annotated[
-        str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")
-    ] = None,
-    ema: Annotated[
-        float | None, typer.Option(help="Which of a run's averages, by its decay.")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 64,
-    precision: Annotated[
-        Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")
-    ] = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")
-    ] = None,
-    png: Annotated[
-        bool,
-        typer.Option("--png/--no-png", help="Write the images; whole ones are not made again."),
-    ] = True,
-    npz: Annotated[
-        Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")
-    ] = None,
-    stats: Annotated[
-        Path | None, typer.Option(help="Also write the statistics that `fid` takes.")
-    ] = None,
-    features: Annotated[
-        str | None, typer.Option(help="Of --stats; default: inception (`list features`).")
-    ] = None,
-    weights: Annotated[Path | None, typer.Option(help="Inception weights of --stats.")] = None,
-    grid: Annotated[
-        bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")
-    ] = True,
-    interpolate: Annotated[
-        str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")
-    ] = None,
-    inpaint: Annotated[
-        tuple[Path, Path] | None,
-        typer.Option(help="IMAGE MASK: fill in IMAGE where MASK is white, n times."),
-    ] = None,
-    trajectory: Annotated[
-        bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")
-    ] = False,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set", help="Other keys of sample, codec or model: `--set sample.clip=false`."
-        ),
-    ] = None,
+    source: Source = None,
+    n: N = None,
+    seeds: Seeds = None,
+    classes: Classes = None,
+    prompts: Prompts = None,
+    steps: Steps = None,
+    sampler: Sampler = None,
+    preset: Preset = None,
+    eta: Eta = None,
+    cfg: Cfg = None,
+    guide: Guide = None,
+    ema: Ema = None,
+    batch_size: BatchSize = 64,
+    precision: Precision = None,
+    out: Out = None,
+    png: Png = True,
+    npz: Npz = None,
+    stats: Stats = None,
+    features: Features = None,
+    weights: Weights = None,
+    grid: Grid = True,
+    interpolate: Interpolate = None,
+    inpaint: Inpaint = None,
+    trajectory: Trajectory = False,
+    sets: Sets = None,
 ) -> None:
     """Sample images from trained weights."""
-    from msmdiff.cli.console import Console
-    from msmdiff.core import weights as stored
     from msmdiff.core.data.text import read_prompts
-    from msmdiff.core.gallery import Gallery, Request
-    from msmdiff.core.training import launch
+    from msmdiff.core.gallery import Request
 
     texts = read_prompts(prompts) if prompts else []
     request = Request(
@@ -127,31 +134,38 @@ def sample(
         trajectory=trajectory,
     )
     request.seeds = _seeds(n, seeds, len(texts), bool(request.picture))
-    if not (png or npz or stats or request.picture):
-        raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
     _refuse_idle(request, {"--seeds": seeds, "--features": features, "--weights": weights})
+    flags = {"sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg, "ema": ema}
+    flags |= {"guide": guide, "precision": precision}
+    _draw(source, request, out, _layers(preset, flags, sets))
+
+
+def _draw(
+    source: list[str] | None,
+    request: Any,
+    out: Path | None,
+    changes: tuple[list[dict[str, Any]], dict[str, Any]],
+) -> None:
+    """Draw a request from each source, into folders of their own."""
+    from msmdiff.cli.console import Console
+    from msmdiff.core import weights as stored
+    from msmdiff.core.gallery import Gallery
+    from msmdiff.core.training import launch
+
     sources = source or [str(stored.newest())]
-    for option, path in (("--npz", npz), ("--stats", stats)):
+    for option, path in (("--npz", request.npz), ("--stats", request.stats)):
         if len(sources) > 1 and path is not None:
             raise UsageError(
                 f"{option} takes one SOURCE: several would overwrite each other's file"
             )
-    flags = {
-        "sampler": sampler,
-        "steps": steps,
-        "eta": eta,
-        "cfg_scale": cfg,
-        "ema": ema,
-        "guide": guide,
-        "precision": precision,
-    }
-    layers, model_fields = _layers(preset, flags, sets)
+    layers, model_fields = changes
     device, main = launch.process()
     console = Console()
     for each in sources:
         model = stored.load(each, device, layers, **model_fields)
-        alone = out is not None and len(sources) == 1
-        folder = out if alone and out else (out or Path("samples")) / _name_of(each)
+        folder = (out or Path("samples")) / _name_of(each)
+        if out is not None and len(sources) == 1:
+            folder = out
         made = Gallery(model, replace(request, folder=folder)).make(console.progress)
         if main:
             console.note(made)
@@ -173,7 +187,9 @@ def _seeds(n: int | None, seeds: str | None, prompts: int, picture: bool) -> lis
 
 
 def _refuse_idle(request: Any, given: dict[str, Any]) -> None:
-    """Raises UsageError for an option that has no effect beside the others."""
+    """Raises UsageError for an option that has no effect beside the others, or none to have."""
+    if not (request.png or request.npz or request.stats or request.picture):
+        raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
     kinds = ("interpolate", "inpaint", "trajectory")
     drawn = [f"--{kind}" for kind in kinds if getattr(request, kind)]
     idle: dict[str, Any] = {}

@@ -159,28 +159,8 @@ class EDT(AdaLNTransformer):
         amm: Amm = "off",
         amm_formula: Literal["exp", "cos"] = "exp",
     ) -> None:
-        for name, values in (
-            ("widths", stage_widths),
-            ("depths", stage_depths),
-            ("heads", stage_heads),
-        ):
-            if len(values) != 5:
-                raise UsageError(
-                    f"model.stage_{name} {values} must have five numbers, one for each stage"
-                )
-        for width, heads in zip(stage_widths, stage_heads, strict=True):
-            check_width("model.stage_widths", width, heads)
-        if stage_widths[0] != hidden_size or stage_widths != stage_widths[::-1]:
-            raise UsageError(
-                f"model.stage_widths {stage_widths} must start with model.hidden_size "
-                f"{hidden_size} and read the same "
-                "backwards"
-            )
-        if mid_mask and stage_depths[0] <= MID_BLOCK:
-            raise UsageError(
-                f"model.mid_mask needs more than {MID_BLOCK} blocks in the first stage, not "
-                f"{stage_depths[0]}"
-            )
+        stages = {"widths": stage_widths, "depths": stage_depths, "heads": stage_heads}
+        _check_stages(stages, hidden_size, mid_mask)
         super().__init__(
             shape, num_classes, patch_size, hidden_size, stage_widths[-1], learn_sigma, null_class
         )
@@ -270,3 +250,24 @@ class EDT(AdaLNTransformer):
             if i < 2:
                 tokens = self.down[i](tokens, c, masks.down[i])
         return unpatchify(self.final(tokens, c), self.patch_size, self.grid)
+
+
+def _check_stages(stages: dict[str, list[int]], hidden_size: int, mid_mask: bool) -> None:
+    """Raises UsageError unless five stages mirror each other and suit the mask in the first."""
+    for name, values in stages.items():
+        if len(values) != 5:
+            raise UsageError(
+                f"model.stage_{name} {values} must have five numbers, one for each stage"
+            )
+    widths, depth = stages["widths"], stages["depths"][0]
+    for width, heads in zip(widths, stages["heads"], strict=True):
+        check_width("model.stage_widths", width, heads)
+    if widths[0] != hidden_size or widths != widths[::-1]:
+        raise UsageError(
+            f"model.stage_widths {widths} must start with model.hidden_size {hidden_size} and read "
+            "the same backwards"
+        )
+    if mid_mask and depth <= MID_BLOCK:
+        raise UsageError(
+            f"model.mid_mask needs more than {MID_BLOCK} blocks in the first stage, not {depth}"
+        )

@@ -146,15 +146,7 @@ class UViT(nn.Module):
         super().__init__()
         channels, height, width = shape
         grid = check_patches(height, width, patch_size)
-        if hidden_size % num_heads:
-            raise UsageError(
-                f"model.hidden_size {hidden_size} does not divide by model.num_heads {num_heads}"
-            )
-        if context_tokens and num_classes:
-            raise UsageError(
-                "a network with model.context_tokens has no labels: set model.num_classes=0, not "
-                f"{num_classes}"
-            )
+        _check_heads(hidden_size, num_heads, context_tokens, num_classes)
         self.patch_size = patch_size
         self.grid = grid
         self.num_classes = num_classes
@@ -164,15 +156,7 @@ class UViT(nn.Module):
         self.gradient_checkpointing = False
 
         self.patch_embed: Any = self._make_patch_embed(channels)
-        self.time_embed = (
-            nn.Sequential(
-                nn.Linear(hidden_size, 4 * hidden_size),
-                nn.SiLU(),
-                nn.Linear(4 * hidden_size, hidden_size),
-            )
-            if mlp_time_embed
-            else nn.Identity()
-        )
+        self.time_embed = _time_mlp(hidden_size) if mlp_time_embed else nn.Identity()
         self.label_emb = (
             nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
         )
@@ -291,3 +275,19 @@ class UViT(nn.Module):
             return time
         y = class_or_null(self, y, len(x), x.device)
         return torch.cat([self.label_emb(y)[:, None], time], dim=1)
+
+
+def _time_mlp(width: int) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(width, 4 * width), nn.SiLU(), nn.Linear(4 * width, width))
+
+
+def _check_heads(hidden_size: int, num_heads: int, context_tokens: int, num_classes: int) -> None:
+    if hidden_size % num_heads:
+        raise UsageError(
+            f"model.hidden_size {hidden_size} does not divide by model.num_heads {num_heads}"
+        )
+    if context_tokens and num_classes:
+        raise UsageError(
+            "a network with model.context_tokens has no labels: set model.num_classes=0, not "
+            f"{num_classes}"
+        )

@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -56,82 +56,119 @@ def encode(
     Raises UsageError when `out` holds something else, and MsmdiffError for unreadable images or a
     full disk; finished shards are kept.
     """
-    cache = source if isinstance(source, Cache) else None
-    if isinstance(source, Latents) and (mirror or cache is None):
-        raise UsageError(
-            f"{source.spec} is encoded already"
-            + (": it cannot be mirrored any more" if mirror else "")
-        )
+    if isinstance(source, Latents) and (mirror or not isinstance(source, Cache)):
+        why = ": it cannot be mirrored any more" if mirror else ""
+        raise UsageError(f"{source.spec} is encoded already{why}")
+    reader: _Reader = _ImageReader(source, codec, data, mirror, device)
+    if isinstance(source, Cache):
+        reader = _CacheReader(source)
+        captions = Captions.of_cache(source) if source.text else None
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    if cache is not None:  # encoded already: no codec has a part in it
-        about, captions = cache.codec, Captions.of_cache(cache) if cache.text else None
-    else:
-        about = codec.identity()
-    reader = TrainingImages(source, data, seed=0)
-
-    def load(chosen: range) -> tuple[Tensor, Tensor | None]:
-        if cache is not None:
-            return cache.gather(np.asarray(chosen))
-        return reader.crops(chosen), None if source.labels is None else torch.from_numpy(
-            source.labels[list(chosen)]
-        )
-
-    def pack(images: Tensor) -> Tensor:
-        if cache is not None:
-            return images
-        images = images.to(device)
-        packed = codec.pack(images)
-        return torch.stack([packed, codec.pack(images.flip(-1))], dim=1) if mirror else packed
-
-    count, (first, labels) = len(source), load(range(1))
-    sample = pack(first)
-    listing = "\n".join(source.describe(i) for i in range(count))
-    digest = hashlib.sha256(listing.encode()).hexdigest()
-    header: dict[str, Any] = {
-        "msmdiff_packed": FORMAT_VERSION,
-        "count": count,
-        "shape": list(sample.shape[1:]),
-    }
-    header |= {
-        "dtype": "uint8" if sample.dtype == torch.uint8 else dtype,
-        "mirrored": mirror,
-        "codec": about,
-    }
-    header |= {
-        "image_size": data.image_size if cache is None else None,
-        "labelled": labels is not None,
-    }
-    header |= {
-        "class_names": list(source.class_names),
-        "text": captions.about if captions else None,
-        "shard": shard,
-    }
-    header |= {"source": {"spec": source.spec, "listing_sha256": digest}}
+    header = _header(source, reader, captions, dtype) | {"mirrored": mirror, "shard": shard}
+    count = len(source)
     _begin(out, header, [source.name(i) for i in range(count)], captions, rank)
-    offsets, done, started = (
-        np.cumsum([0, *(captions.counts if captions else [])]),
-        0,
-        time.perf_counter(),
-    )
+    offsets = np.cumsum([0, *(captions.counts if captions else [])])
     todo = [s for s in range(rank, -(-count // shard), world) if s not in finished(out)]
     spans = [range(s * shard, min((s + 1) * shard, count)) for s in todo]
-    total = sum(map(len, spans))
+    done, total, started = 0, sum(map(len, spans)), time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         for number, span in zip(todo, spans, strict=True):
             chunks = [span[i : i + batch_size] for i in range(0, len(span), batch_size)]
-            for chunk, (images, labels) in zip(chunks, pool.map(load, chunks), strict=True):
-                _write(out / "entries.npy", chunk.start, pack(images))
+            for chunk, (images, labels) in zip(chunks, pool.map(reader.load, chunks), strict=True):
+                _write(out / "entries.npy", chunk.start, reader.pack(images))
                 if labels is not None:
                     _write(out / "labels.npy", chunk.start, labels)
                 if captions is not None:
-                    _write(
-                        out / "captions.npy", int(offsets[chunk.start]), captions.features(chunk)
-                    )
+                    first = int(offsets[chunk.start])
+                    _write(out / "captions.npy", first, captions.features(chunk))
                 done += len(chunk)
                 progress(done, total, {"images_per_s": done / (time.perf_counter() - started)})
             with (out / "shards.txt").open("a") as file:
                 file.write(f"\n{number} done\n")  # whole, also after a line that a kill cut short
     return total
+
+
+class _Reader(Protocol):
+    """What is packed, chunk by chunk.
+
+    `about` is what made the entries, `image_size` their images' side where that is known.
+    """
+
+    about: dict[str, Any]
+    image_size: int | None
+
+    def load(self, chosen: range) -> tuple[Tensor, Tensor | None]:
+        """Images or entries [B, ...] and their labels [B] or None; called from threads."""
+
+    def pack(self, images: Tensor) -> Tensor:
+        """Images -> entries."""
+
+
+class _CacheReader:
+    """Another project's entries: encoded already, so that no codec has a part in them."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache, self.about = cache, cache.codec
+        self.image_size: int | None = None
+
+    def load(self, chosen: range) -> tuple[Tensor, Tensor | None]:
+        return self.cache.gather(np.asarray(chosen))
+
+    def pack(self, images: Tensor) -> Tensor:
+        return images
+
+
+class _ImageReader:
+    """Cropped images, and their mirror images where wanted, through a codec."""
+
+    def __init__(
+        self,
+        source: Source,
+        codec: Codec,
+        data: DataConfig,
+        mirror: bool,
+        device: torch.device | str,
+    ) -> None:
+        self.codec, self.mirror, self.device = codec, mirror, device
+        self.about = {} if isinstance(source, Latents) else codec.identity()
+        self.image_size: int | None = data.image_size
+        self._labels = source.labels
+        self._images = TrainingImages(source, data, seed=0)
+
+    def load(self, chosen: range) -> tuple[Tensor, Tensor | None]:
+        labels = None
+        if self._labels is not None:
+            labels = torch.from_numpy(self._labels[list(chosen)])
+        return self._images.crops(chosen), labels
+
+    def pack(self, images: Tensor) -> Tensor:
+        images = images.to(self.device)
+        packed = self.codec.pack(images)
+        if not self.mirror:
+            return packed
+        return torch.stack([packed, self.codec.pack(images.flip(-1))], dim=1)
+
+
+def _header(
+    source: Source, reader: _Reader, captions: Captions | None, dtype: str
+) -> dict[str, Any]:
+    """What packed.json says of a set, but for how it is cut."""
+    first, labels = reader.load(range(1))
+    sample = reader.pack(first)
+    listing = "\n".join(source.describe(i) for i in range(len(source)))
+    digest = hashlib.sha256(listing.encode()).hexdigest()
+    return {
+        "msmdiff_packed": FORMAT_VERSION,
+        "count": len(source),
+        "shape": list(sample.shape[1:]),
+        "dtype": "uint8" if sample.dtype == torch.uint8 else dtype,
+        "codec": reader.about,
+        "image_size": reader.image_size,
+        "labelled": labels is not None,
+        "class_names": list(source.class_names),
+        "text": captions.about if captions else None,
+        "source": {"spec": source.spec, "listing_sha256": digest},
+    }
 
 
 def _begin(
@@ -146,54 +183,54 @@ def _begin(
             raise MsmdiffError(f"{place} was not made by the first process within ten minutes")
         time.sleep(0.1)
     if place.is_file():
-        elsewhere = ("source.spec", "codec.vae", "text.encoder")  # checksums stand for these
-        old, new = (
-            {k: v for k, v in flatten(h).items() if k not in elsewhere}
-            for h in (read_header(out), header)
-        )
-        if changed := [
-            f"{k}: {old.get(k)!r} there, {v!r} now" for k, v in new.items() if old.get(k) != v
-        ]:
-            raise UsageError(
-                f"{out} holds another packed set ({'; '.join(changed)}): give another -o"
-            )
+        _check_same(out, header)
         return
-    own = {
-        "entries.npy",
-        "labels.npy",
-        "captions.npy",
-        "offsets.npy",
-        "names.txt",
-        ".packed.json.part",
-    }
+    made = ("entries.npy", "labels.npy", "captions.npy", "offsets.npy", "names.txt")
+    own = {*made, ".packed.json.part"}
     if out.is_dir() and (others := {p.name for p in out.iterdir()} - own):
         raise UsageError(f"{out} holds other things ({min(others)}): give an empty or a new folder")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        _make_arrays(out, header, captions)
+        (out / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
+        part = out / ".packed.json.part"
+        part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+        part.replace(place)
+    except OSError as error:
+        raise MsmdiffError(f"{out} cannot be written: {error.strerror or error}") from None
+
+
+def _check_same(out: Path, header: dict[str, Any]) -> None:
+    """Raises UsageError with the differences where `out` holds another set."""
+    elsewhere = ("source.spec", "codec.vae", "text.encoder")  # checksums stand for these
+    old, new = flatten(read_header(out)), flatten(header)
+    changed = [
+        f"{key}: {old.get(key)!r} there, {value!r} now"
+        for key, value in new.items()
+        if key not in elsewhere and old.get(key) != value
+    ]
+    if changed:
+        raise UsageError(f"{out} holds another packed set ({'; '.join(changed)}): give another -o")
+
+
+def _make_arrays(out: Path, header: dict[str, Any], captions: Captions | None) -> None:
+    """Empty files of the right sizes. Raises MsmdiffError where the disk has no room for them."""
     arrays = {"entries": (header["dtype"], (header["count"], *header["shape"]))}
     if header["labelled"]:
         arrays["labels"] = ("int64", (header["count"],))
     if captions:
         arrays["captions"] = ("float16", (sum(captions.counts) + 1, *captions.null.shape))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        needed = sum(
-            math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()
+    sizes = [math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()]
+    free = shutil.disk_usage(out).free
+    if sum(sizes) > free:
+        raise MsmdiffError(
+            f"{out} needs {sum(sizes) / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
         )
-        if needed > (free := shutil.disk_usage(out).free):
-            raise MsmdiffError(
-                f"{out} needs {needed / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
-            )
-        for name, (dtype, shape) in arrays.items():
-            open_memmap(out / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
-        if captions:
-            np.save(out / "offsets.npy", np.cumsum([0, *captions.counts]))
-            _write(out / "captions.npy", sum(captions.counts), captions.null[None])
-        (out / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        (out / ".packed.json.part").write_text(
-            json.dumps(header, indent=1) + "\n", encoding="utf-8"
-        )
-        (out / ".packed.json.part").replace(place)
-    except OSError as error:
-        raise MsmdiffError(f"{out} cannot be written: {error.strerror or error}") from None
+    for name, (dtype, shape) in arrays.items():
+        open_memmap(out / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+    if captions:
+        np.save(out / "offsets.npy", np.cumsum([0, *captions.counts]))
+        _write(out / "captions.npy", sum(captions.counts), captions.null[None])
 
 
 def _write(path: Path, row: int, values: Tensor) -> None:

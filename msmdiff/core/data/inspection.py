@@ -120,40 +120,45 @@ def pack(
         with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
             taken: set[str] = set()
             for i in range(len(source)):
-                name, content = source.name(i), source.content(i)
-                if size is not None or content is None:
-                    label = (
-                        f"{source.class_names[source.labels[i]]}/"
-                        if source.labels is not None
-                        else ""
-                    )
-                    other = str(PurePosixPath(name).with_suffix(".png"))
-                    name = (
-                        f"{label}{i:08d}.png"
-                        if content is None
-                        else f"{name}.png"
-                        if other in taken
-                        else other
-                    )
-                    image, buffer = source.read(i), io.BytesIO()
-                    (image if size is None else Image.fromarray(center_crop(image, size))).save(
-                        buffer, "PNG"
-                    )
-                    content = buffer.getvalue()
+                name, content = _packed(source, i, size, taken)
                 taken.add(name)
-                archive.writestr(
-                    zipfile.ZipInfo(name), content
-                )  # of a fixed date: the same images, the same bytes
-                with suppress(OSError):  # most images have none
-                    caption, text = (
-                        str(PurePosixPath(name).with_suffix(".txt")),
-                        source.content(i, ".txt"),
-                    )
-                    if text and caption not in taken:
-                        taken.add(caption)
-                        archive.writestr(zipfile.ZipInfo(caption), text)
+                # Of a fixed date: the same images, the same bytes.
+                archive.writestr(zipfile.ZipInfo(name), content)
+                _pack_caption(source, i, name, archive, taken)
                 progress(i + 1, len(source), {})
         part.replace(out)
     except (OSError, *UNREADABLE) as error:
         part.unlink(missing_ok=True)
         raise MsmdiffError(f"{out} cannot be written: {error}") from None
+
+
+def _packed(source: Source, index: int, size: int | None, taken: set[str]) -> tuple[str, bytes]:
+    """What an image is called in an archive, and its file, as it is or as a cropped PNG."""
+    name, content = source.name(index), source.content(index)
+    if size is None and content is not None:
+        return name, content
+    if content is None:
+        folder = ""
+        if source.labels is not None:
+            folder = f"{source.class_names[source.labels[index]]}/"
+        name = f"{folder}{index:08d}.png"
+    else:
+        other = str(PurePosixPath(name).with_suffix(".png"))
+        name = f"{name}.png" if other in taken else other
+    image, buffer = source.read(index), io.BytesIO()
+    if size is not None:
+        image = Image.fromarray(center_crop(image, size))
+    image.save(buffer, "PNG")
+    return name, buffer.getvalue()
+
+
+def _pack_caption(
+    source: Source, index: int, name: str, archive: zipfile.ZipFile, taken: set[str]
+) -> None:
+    """The text beside an image, which most images have not."""
+    caption = str(PurePosixPath(name).with_suffix(".txt"))
+    with suppress(OSError):
+        text = source.content(index, ".txt")
+        if text and caption not in taken:
+            taken.add(caption)
+            archive.writestr(zipfile.ZipInfo(caption), text)
