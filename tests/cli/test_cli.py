@@ -289,8 +289,26 @@ def test_two_processes_share_the_work(tmp_path):
 
 
 def test_training_on_photos_in_wavelet_space(cli, tmp_path, photos):
-    done = cli("pretrain", "--data", "photos", "--codec", "dwt", "--image-size", "32", "--mask-kind", "block",
-               "--mask-block", "2", "--mask", "0.7", "--steps", "2", "--run", "w", *TINY)  # fmt: skip
+    done = cli(
+        "pretrain",
+        "--data",
+        "photos",
+        "--codec",
+        "dwt",
+        "--image-size",
+        "32",
+        "--mask-kind",
+        "block",
+        "--mask-block",
+        "2",
+        "--mask",
+        "0.7",
+        "--steps",
+        "2",
+        "--run",
+        "w",
+        *TINY,
+    )
     assert "measured codec.std" in done.stdout
     config = (tmp_path / "runs" / "w" / "config.yaml").read_text()
     assert "std:\n  - " in config

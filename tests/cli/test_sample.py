@@ -41,8 +41,21 @@ def pixels(folder):
 
 
 def test_a_killed_sampling_is_completed_and_whole_images_stay(cli, tmp_path, model):
-    cli("sample", model, "--n", "9", *FAST, "--out", "a", "--npz", "a.npz", "--stats", "a-stats.npz", "--features",
-        "pixel")  # fmt: skip
+    cli(
+        "sample",
+        model,
+        "--n",
+        "9",
+        *FAST,
+        "--out",
+        "a",
+        "--npz",
+        "a.npz",
+        "--stats",
+        "a-stats.npz",
+        "--features",
+        "pixel",
+    )
     before = pixels(tmp_path / "a")
     kept = tmp_path / "a" / "000004.png"
     stamp = kept.stat().st_mtime_ns
@@ -50,8 +63,21 @@ def test_a_killed_sampling_is_completed_and_whole_images_stay(cli, tmp_path, mod
     torn.write_bytes(torn.read_bytes()[:-20])
     (tmp_path / "a" / "000002.png").unlink()
     (tmp_path / "a" / ".000002.png.part").write_bytes(b"half")
-    done = cli("sample", model, "--n", "9", *FAST, "--out", "a", "--npz", "b.npz", "--stats", "b-stats.npz",
-               "--features", "pixel")  # fmt: skip
+    done = cli(
+        "sample",
+        model,
+        "--n",
+        "9",
+        *FAST,
+        "--out",
+        "a",
+        "--npz",
+        "b.npz",
+        "--stats",
+        "b-stats.npz",
+        "--features",
+        "pixel",
+    )
     assert "(7 were there)" in done.stdout
     after = pixels(tmp_path / "a")
     assert after.keys() == before.keys()
@@ -108,8 +134,12 @@ def test_several_processes_make_the_same_set(cli, tmp_path, model):
     ]
     done = subprocess.run(
         [*command, model, *options, "--out", "two", "--npz", "two.npz", "--stats", "two-stats.npz"],
-        cwd=tmp_path, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     one, two = pixels(tmp_path / "one"), pixels(tmp_path / "two")
     assert one.keys() == two.keys()

@@ -112,13 +112,18 @@ ORDERS = [
     (dict(sampler="ddim", times="uniform"), 1),
     (dict(sampler="euler", times="uniform"), 1),
     (dict(sampler="heun", times="uniform"), 2),
-    *[(dict(sampler=s, method=m, order=o), o) for s in ("dpm_solver", "dpm_solver++")
-      for m in ("singlestep", "multistep") for o in (1, 2, 3) if (m, o) != ("multistep", 3)],
+    *[
+        (dict(sampler=s, method=m, order=o), o)
+        for s in ("dpm_solver", "dpm_solver++")
+        for m in ("singlestep", "multistep")
+        for o in (1, 2, 3)
+        if (m, o) != ("multistep", 3)
+    ],
     *[(dict(sampler=s, method="multistep", order=3), 2) for s in ("dpm_solver", "dpm_solver++")],
     (dict(sampler="dpm_solver++", method="singlestep", order=3, taylor=True), 3),
     (dict(sampler="dpm_solver++", method="multistep", order=2, taylor=True), 2),
     *[(dict(sampler="unipc", order=o), o + 1) for o in (1, 2, 3)],
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("schedule", ["vp_sde", "flow", "edm"])
@@ -171,7 +176,7 @@ def test_the_error_falls_as_a_power_of_the_step(given, order, schedule):
     [
         ({"sampler": "heun", "eta": 0.5}, "sample.eta 0.5 has no effect on the sampler heun"),
         ({"variance": "large"}, "variance large has no effect on the sampler ddim, only on ddpm"),
-        ({"sampler": "unipc", "taylor": True}, "only on dpm_solver, dpm_solver[+][+]"),
+        ({"sampler": "unipc", "taylor": True}, r"only on dpm_solver, dpm_solver\+\+"),
         ({"cfg_schedule": "linear", "cfg_power": 4.0}, "guidance linear, only on power_cosine"),
         ({"times": "even", "end": 0.5}, "end 0.5 has no effect on the times even"),
         ({"sampler": "dimm"}, "sample.sampler 'dimm' is none of the samplers; did you mean 'ddim'"),
@@ -186,7 +191,7 @@ def test_a_key_of_another_choice_is_refused_by_itself(given, words):
 
 def test_an_end_on_training_steps_means_nothing():
     process = build(section("process"))
-    with pytest.raises(UsageError, match="end 0.5 has no effect on the times even"):
+    with pytest.raises(UsageError, match=r"end 0.5 has no effect on the times even"):
         visited(process.schedule, section("sample", end=0.5))
 
 
@@ -356,7 +361,7 @@ def test_clipping_keeps_x0_in_range_and_eps_consistent():
 
 
 class Counting:
-    """A network that answers its label, and remembers how many images it was shown at which time."""
+    """A network that answers its label, and remembers how many images it was shown when."""
 
     def __init__(self):
         self.seen = []

@@ -16,12 +16,17 @@ from msmdiff.core.training.trainer import Trainer, train
 
 T2I = {
     "model": {
-        "name": "U-ViT-S/2-T2I", "hidden_size": 16, "num_heads": 2, "depth": 3, "context_tokens": 7, "context_width": 16
+        "name": "U-ViT-S/2-T2I",
+        "hidden_size": 16,
+        "num_heads": 2,
+        "depth": 3,
+        "context_tokens": 7,
+        "context_width": 16,
     },
     "train": {"batch_size": 4, "steps": 2, "log_every": 1},
     "data": {"image_size": 16},
     "objective": {"label_dropout": 0.5},
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,9 +43,16 @@ def clip(tmp_path_factory):
     transformers.CLIPTokenizer(vocab=vocabulary, merges=[]).save_pretrained(folder)
     torch.manual_seed(0)
     config = transformers.CLIPTextConfig(
-        vocab_size=54, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2,
-        max_position_embeddings=7, bos_token_id=52, eos_token_id=53, pad_token_id=53,
-    )  # fmt: skip
+        vocab_size=54,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=7,
+        bos_token_id=52,
+        eos_token_id=53,
+        pad_token_id=53,
+    )
     transformers.CLIPTextModel(config).save_pretrained(folder)
     return folder
 

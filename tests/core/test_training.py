@@ -465,7 +465,7 @@ def test_training_on_a_gpu(tmp_path, quiet, precision):
 
 
 def test_torn_checkpoints_never_cost_a_whole_one(tmp_path, quiet):
-    """Two torn newer ones, keep 1: the run goes on from the whole one and ends with what it saved."""
+    """Two torn newer ones, keep 1: the run goes on from the whole one and ends with its own."""
     train(small({"train": {"checkpoint_every": 2, "keep_checkpoints": 3}}), tmp_path, quiet)
     for name in ("img-000000048", "img-000000064"):
         (tmp_path / "checkpoints" / name / "model.safetensors").write_bytes(b"torn")

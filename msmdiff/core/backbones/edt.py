@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, check_width, modulate
@@ -76,8 +77,8 @@ class DownSample(nn.Module):
     def _join(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, L / 4, 4 D]: the neighbours' columns outside, their rows inside."""
         rows, columns = self.grid
-        x = x.view(len(x), rows, 2, columns, 2, -1)
-        return x.permute(0, 1, 3, 4, 2, 5).reshape(len(x), rows * columns, -1)
+        to_quarter = "b (rows r columns q) d -> b (rows columns) (q r d)"
+        return rearrange(x, to_quarter, rows=rows, r=2, columns=columns, q=2)
 
 
 class UpSample(nn.Module):
@@ -91,8 +92,8 @@ class UpSample(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, L, D] -> [B, 4 L, D']."""
         rows, columns = self.grid
-        x = self.expand(x).view(len(x), rows, columns, 2, 2, -1)
-        return x.permute(0, 1, 3, 2, 4, 5).reshape(len(x), 4 * rows * columns, -1)
+        to_four = "b (rows columns) (r q d) -> b (rows r columns q) d"
+        return rearrange(self.expand(x), to_four, rows=rows, columns=columns, r=2, q=2)
 
 
 class Fuse(nn.Module):

@@ -5,6 +5,7 @@ from typing import Literal
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 
@@ -12,16 +13,13 @@ def patchify(x: Tensor, p: int) -> Tensor:
     """[B, C, H, W] -> [B, L, p*p*C]: row-major tokens, each ordered (row, column, channel), channel
     fastest.
     """
-    b, c, h, w = x.shape
-    x = x.view(b, c, h // p, p, w // p, p)
-    return x.permute(0, 2, 4, 3, 5, 1).reshape(b, (h // p) * (w // p), p * p * c)
+    return rearrange(x, "b c (rows p) (columns q) -> b (rows columns) (p q c)", p=p, q=p)
 
 
 def unpatchify(tokens: Tensor, p: int, grid: tuple[int, int]) -> Tensor:
     """[B, L, p*p*C] -> [B, C, H, W], the inverse of `patchify` on a (rows, columns) grid."""
-    b, (rows, columns) = len(tokens), grid
-    x = tokens.view(b, rows, columns, p, p, -1)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(b, -1, rows * p, columns * p)
+    to_image = "b (rows columns) (p q c) -> b c (rows p) (columns q)"
+    return rearrange(tokens, to_image, rows=grid[0], columns=grid[1], p=p, q=p)
 
 
 def gather_tokens(x: Tensor, keep: Tensor) -> Tensor:

@@ -248,9 +248,9 @@ def test_a_name_is_a_runs_only_where_no_data_has_it(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     pictures(tmp_path / "real", 3)
-    assert [s for s in ("digits", "digits:test", "faces", "real", "runs/real") if inputs.draws(s)] == [
-        "faces", "runs/real"
-    ]  # fmt: skip
+    assert [
+        s for s in ("digits", "digits:test", "faces", "real", "runs/real") if inputs.draws(s)
+    ] == ["faces", "runs/real"]
     assert len(inputs.open_input("digits")) == 1797
 
 

@@ -183,8 +183,20 @@ def test_pixels_are_sampled_and_finetuned_from_a_published_checkpoint(golden, cl
     cli("sample", source, *sets, "--n", "3", "--steps", "4", "--out", "s")
     settings = json.loads((tmp_path / "s" / "sample.json").read_text())["sample"]
     assert (settings["sampler"], settings["eta"], settings["times"]) == ("ddim", 1.0, "maskdm")
-    done = cli("finetune", "--ckpt", source, *sets, "--steps", "2", "--batch-size", "4", "--run", "t",
-               "--set", "train.preview_every=0")  # fmt: skip
+    done = cli(
+        "finetune",
+        "--ckpt",
+        source,
+        *sets,
+        "--steps",
+        "2",
+        "--batch-size",
+        "4",
+        "--run",
+        "t",
+        "--set",
+        "train.preview_every=0",
+    )
     assert "100% of the parameters" in done.stdout
     assert "schedule: cosine" in (tmp_path / "runs" / "t" / "config.yaml").read_text()
 

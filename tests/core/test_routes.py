@@ -1,0 +1,205 @@
+"""Routes of tokens: masked score matching, MDT's masked pass and TREAD are values of one thing."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from msmdiff.core import backbones
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
+from msmdiff.core.backbones.layers import gather_tokens, patchify
+from msmdiff.core.backbones.routes import Route, Trunk
+from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import ModelConfig
+from msmdiff.core.seeding import stream
+
+SIZES = {
+    "uvit": dict(patch_size=2, hidden_size=16, depth=9, num_heads=2),
+    "dit": dict(patch_size=2, hidden_size=16, depth=8, num_heads=2),
+    "mdt": dict(patch_size=2, hidden_size=16, depth=8, num_heads=2, decode_layers=2),
+    "mdtv2": dict(patch_size=2, hidden_size=16, depth=10, num_heads=2, decode_layers=2),
+}
+KEEP = torch.tensor([[3, 9, 40, 63], [0, 1, 2, 50]])
+
+
+def make(family):
+    model = ModelConfig(name=None, family=family, num_classes=3, **SIZES[family])
+    torch.manual_seed(0)
+    network = backbones.build(backbones.resolve(model), (3, 16, 16))
+    for parameter in network.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.normal_(parameter, std=0.1)
+    return network
+
+
+def batch():
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(2, 3, 16, 16, generator=generator)
+    return x, torch.tensor([3.0, 700.0]), torch.tensor([0, 2])
+
+
+def tread(network, keep, enter=2):
+    return Route(keep, enter, network.trunk.symmetric_leave(enter, 2), "own", "all")
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_a_route_that_hides_nobody_is_the_plain_pass_to_the_last_bit(family):
+    network = make(family)
+    x, t, y = batch()
+    plain = network(x, t, y)
+    assert torch.equal(network(x, t, y, None), plain)
+    assert torch.equal(network(x, t, y, Route()), plain)
+    assert torch.equal(network(x, t, y, Route(None, 2, 4, "own", "all")), plain)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_tokens_that_all_take_the_route_come_back_in_their_places(family):
+    network = make(family)
+    x, t, y = batch()
+    shuffled = torch.stack([torch.randperm(64), torch.randperm(64)])
+    torch.testing.assert_close(
+        network(x, t, y, tread(network, shuffled)), network(x, t, y), atol=1e-4, rtol=1e-4
+    )
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_hidden_tokens_keep_their_values_around_the_route(family):
+    """With blocks on the route that do nothing, hidden or not makes no difference."""
+    network = make(family)
+    x, t, y = batch()
+    route = tread(network, KEEP)
+    blocks = (
+        [block for block, _ in network.numbered_blocks()]
+        if family != "uvit"
+        else [*network.in_blocks, network.mid_block, *network.out_blocks]
+    )
+    for block in blocks[route.enter : route.leave]:
+        for name, parameter in block.named_parameters():
+            if name.startswith(("attn.proj", "mlp.fc2")):
+                torch.nn.init.zeros_(parameter)
+            elif name == "skip_linear.weight":  # the identity on what comes in, nothing of the skip
+                half = parameter.shape[0]
+                parameter.data = torch.cat([torch.eye(half), torch.zeros(half, half)], 1)
+            elif name == "skip_linear.bias":
+                torch.nn.init.zeros_(parameter)
+    torch.testing.assert_close(network(x, t, y, route), network(x, t, y), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_the_route_does_change_what_the_network_says_and_everything_gets_gradients(family):
+    network = make(family).train()
+    x, t, y = batch()
+    routed = network(x, t, y, tread(network, KEEP))
+    assert routed.shape == x.shape
+    assert not torch.allclose(routed, network(x, t, y), atol=1e-3)
+    routed.square().mean().backward()
+    idle = {"mask_token"} | {n for n, _ in network.named_parameters() if n.startswith("side.")}
+    for name, parameter in network.named_parameters():
+        if parameter.requires_grad and name not in idle:
+            assert parameter.grad is not None, name
+
+
+@pytest.mark.parametrize("family", SIZES)
+def test_work_falls_with_the_tokens_on_the_route(family):
+    network = make(family)
+    x, t, y = batch()
+    counts = []
+    for route in (None, tread(network, KEEP)):
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            network(x, t, y, route)
+        counts.append(counter.get_total_flops())
+    depth, span = network.trunk.depth, tread(network, KEEP)
+    outside = 1 - (span.leave - span.enter) / depth
+    assert counts[1] < counts[0] * (outside + 0.25)
+
+
+@pytest.mark.parametrize("family", ["uvit", "dit"])
+def test_masked_score_matching_answers_with_the_kept_patches(family):
+    network = make(family)
+    x, t, y = batch()
+    everyone = torch.stack([torch.randperm(64), torch.randperm(64)])
+    full = patchify(network(x, t, y), 2)
+    torch.testing.assert_close(
+        network(x, t, y, Route(everyone)), gather_tokens(full, everyone), atol=1e-4, rtol=1e-4
+    )
+    assert network(x, t, y, Route(KEEP)).shape == (2, 4, 12)
+
+
+def test_mdt_can_fill_gaps_with_the_mask_token_alone():
+    network = make("mdtv2")
+    x, t, y = batch()
+    side, mask = (
+        network(x, t, y, Route(KEEP, 0, network.encoder_depth, fill, "all"))
+        for fill in ("side", "mask")
+    )
+    assert side.shape == mask.shape == x.shape
+    assert not torch.allclose(side, mask, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("family", "route", "words"),
+    [
+        ("dit", Route(KEEP, 2, 9, "own"), "from block 2 to 9 does not fit 8 blocks"),
+        ("dit", Route(KEEP, 4, 4, "own"), "does not fit"),
+        ("dit", Route(KEEP, 0, 5), "needs a filling of its gaps"),
+        ("dit", Route(KEEP, 2, 6, "side"), "nothing to fill gaps with by 'side': use 'own'"),
+        ("uvit", Route(KEEP, 2, 5, "own"), r"cuts the long skip .*: let it leave at 7"),
+        ("mdtv2", Route(KEEP, 2, 8, "own"), r"cuts the long skip .*: let it leave at 6"),
+        ("mdt", Route(KEEP, 0, 3, "side"), "leaves at 6 here"),
+    ],
+)
+def test_a_route_that_does_not_suit_the_network_is_refused(family, route, words):
+    network = make(family)
+    with pytest.raises(UsageError, match=words):
+        network(*batch(), route)
+
+
+def test_special_tokens_travel_with_the_kept_ones():
+    trunk = Trunk(3, {}, extras=2)
+    tokens = torch.arange(2 * 5.0).view(1, 5, 2)
+    seen = []
+
+    def step(number, z, skip, ids):
+        seen.append(z.shape[1])
+        return z + 100 * (ids is not None)
+
+    keep = torch.tensor([[2, 0]])
+    out = trunk.run(
+        tokens, Route(keep, 1, 2, "own"), step, lambda before, kept: trunk.own(before, kept, keep)
+    )
+    assert seen == [5, 4, 5]
+    moved = torch.tensor([100.0, 100, 100, 0, 100])[None, :, None]
+    assert torch.equal(out, tokens + moved)
+
+
+@pytest.mark.parametrize(
+    ("model", "route"),
+    [
+        (dict(name=None, family="dit", **SIZES["dit"]), "tread"),
+        (dict(name=None, family="uvit", **SIZES["uvit"]), "tread"),
+        (dict(name=None, family="mdt", **SIZES["mdt"]), "tread"),
+        (dict(name=None, family="dit", **SIZES["dit"]), "visible"),
+    ],
+)
+def test_an_objective_takes_the_route_that_is_named(model, route):
+    layers = {"mask": {"ratio": 0.5, "route": route}, "model": model, "objective": {"name": "msm"}}
+    config = road.resolve(configuration.build(layers))
+    parts = road.build(config)
+    (route_of,) = parts.objective.passes.values()
+    drawn = route_of(3, lambda purpose, device="cpu": stream(device, 0, purpose))
+    assert drawn.keep.shape == (3, 32)
+    assert (drawn.fill, drawn.scored) == (("own", "all") if route == "tread" else ("none", "kept"))
+    terms = parts.objective(
+        parts.backbone,
+        torch.randn(3, 3, 16, 16),
+        None,
+        lambda purpose, device="cpu": stream(device, 0, purpose),
+    )
+    assert terms["mask_ratio"] == 0.5
+    assert torch.isfinite(terms["loss"])
+
+
+def test_a_family_without_the_filling_refuses_the_objective():
+    layers = {"mask": {"ratio": 0.5, "route": "side"}, "objective": {"name": "msm"}}
+    with pytest.raises(UsageError, match=r"'msm' does not suit model.family uvit"):
+        road.resolve(configuration.build(layers))
