@@ -40,7 +40,7 @@ N = Annotated[
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Of metric; of sample, codec or model when drawing."),
+    typer.Option("--set", help="Of metric or features; when drawing of sample, codec or model."),
 ]
 Run = Annotated[
     Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")
@@ -56,9 +56,7 @@ AllowMismatch = Annotated[
     bool, typer.Option("--allow-mismatch", help="Compare what was measured unalike.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
-Precision = Annotated[
-    Literal["fp32", "bf16"] | None, typer.Option(help="Of Inception; default: fp32.")
-]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of Inception.")]
 Workers = Annotated[
     int | None, typer.Option(min=0, help="Decoding processes; default: as many as help.")
 ]
@@ -100,7 +98,7 @@ def fid(
     plot: Plot = None,
     allow_mismatch: AllowMismatch = False,
     batch_size: BatchSize = 16,
-    precision: Precision = None,
+    precision: Precision = "fp32",
     workers: Workers = None,
     save_stats: SaveStats = None,
     json_file: JsonFile = None,
@@ -113,28 +111,32 @@ def fid(
     """
     from msmdiff.core.metrics.evaluate import Settings
 
-    layers, metric_options = _split_sets(sets)
+    chosen = _split_sets(sets)
+    if resize is not None:
+        chosen.features["resize"] = resize
+    if precision != "fp32":
+        chosen.features["precision"] = precision
     sides = _sides(_Wish(a, b, run, crop, every_checkpoint), save_stats)
     if every_checkpoint and (run is None or plot is not None or "fid" not in metrics.split(",")):
         raise UsageError(
             "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
             "--plot"
         )
-    _refuse_idle_drawing(sides, n, layers, sets)
+    _refuse_idle_drawing(sides, n, chosen)
     settings = Settings(
         metrics=metrics.split(","),
         features=features,
         weights=weights,
         dinov2_weights=dinov2_weights,
-        feature_options={"resize": resize, "precision": precision},
-        metric_options=metric_options,
+        feature_options=chosen.features,
+        metric_options=chosen.metric,
         allow_mismatch=allow_mismatch,
         batch_size=batch_size,
         bootstrap=bootstrap,
         keep=plot is not None,
     )
     opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
-    _compare(sides, settings, {**opening, "layers": [layers]}, (save_stats, json_file, plot))
+    _compare(sides, settings, {**opening, "layers": [chosen.layers]}, (save_stats, json_file, plot))
 
 
 def _compare(
@@ -237,22 +239,32 @@ def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
     return sides
 
 
-def _split_sets(sets: list[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
-    """`--set` -> what is laid over the configuration that is drawn with, and metrics' options."""
+@dataclass
+class _Chosen:
+    """What `--set` says of metrics, of the feature network, and of drawing, with the flags of the
+    last.
+    """
+
+    metric: dict[str, Any]
+    features: dict[str, Any]
+    layers: dict[str, Any]
+    flags: list[str]
+
+
+def _split_sets(sets: list[str] | None) -> _Chosen:
     from msmdiff.core import config as configuration
 
     layers = configuration.parse_sets(sets or [])
-    return layers, layers.pop("metric", {})
+    metric, features = layers.pop("metric", {}), layers.pop("features", {})
+    flags = [f"--set {pair}" for pair in sets or [] if pair.partition(".")[0].strip() in layers]
+    return _Chosen(metric, features, layers, flags)
 
 
-def _refuse_idle_drawing(
-    sides: _Sides, n: int | None, layers: dict[str, Any], sets: list[str] | None
-) -> None:
+def _refuse_idle_drawing(sides: _Sides, n: int | None, chosen: _Chosen) -> None:
     from msmdiff.core.metrics import inputs
 
     drawing = [f"--n {n}"] if n is not None else []
-    if layers:
-        drawing += [f"--set {pair}" for pair in sets or []]
+    drawing += chosen.flags
     specs = [spec for spec in (*sides.samples, sides.reference) if spec is not None]
     if drawing and not any(inputs.draws(spec) for spec in specs):
         raise UsageError(f"{' '.join(drawing)}: nothing is drawn, for no side is a run or weights")
@@ -300,17 +312,21 @@ def _show_curve(sides: _Sides, results: list[Any], note: Callable[[str], None]) 
 
 
 def _told(settings: Any) -> dict[str, Any]:
-    """The settings as the JSON has them, the metrics' options among them."""
-    from msmdiff.core.metrics.evaluate import choose
+    """The settings as the JSON has them, with the options of every metric: those given, and the
+    defaults of the others.
+    """
+    from msmdiff.core import registry
 
     names = ("metrics", "features", "allow_mismatch", "batch_size", "bootstrap", "keep")
     told = {name: getattr(settings, name) for name in names}
     told |= {name: str(getattr(settings, name)) for name in ("weights", "dinov2_weights")}
-    told |= dict(settings.feature_options)
+    told |= {"resize": None, "precision": "fp32", **settings.feature_options}
+    options: dict[str, Any] = {}
+    for entry in registry.entries("metric").values():
+        options |= entry.options().model_dump()
+    options |= settings.metric_options
     known = {"is_splits": "splits", "prdc_k": "k", "prdc_k_density": "k_density"}
-    for metric in choose(settings):
-        told |= {known.get(name, name): value for name, value in metric.options.items()}
-    return told
+    return told | {known.get(name, name): value for name, value in options.items()}
 
 
 def _record(

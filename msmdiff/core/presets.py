@@ -1,6 +1,7 @@
 """YAML in and out; and the presets, which lie in `configs/` and may name a `base:`."""
 
 import re
+from collections.abc import Callable, Iterator
 from importlib import resources
 from io import StringIO
 from pathlib import Path
@@ -8,31 +9,48 @@ from typing import Any
 
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.nodes import MappingNode, Node, ScalarNode, SequenceNode
+from ruamel.yaml.events import (
+    AliasEvent,
+    MappingEndEvent,
+    MappingStartEvent,
+    SequenceEndEvent,
+    SequenceStartEvent,
+    StreamEndEvent,
+    StreamStartEvent,
+)
+from ruamel.yaml.representer import SafeRepresenter
 
 from msmdiff.core.errors import UsageError, nearest
 from msmdiff.core.layers import merge
 
 # ------------------------------------------------------------------ YAML 1.2
 
-_NULL = re.compile(r"|~|null|Null|NULL")
-_BOOL = re.compile(r"true|True|TRUE|false|False|FALSE")
-_INT = re.compile(r"[-+]?[0-9]+")
-_BASED = re.compile(r"0o[0-7]+|0x[0-9a-fA-F]+")
-_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
-_SPECIAL = re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)")
-# What the library makes of a scalar that has no tag; what it is, is for `_scalar` to say.
-_IMPLIED = {"str", "int", "float", "bool", "null", "timestamp", "value", "merge"}
+Scalar = str | int | float | bool | None
+
+# The core schema (YAML 1.2, section 10.3.2): what a scalar without quotes is, first match wins.
+CORE_SCHEMA: list[tuple[re.Pattern[str], Callable[[str], Scalar]]] = [
+    (re.compile(r"|~|null|Null|NULL"), lambda text: None),
+    (re.compile(r"true|True|TRUE"), lambda text: True),
+    (re.compile(r"false|False|FALSE"), lambda text: False),
+    (re.compile(r"[-+]?[0-9]+"), int),
+    (re.compile(r"0o[0-7]+"), lambda text: int(text, 8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text, 16)),
+    (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
+    (
+        re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
+        lambda text: float(text.replace(".", "")),
+    ),
+]
 
 
 def parse_yaml(text: str, where: str) -> Any:
     """Read YAML 1.2 text by its core schema: `no` and `2024-01-01` are strings, `1e-4` is a number.
 
-    Builds plain values only. Raises UsageError naming `where` for what is malformed, and for
-    aliases, with which a short text can stand for an endless one.
+    Builds plain values only. Raises UsageError naming `where` for what is malformed, for tags, and
+    for aliases, with which a short text can stand for an endless one.
     """
     try:
-        return _plain(YAML(typ="safe", pure=True).compose(StringIO(text)), set())
+        return _Reader(text).document()
     except (YAMLError, ValueError, RecursionError) as error:
         reason = " ".join(str(error).split())
         raise UsageError(f"{where} is not valid YAML: {reason}") from None
@@ -40,54 +58,89 @@ def parse_yaml(text: str, where: str) -> Any:
 
 def dump_yaml(content: Any) -> str:
     """Plain values -> YAML 1.2 text that `parse_yaml` reads as the same values."""
-    out = StringIO()
     writer: Any = YAML(typ="safe", pure=True)
+    writer.Representer = _Representer
     writer.default_flow_style = False
     writer.sort_base_mapping_type_on_output = False
     writer.allow_unicode = True
     writer.width = 2**20  # a folded line is hard to read, and no easier to edit
+    out = StringIO()
     writer.dump(content, out)
-    return out.getvalue()
+    return out.getvalue().removesuffix("...\n")  # what ends a document that is one word
 
 
-def _plain(node: Node | None, seen: set[int]) -> Any:
-    if node is None:
-        return None
-    if id(node) in seen:
-        raise ValueError("aliases (*name) are not read: write the value out")
-    seen.add(id(node))
-    if isinstance(node, SequenceNode):
-        return [_plain(item, seen) for item in node.value]
-    if isinstance(node, MappingNode):
-        content: dict[Any, Any] = {}
-        for key_node, value in node.value:
-            key = _plain(key_node, seen)
-            if not isinstance(key, str | int | float | bool | None):
+class _Representer(SafeRepresenter):
+    """Escapes what does not show; writes equal lists twice instead of once with an alias."""
+
+    def represent_str(self, data: str) -> Any:
+        style = None if data.isprintable() else '"'
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style=style)
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+_Representer.add_representer(str, _Representer.represent_str)
+
+
+class _Reader:
+    """Builds the value of one document from the library's parsing events.
+
+    Its own constructor is not used: that one follows aliases and tags, and raises whatever its
+    conversions raise.
+    """
+
+    def __init__(self, text: str) -> None:
+        reader: Any = YAML(typ="safe", pure=True)
+        reader.version = (1, 2)
+        self._events = iter(reader.parse(StringIO(text)))
+
+    def document(self) -> Any:
+        event = self._next()
+        if isinstance(event, StreamEndEvent):
+            return None
+        value = self._value(self._next())
+        self._next()  # the document's end
+        if not isinstance(self._next(), StreamEndEvent):
+            raise ValueError("it holds several documents: one is read")
+        return value
+
+    def _next(self) -> Any:
+        """The next event after the stream's beginning."""
+        return next(event for event in self._events if not isinstance(event, StreamStartEvent))
+
+    def _value(self, event: Any) -> Any:
+        if isinstance(event, AliasEvent):
+            raise ValueError("aliases (*name) are not read: write the value out")
+        if event.tag is not None:
+            raise ValueError(f"tags (here {event.tag}) are not read: quote what is text")
+        if isinstance(event, SequenceStartEvent):
+            return list(self._items(SequenceEndEvent))
+        if isinstance(event, MappingStartEvent):
+            return self._mapping()
+        return event.value if event.style else _scalar(event.value)
+
+    def _items(self, end: type) -> Iterator[Any]:
+        while not isinstance(event := self._next(), end):
+            yield self._value(event)
+
+    def _mapping(self) -> dict[Scalar, Any]:
+        content: dict[Scalar, Any] = {}
+        items = self._items(MappingEndEvent)
+        for key in items:
+            if isinstance(key, list | dict):
                 raise ValueError("a key must be one word or number")
             if key in content:
                 raise ValueError(f"the key {key} stands twice")
-            content[key] = _plain(value, seen)
+            content[key] = next(items)
         return content
-    assert isinstance(node, ScalarNode)
-    if str(node.tag).rpartition(":")[2] not in _IMPLIED:
-        raise ValueError(f"the tag {node.tag} is not read")
-    return node.value if node.style else _scalar(node.value)
 
 
-def _scalar(text: str) -> str | int | float | bool | None:
-    """A scalar without quotes, by YAML 1.2's core schema."""
-    if _NULL.fullmatch(text):
-        return None
-    if _BOOL.fullmatch(text):
-        return text in ("true", "True", "TRUE")
-    if _INT.fullmatch(text):
-        return int(text)
-    if _BASED.fullmatch(text):
-        return int(text, 0)
-    if _FLOAT.fullmatch(text):
-        return float(text)
-    if _SPECIAL.fullmatch(text):
-        return float(text.replace(".", ""))
+def _scalar(text: str) -> Scalar:
+    """A scalar without quotes."""
+    for pattern, convert in CORE_SCHEMA:
+        if pattern.fullmatch(text):
+            return convert(text)
     return text
 
 

@@ -83,6 +83,26 @@ def test_every_inception_metric_with_settings_and_a_picture(
     assert Image.open(tmp_path / "p.png").width > 300
 
 
+def test_options_of_metrics_and_features_and_what_scripts_read(cli, photos):
+    command = ["fid", "photos", "digits", *PIXEL, "--metrics", "kid,fid", "--json", "-"]
+    done = cli(*command, "--precision", "fp32", "--set", "metric.kid_subsets=3")
+    report = json.loads(done.stdout)
+    assert report["metric"] == "pixel Fréchet distance"
+    assert list(report["scores"]) == ["fd_pixel", "kid"]
+    expected = dict(splits=10, kid_subsets=3, kid_size=1000, k=3, k_density=5)
+    expected |= dict(resize=None, precision="fp32", metrics=["kid", "fid"])
+    assert {name: report["settings"][name] for name in expected} == expected
+    for options, message in (
+        (["--set", "metric.is_splits=3"], "metric.is_splits has no effect on --metrics kid,"),
+        (["--set", "features.precision=bf16"], "features.precision = bf16 has no effect on"),
+        (["--set", "metric.kid_size.a=3"], "metric.kid_size = {'a': 3}"),
+        (["--set", "metric.kid_size=3", "--set", "sample.steps=3"], "error: --set sample.steps=3"),
+    ):
+        done = cli(*command, *options, code=2)
+        assert message in done.stderr
+        assert done.stderr.count("\n") == 1
+
+
 def test_two_processes_give_the_same_numbers(cli, tmp_path, photos):
     rng = np.random.default_rng(1)
     np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (301, 24, 40, 3), np.uint8))

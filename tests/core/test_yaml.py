@@ -64,6 +64,16 @@ def test_a_string_stays_a_string(word):
     assert presets.parse_yaml(presets.dump_yaml(content), "here") == content
 
 
+@pytest.mark.parametrize("word", ["\x85", "\u2028", "a\x85b", "\ufeff", "\x00"])
+def test_what_does_not_show_is_kept(word):
+    assert presets.parse_yaml(presets.dump_yaml({"key": word}), "here") == {"key": word}
+
+
+def test_equal_lists_are_written_out():
+    shared = [1, 2]
+    assert presets.parse_yaml(presets.dump_yaml({"a": shared, "b": shared}), "here")["b"] == [1, 2]
+
+
 @given(values)
 def test_plain_values_survive_the_round_trip(value):
     assert presets.parse_yaml(presets.dump_yaml({"v": value}), "here") == {"v": value}
@@ -93,10 +103,13 @@ def test_what_set_reads(text, value):
     ("text", "words"),
     [
         ("[1", "is not valid YAML"),
-        ("{a: 1, a: 2}", "the key a stands twice"),
-        ("&a [*a, *a]", "aliases"),
+        ("{a: 1, a: 2}", "twice"),
+        ("&a [*a, *a]", "alias"),
         ("!!python/object:os.system x", "tag"),
-        ("{[1]: 2}", "a key must be one word"),
+        ("{[1]: 2}", "is not valid YAML"),
+        ("!!python/object:x {}", "tag"),
+        ("!!str 1", "tag"),
+        ("a: 1\n---\nb: 2", "several documents"),
         ("'x", "is not valid YAML"),
         ("9" * 5000, "is not valid YAML"),
         ("[" * 5000, "is not valid YAML"),

@@ -7,14 +7,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from pydantic import ValidationError
 from torch import Tensor
 
 from msmdiff.core import registry
 from msmdiff.core.errors import UsageError, nearest
 from msmdiff.core.metrics import features as extractors
 from msmdiff.core.metrics import statistics
-from msmdiff.core.metrics.features import Features
+from msmdiff.core.metrics.features import Features, validated
 from msmdiff.core.metrics.inputs import Images, open_input
 from msmdiff.core.metrics.scores import Metric, Score, bootstrap_deviation
 from msmdiff.core.metrics.statistics import Moments, Statistics
@@ -151,13 +150,17 @@ def evaluate(
     for each in passes:
         for images in sets:
             keep = each.keep[images is sets[-1]]
-            if differ := check(images, sets[-1], each.features, keep, how.allow_mismatch):
+            if differ := check(
+                images, sets[-1], each.features, keep=keep, allow=how.allow_mismatch
+            ):
                 how.note(f"note: {images.spec} and {b} differ in {differ}; compared all the same")
     _tell_assumptions(sets, how)
     for each in passes:
         for images in sets:
             keep = each.keep[images is sets[-1]]
-            found = of_input(images, each.features, how.batch_size, keep, how.progress)
+            found = of_input(
+                images, each.features, how.batch_size, keep=keep, progress=how.progress
+            )
             each.sets.append(found)
     _tell_unreadable(sets, how)
     if b is None:
@@ -167,12 +170,16 @@ def evaluate(
 
 
 def choose(how: Settings) -> list[Metric]:
-    """The metrics that were asked for, with their options.
+    """The metrics that were asked for, with their options, in the registry's order: the first
+    score is the headline, whichever way the names were given.
 
     Raises UsageError for a name or an option that there is not, and for an option of a metric that
     was not asked for.
     """
-    entries = [registry.find("metric", name, "--metrics") for name in dict.fromkeys(how.metrics)]
+    for name in how.metrics:
+        registry.find("metric", name, "--metrics")
+    known = registry.entries("metric").values()
+    entries = [entry for entry in known if entry.name in how.metrics]
     taken = {key for entry in entries for key in entry.options.model_fields}
     if unknown := [key for key in how.metric_options if key not in taken]:
         near = nearest(unknown[0], sorted(taken))
@@ -184,18 +191,6 @@ def choose(how: Settings) -> list[Metric]:
         options = validated(entry, given, "metric")
         made.append(entry.make(**options))
     return made
-
-
-def validated(entry: registry.Entry, given: Mapping[str, Any], section: str) -> dict[str, Any]:
-    """An entry's options, complete. Raises UsageError for a wrong value."""
-    try:
-        return entry.options(**given).model_dump()
-    except ValidationError as error:
-        problems = [
-            f"{section}.{problem['loc'][0]} = {problem['input']!r}: {problem['msg'].lower()}"
-            for problem in error.errors()
-        ]
-        raise UsageError("; ".join(problems)) from None
 
 
 def _compare_places(a: Sequence[str], b: str, how: Settings) -> None:
@@ -210,8 +205,10 @@ def _compare_places(a: Sequence[str], b: str, how: Settings) -> None:
 
 
 def _passes(metrics: Sequence[Metric], sets: Sequence[Images], how: Settings) -> list[Pass]:
-    """One pass for each feature network that the metrics are over."""
+    """One pass for each feature network that the metrics are over, the chosen one first."""
     by_network: dict[str, list[Metric]] = {}
+    if any(metric.over in (None, how.features) for metric in metrics):
+        by_network[how.features] = []
     for metric in metrics:
         by_network.setdefault(metric.over or how.features, []).append(metric)
     passes = []
@@ -232,11 +229,14 @@ def _features(kind: str, over: Sequence[Metric], sets: Sequence[Images], how: Se
     if kind != how.features:
         own = how.dinov2_weights if kind == "dinov2" else None
         return extractors.build(kind, own, how.device, needs=needs)
+    weights = how.weights
+    if kind == "dinov2":
+        weights = how.dinov2_weights or weights
     options = dict(how.feature_options)
     if options.get("resize") is None and kind == "inception":
         stored = [s.stored.settings for s in sets if s.stored and "resize" in s.stored.settings]
         options["resize"] = stored[-1]["resize"] if stored else None
-    return extractors.build(kind, how.weights, how.device, needs=needs, **options)
+    return extractors.build(kind, weights, how.device, needs=needs, **options)
 
 
 def _check_stored(sets: Sequence[Images], how: Settings) -> None:
@@ -301,31 +301,36 @@ def check(
     Also where the set is of statistics that are not of these features, or without what `keep` or
     sFID needs.
     """
-    known, wanted = (
-        x.stored.settings
-        if x.stored and (x.stored.width == features.width or not len(x))
-        else features.settings() | x.settings
-        for x in (images, reference)
-    )
-    differ, stored, problem = "; ".join(statistics.differences(known, wanted)), images.stored, ""
-    if stored is not None and not len(images) and stored.width != features.width:
-        problem = (
-            f"holds statistics of {stored.width} {known.get('features', 'unnamed')} features, "
-            "which do not compare "
-            f"with {features.name} ({features.width}): choose --features and --weights to suit"
+    known, wanted = _known(images, features), _known(reference, features)
+    differ = "; ".join(statistics.differences(known, wanted))
+    bare = None if len(images) else images.stored  # statistics that no images can make up for
+    if bare is not None and bare.width != features.width:
+        raise UsageError(
+            f"{images.spec} holds statistics of {bare.width} {known.get('features', 'unnamed')} "
+            f"features, which do not compare with {features.name} ({features.width}): choose "
+            "--features and --weights to suit"
         )
-    elif differ and not allow:
-        problem = f"differs from {reference.spec} in {differ}: --allow-mismatch compares them"
-    elif (
-        stored is not None and not len(images) and features.spatial_width and stored.spatial is None
-    ):
-        problem = "holds no spatial statistics (`mu_s`, `sigma_s`), which sfid needs"
-    elif stored is not None and not len(images) and keep and stored.rows is None:
-        problem = (
-            "holds statistics only, but kid, prdc, is, --bootstrap and --plot need images, or "
-            "statistics made with "
-            "the same --metrics, which keep every feature"
+    if differ and not allow:
+        raise UsageError(
+            f"{images.spec} differs from {reference.spec} in {differ}: --allow-mismatch compares "
+            "them"
         )
-    if problem:
-        raise UsageError(f"{images.spec} {problem}")
+    if bare is not None and features.spatial_width and bare.spatial is None:
+        raise UsageError(
+            f"{images.spec} holds no spatial statistics (`mu_s`, `sigma_s`), which sfid needs"
+        )
+    if bare is not None and keep and bare.rows is None:
+        raise UsageError(
+            f"{images.spec} holds statistics only, but metrics such as kid, prdc and is, "
+            "--bootstrap and --plot need images, or statistics made with the same --metrics, "
+            "which keep every feature"
+        )
     return differ
+
+
+def _known(images: Images, features: Features) -> dict[str, str]:
+    """The settings of a set's statistics, stored or still to be measured."""
+    stored = images.stored
+    if stored is not None and (stored.width == features.width or not len(images)):
+        return stored.settings
+    return features.settings() | images.settings

@@ -4,18 +4,19 @@ offline use.
 
 import hashlib
 from collections import OrderedDict
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field
+from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
 from msmdiff.core import files, registry
 from msmdiff.core.data.loader import cache_folder
 from msmdiff.core.diffusion.codecs import to_unit
-from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError, nearest
 from msmdiff.core.registry import Options, register
 
 INCEPTION_FILE, INCEPTION_SHA256 = "pt_inception-2015-12-05-6726825d.pth", "6726825d"
@@ -32,7 +33,7 @@ class Features:
     `resize` is the rule by which images are brought to the network's size.
     """
 
-    prefix: ClassVar[str]
+    prefix: ClassVar[str] = ""
     """How `name` begins, by which statistics are known."""
     offers: ClassVar[frozenset[str]] = frozenset()
     """What there is beside vectors: `spatial` ones, `classes`."""
@@ -98,10 +99,11 @@ def _tensorflow(images: Tensor, size: int) -> Tensor:
     for axis in (2, 3):
         at = torch.arange(size, device=x.device) * (x.shape[axis] / size)
         low = at.floor().long()
-        first, second = (
-            x.index_select(axis, i.clamp(max=x.shape[axis] - 1)) for i in (low, low + 1)
-        )
-        x = first + (second - first) * (at - low).view(-1, *[1] * (3 - axis))
+        last = x.shape[axis] - 1
+        first = x.index_select(axis, low.clamp(max=last))
+        second = x.index_select(axis, (low + 1).clamp(max=last))
+        share = (at - low).view(-1, 1) if axis == 2 else at - low
+        x = first + (second - first) * share
     return x
 
 
@@ -377,14 +379,29 @@ def build(
         )
     if foreign := set(given) - set(entry.options.model_fields):
         name = min(foreign)
-        raise UsageError(f"--{name} {given[name]} has no effect on --features {kind}")
-    complete = entry.options(**given).model_dump()
+        near = nearest(name, list(entry.options.model_fields))
+        raise UsageError(
+            f"features.{name} = {given[name]} has no effect on --features {kind}{near}"
+        )
+    complete = validated(entry, given, "features")
     return entry.make(weights, device, spatial="spatial" in needs, **complete)
+
+
+def validated(entry: registry.Entry, given: Mapping[str, Any], section: str) -> dict[str, Any]:
+    """An entry's options, complete. Raises UsageError for a wrong value."""
+    try:
+        return entry.options(**given).model_dump()
+    except ValidationError as error:
+        problems = [
+            f"{section}.{problem['loc'][0]} = {problem['input']!r}: {problem['msg'].lower()}"
+            for problem in error.errors()
+        ]
+        raise UsageError("; ".join(problems)) from None
 
 
 def kind_of(name: str) -> str | None:
     """The registered name of the network whose features are called `name` in statistics."""
     for entry in registry.entries("features").values():
-        if name.startswith(entry.make.prefix):
+        if entry.make.prefix and name.startswith(entry.make.prefix):
             return entry.name
     return None

@@ -34,12 +34,9 @@ class Images:
     stored: Statistics | None = None
 
     def __init__(self, spec: str, **notes: Any) -> None:
-        self.spec, self.notes, self.bad, self.settings = (
-            spec,
-            notes,
-            dict[int, str](),
-            dict[str, str](),
-        )
+        self.spec, self.notes = spec, notes
+        self.bad: dict[int, str] = {}
+        self.settings: dict[str, str] = {}
 
     def __len__(self) -> int:
         return 0
@@ -70,12 +67,15 @@ class Stored(Images):
                 "on each side"
             )
         fast = len(source) < 64 or isinstance(source, sources.Digits | sources.Npz)
-        self._workers = workers if workers is not None else 0 if fast else default_workers()
-        first = next(
-            self.batches(range(len(source)), 1)
-        )  # an unreadable first image says nothing of the size
+        if workers is None:
+            workers = 0 if fast else default_workers()
+        self._workers = workers
+        # The first that can be read: an unreadable image says nothing of the size.
+        first = next(self.batches(range(len(source)), 1))
         self._size = f"{first.shape[3]}x{first.shape[2]}"
-        self.settings = {"image_size": self._size} | ({"crop": f"adm {crop}"} if crop else {})
+        self.settings = {"image_size": self._size}
+        if crop:
+            self.settings["crop"] = f"adm {crop}"
 
     def __len__(self) -> int:
         return len(self.source)
@@ -93,21 +93,24 @@ class Stored(Images):
         """A batch and what of it could not be read; an error as a value, since a worker would send
         a traceback.
         """
-        found = {index: self._pixels(index) for index in indices}
-        good = {index: pixels for index, pixels in found.items() if not isinstance(pixels, str)}
-        for index, pixels in good.items():
-            if self._size not in ("", size := f"{pixels.shape[1]}x{pixels.shape[0]}"):
+        good: list[np.ndarray] = []
+        bad: dict[int, str] = {}
+        for index in indices:
+            pixels = self._pixels(index)
+            if isinstance(pixels, str):
+                bad[index] = pixels
+                continue
+            size = f"{pixels.shape[1]}x{pixels.shape[0]}"
+            if self._size and size != self._size:  # not known while the first is looked for
                 return MsmdiffError(
                     f"{self.spec} mixes sizes: {self._name(index)} is {size}, the first is "
-                    f"{self._size}; resize them "
-                    "to one size, or crop both sets with --crop"
+                    f"{self._size}; resize them to one size, or crop both sets with --crop"
                 )
-        batch = (
-            torch.from_numpy(np.stack([*good.values()]).transpose(0, 3, 1, 2).copy())
-            if good
-            else None
-        )
-        return batch, {index: reason for index, reason in found.items() if isinstance(reason, str)}
+            good.append(pixels)
+        if not good:
+            return None, bad
+        batch = np.stack(good).transpose(0, 3, 1, 2)  # [B, 3, H, W]
+        return torch.from_numpy(batch.copy()), bad
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
         chunks: Any = [
@@ -118,14 +121,15 @@ class Stored(Images):
             dataset,
             batch_sampler=chunks,
             collate_fn=as_is,
-            num_workers=self._workers * bool(self._size),
+            num_workers=self._workers if self._size else 0,  # none to find the first image
         ):
             if isinstance(item, MsmdiffError):
                 raise item
-            self.bad |= item[1]
-            self.unreadable()
-            if item[0] is not None:
-                yield item[0]
+            batch, bad = item
+            self.bad |= bad
+            self.unreadable()  # stops as soon as they are too many
+            if batch is not None:
+                yield batch
 
     def _name(self, index: int) -> str:
         return self.source.name(index)
@@ -133,10 +137,10 @@ class Stored(Images):
     def unreadable(self) -> list[str]:
         named = [f"{self._name(i)} ({reason})" for i, reason in self.bad.items()]
         if len(named) > UNREADABLE_SHARE * len(self):
+            every = sources.survey(self.source)[0]
             raise MsmdiffError(
-                f"{len(sources.survey(self.source)[0])} of {len(self)} images in {self.spec} "
-                "cannot be read, more "
-                f"than {UNREADABLE_SHARE:.0%}, the first is {named[0]}: repair or remove them"
+                f"{len(every)} of {len(self)} images in {self.spec} cannot be read, more than "
+                f"{UNREADABLE_SHARE:.0%}, the first is {named[0]}: repair or remove them"
             )
         return named
 

@@ -26,20 +26,25 @@ def prdc(
     holds a sample; those balls reach to the `k_density`-th neighbour. A neighbour is never the
     image itself; k is lowered where there are not so many.
     """
-    mean = (
-        reference.double().mean(0).to(reference.dtype)
-    )  # smaller numbers lose less in |a|^2 + |b|^2 - 2 a.b
+    # Smaller numbers lose less in |a|^2 + |b|^2 - 2 a.b.
+    mean = reference.double().mean(0).to(reference.dtype)
     samples, reference = samples - mean, reference - mean
-    own, others = (nearest(x, None, max(k, k_density), device)[0] for x in (reference, samples))
-    k, k_density, k_others = (
-        min(each, x.shape[1]) for each, x in ((k, own), (k_density, own), (k, others))
-    )
-    precise, held = torch.zeros(len(samples), dtype=torch.bool), torch.zeros(len(samples))
-    recalled, covered = torch.zeros(2, len(reference), dtype=torch.bool)
+    farthest = max(k, k_density)
+    own = nearest(reference, None, farthest, device)[0]  # [N, farthest], squared
+    others = nearest(samples, None, farthest, device)[0]  # [M, farthest]
+    radii = own[:, min(k, own.shape[1]) - 1]  # [N]
+    k_density = min(k_density, own.shape[1])
+    density_radii = own[:, k_density - 1]  # [N]
+    sample_radii = others[:, min(k, others.shape[1]) - 1]  # [M]
+
+    precise = torch.zeros(len(samples), dtype=torch.bool)
+    held = torch.zeros(len(samples))
+    recalled = torch.zeros(len(reference), dtype=torch.bool)
+    covered = torch.zeros(len(reference), dtype=torch.bool)
     for rows, columns, distances in _tiles(samples, reference, device):
-        within = distances <= own[columns, k_density - 1].to(device)
-        precise[rows] |= (distances <= own[columns, k - 1].to(device)).any(1).cpu()
-        recalled[columns] |= (distances <= others[rows, k_others - 1, None].to(device)).any(0).cpu()
+        within = distances <= density_radii[columns].to(device)
+        precise[rows] |= (distances <= radii[columns].to(device)).any(1).cpu()
+        recalled[columns] |= (distances <= sample_radii[rows, None].to(device)).any(0).cpu()
         held[rows] += within.sum(1).cpu()
         covered[columns] |= within.any(0).cpu()
     found = {
@@ -61,10 +66,8 @@ def nearest(
     """
     among = x if y is None else y
     k = min(k, len(among) - (y is None))
-    best, where = (
-        torch.full((len(x), k), torch.inf, dtype=x.dtype),
-        torch.zeros(len(x), k, dtype=torch.int64),
-    )
+    best = torch.full((len(x), k), torch.inf, dtype=x.dtype)
+    where = torch.zeros(len(x), k, dtype=torch.int64)
     for rows, columns, distances in _tiles(x, among, device):
         if y is None and rows == columns:
             distances.fill_diagonal_(torch.inf)
@@ -78,8 +81,13 @@ def nearest(
 def _tiles(
     x: Tensor, y: Tensor, device: torch.device | str
 ) -> Iterator[tuple[slice, slice, Tensor]]:
-    for rows in (slice(i, min(i + TILE, len(x))) for i in range(0, len(x), TILE)):
-        for columns in (slice(i, min(i + TILE, len(y))) for i in range(0, len(y), TILE)):
+    """Slices of x's rows and of y's, with their squared distances [rows, columns]."""
+    for rows in _slices(len(x)):
+        for columns in _slices(len(y)):
             a, b = x[rows].to(device), y[columns].to(device)
             squares = a.square().sum(1)[:, None] + b.square().sum(1)
             yield rows, columns, torch.addmm(squares, a, b.T, alpha=-2).clamp_(min=0)
+
+
+def _slices(n: int) -> list[slice]:
+    return [slice(start, min(start + TILE, n)) for start in range(0, n, TILE)]

@@ -69,8 +69,15 @@ def score(
 ) -> Score:
     """A score over the features of two sets, named after them where they are not Inception's."""
     title += features.suffix
-    counts = (sets[0].count, sets[1].count)
-    return Score(name, title, value, features.name, *counts, deviation)
+    return Score(
+        name=name,
+        title=title,
+        value=value,
+        features=features.name,
+        count_a=sets[0].count,
+        count_b=sets[1].count,
+        deviation=deviation,
+    )
 
 
 @register("metric", "fid")
@@ -79,13 +86,6 @@ class Frechet(Metric):
 
     def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
         return [compare(a, b, features)]
-
-
-@register("metric", "fd_dinov2")
-class FrechetDinov2(Frechet):
-    """Fréchet distance over DINOv2's features (Stein et al. 2023)."""
-
-    over = "dinov2"
 
 
 @register("metric", "sfid")
@@ -136,7 +136,7 @@ class Kid(Metric):
         if a.rows is None or b.rows is None:
             return []
         subsets, size = self.options["kid_subsets"], self.options["kid_size"]
-        value, deviation = kid(a.rows, b.rows, subsets, size, features.device)
+        value, deviation = kid(a.rows, b.rows, subsets=subsets, size=size, device=features.device)
         return [score("kid", "KID", value, sets=(a, b), features=features, deviation=deviation)]
 
 
@@ -155,11 +155,18 @@ class Prdc(Metric):
         if a.rows is None or b.rows is None:
             return []
         k, k_density = self.options["prdc_k"], self.options["prdc_k_density"]
-        found = prdc(a.rows, b.rows, k, k_density, features.device)
+        found = prdc(a.rows, b.rows, k=k, k_density=k_density, device=features.device)
         return [
             score(name, name, value, sets=(a, b), features=features)
             for name, value in found.items()
         ]
+
+
+@register("metric", "fd_dinov2")
+class FrechetDinov2(Frechet):
+    """Fréchet distance over DINOv2's features (Stein et al. 2023)."""
+
+    over = "dinov2"
 
 
 # ------------------------------------------------------------------ the mathematics
@@ -168,7 +175,14 @@ class Prdc(Metric):
 def compare(a: Statistics, b: Statistics, features: Features) -> Score:
     """The Fréchet distance between two sets' statistics."""
     value = frechet_distance(a.pooled, b.pooled, features.device)
-    return Score(features.metric, features.title, value, features.name, a.count, b.count)
+    return Score(
+        name=features.metric,
+        title=features.title,
+        value=value,
+        features=features.name,
+        count_a=a.count,
+        count_b=b.count,
+    )
 
 
 def bootstrap_deviation(
@@ -232,9 +246,11 @@ def kid(
     """Mean and population deviation of the MMD over random subsets of `size` (at most the smaller
     set's).
     """
-    size, values = min(size, len(x), len(y)), []
+    size = min(size, len(x), len(y))
+    values = []
     for number in range(subsets):
         rng = numpy_stream(0, "kid", number)
-        one, two = (v[torch.from_numpy(rng.permutation(len(v))[:size])].to(device) for v in (x, y))
-        values.append(polynomial_mmd(one, two))
+        one = x[torch.from_numpy(rng.permutation(len(x))[:size])]
+        two = y[torch.from_numpy(rng.permutation(len(y))[:size])]
+        values.append(polynomial_mmd(one.to(device), two.to(device)))
     return float(np.mean(values)), float(np.std(values))

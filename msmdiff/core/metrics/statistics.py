@@ -2,6 +2,7 @@
 
 import zipfile
 import zlib
+from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,6 +21,17 @@ SETTINGS = ("features", "resize", "precision", "image_size", "crop")
 """What two sets must share to be compared: network and weights, resizing rule, arithmetic, images'
 size, crop.
 """
+
+UNREADABLE = (
+    OSError,
+    ValueError,
+    EOFError,
+    TypeError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+)
+"""What NumPy raises for damaged archives."""
 
 
 @dataclass
@@ -60,14 +72,17 @@ class Moments:
     def add(self, features: Tensor) -> None:
         """Take in a batch [B, D]."""
         x = features.to(self._mean.device, torch.float64)
-        step, total = x.mean(0) - self._mean, self.count + len(x)
-        centred = torch.cat([x - x.mean(0), step[None] * (self.count * len(x) / total) ** 0.5])
+        total = self.count + len(x)
+        step = x.mean(0) - self._mean
+        between = step[None] * (self.count * len(x) / total) ** 0.5
+        centred = torch.cat([x - x.mean(0), between])
         self._scatter.addmm_(centred.T, centred)
         self._mean += step * (len(x) / total)
         self.count = total
-        self._rows = (
-            [*self._rows, features.float().cpu()] if self._keep or total <= len(self._mean) else []
-        )
+        if self._keep or total <= len(self._mean):
+            self._rows.append(features.float().cpu())
+        else:
+            self._rows = []
 
     def finish(self) -> tuple[Gaussian, Tensor | None]:
         """The Gaussian, and the features where they were kept; of all processes together where
@@ -78,20 +93,7 @@ class Moments:
         width, device = len(self._mean), self._mean.device
         rows = torch.cat([*self._rows, torch.empty(0, width)])
         if dist.is_initialized():
-            counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
-            counts[dist.get_rank()] = self.count
-            dist.all_reduce(counts)
-            total, before = int(counts.sum()), int(counts[: dist.get_rank()].sum())
-            mean = self._mean * (self.count / max(1, total))
-            dist.all_reduce(mean)
-            self._scatter.addr_(self._mean - mean, self._mean - mean, alpha=self.count)
-            dist.all_reduce(self._scatter)
-            if self._keep or total <= width:
-                every = torch.zeros(total, width, device=device)
-                every[before : before + self.count] = rows.to(device)
-                dist.all_reduce(every)
-                rows = every.cpu()
-            self.count, self._mean = total, mean
+            rows = self._gather(rows)
         if self.count < 2:
             raise MsmdiffError(
                 "a Fréchet distance needs at least two images on each side; one side has "
@@ -99,9 +101,29 @@ class Moments:
             )
         few = self.count <= width
         root = (rows.to(device) - self._mean) / (self.count - 1) ** 0.5 if few else None
-        return Gaussian(
-            self._mean, self._scatter / (self.count - 1), root
-        ), rows if few or self._keep else None
+        gaussian = Gaussian(self._mean, self._scatter / (self.count - 1), root)
+        return gaussian, rows if few or self._keep else None
+
+    def _gather(self, rows: Tensor) -> Tensor:
+        """Bring the moments of all processes together, and the features where they are kept."""
+        width, device, rank = len(self._mean), self._mean.device, dist.get_rank()
+        counts = torch.zeros(dist.get_world_size(), dtype=torch.int64, device=device)
+        counts[rank] = self.count
+        dist.all_reduce(counts)
+        total, before = int(counts.sum()), int(counts[:rank].sum())
+
+        mean = self._mean * (self.count / max(1, total))
+        dist.all_reduce(mean)
+        apart = self._mean - mean
+        self._scatter.addr_(apart, apart, alpha=self.count)
+        dist.all_reduce(self._scatter)
+        if self._keep or total <= width:
+            every = torch.zeros(total, width, device=device)
+            every[before : before + self.count] = rows.to(device)
+            dist.all_reduce(every)
+            rows = every.cpu()
+        self.count, self._mean = total, mean
+        return rows
 
 
 def differences(a: dict[str, str], b: dict[str, str]) -> list[str]:
@@ -146,40 +168,59 @@ def load(path: Path) -> Statistics | None:
     pytorch-fid's. Raises MsmdiffError for a file that is not a NumPy archive, and UsageError for
     shapes that do not belong together.
     """
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if "mu" not in content or "sigma" not in content:
-                return None
-            suffixes = ("", "_s") if {"mu_s", "sigma_s"} <= set(content) else ("",)
-            pairs = [
-                [content[f"{k}{s}"].astype(np.float64) for k in ("mu", "sigma")] for s in suffixes
-            ]
-            count = int(content["count"]) if "count" in content else 0
-            settings = {name: str(content[name]) for name in SETTINGS if name in content}
-            rows = torch.from_numpy(content["rows"]) if "rows" in content else None
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        TypeError,
-        AttributeError,
-        zipfile.BadZipFile,
-        zlib.error,
-    ) as error:
-        raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
-    for mean, cov in pairs:
-        if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
-            raise UsageError(
-                f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together"
-            )
-        if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
-            raise UsageError(f"{path} holds numbers that are not finite")
-    pooled, spatial = [*(Gaussian(*map(torch.from_numpy, pair)) for pair in pairs), None][:2]
-    assert pooled is not None
+    found = _read(path)
+    if found is None:
+        return None
+    gaussians = [_gaussian(path, found[f"mu{s}"], found[f"sigma{s}"]) for s in _suffixes(found)]
+    pooled = gaussians[0]
+    spatial = gaussians[1] if len(gaussians) > 1 else None
+    count = int(found["count"]) if "count" in found else 0
+    settings = {name: str(found[name]) for name in SETTINGS if name in found}
     assumed = "features" not in settings and len(pooled.mean) == 2048
     if assumed:
         rule = "adm" if spatial is not None else "pytorch-fid"
         settings |= {"features": f"inception-2048/{INCEPTION_SHA256}", "resize": rule}
+    rows = torch.from_numpy(found["rows"]) if "rows" in found else None
     if rows is not None and len(rows) <= rows.shape[1]:
         pooled = Gaussian.fit(rows)
-    return Statistics(pooled, count, settings, spatial, rows, assumed)
+    return Statistics(
+        pooled=pooled,
+        count=count,
+        settings=settings,
+        spatial=spatial,
+        rows=rows,
+        assumed=assumed,
+    )
+
+
+def _suffixes(names: Container[str]) -> tuple[str, ...]:
+    """After `mu` and `sigma`: of the pooled features, and of the spatial ones where there are."""
+    return ("", "_s") if "mu_s" in names and "sigma_s" in names else ("",)
+
+
+def _read(path: Path) -> dict[str, np.ndarray] | None:
+    """The arrays that statistics consist of, without the images that may lie beside them."""
+    try:
+        with np.load(path, allow_pickle=False) as content:
+            if "mu" not in content or "sigma" not in content:
+                return None
+            found = {}
+            for suffix in _suffixes(content):
+                for name in (f"mu{suffix}", f"sigma{suffix}"):
+                    found[name] = content[name].astype(np.float64)
+            for name in ("count", "rows", *SETTINGS):
+                if name in content:
+                    found[name] = content[name]
+            return found
+    except UNREADABLE as error:
+        raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
+
+
+def _gaussian(path: Path, mean: np.ndarray, cov: np.ndarray) -> Gaussian:
+    if mean.ndim != 1 or cov.shape != (len(mean), len(mean)):
+        raise UsageError(
+            f"{path}: mu {list(mean.shape)} and sigma {list(cov.shape)} do not belong together"
+        )
+    if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
+        raise UsageError(f"{path} holds numbers that are not finite")
+    return Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))

@@ -1,10 +1,15 @@
 """From files to statistics and scores."""
 
+from dataclasses import replace
+from pathlib import Path
+from typing import ClassVar
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from msmdiff.core import registry
 from msmdiff.core.data.sources import Files
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import evaluate, inputs, statistics
@@ -248,9 +253,8 @@ def test_a_name_is_a_runs_only_where_no_data_has_it(tmp_path, monkeypatch):
         (tmp_path / "runs" / name).mkdir(parents=True)
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     pictures(tmp_path / "real", 3)
-    assert [
-        s for s in ("digits", "digits:test", "faces", "real", "runs/real") if inputs.draws(s)
-    ] == ["faces", "runs/real"]
+    names = ("digits", "digits:test", "faces", "real", "runs/real")
+    assert [name for name in names if inputs.draws(name)] == ["faces", "runs/real"]
     assert len(inputs.open_input("digits")) == 1797
 
 
@@ -270,3 +274,91 @@ def test_sets_that_are_no_sets(tmp_path):
         UsageError, match="--metrics 'fud' is none of the metrics; did you mean 'fid'"
     ):
         evaluate.evaluate([outer], outer, Settings(metrics=["fud"]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"features": "pixels"}, "--features 'pixels' is none of .* did you mean 'pixel'"),
+        (
+            {"metric_options": {"kid_size": 5}},
+            "metric.kid_size has no effect on --metrics fid",
+        ),
+        (
+            {"metrics": ["kid"], "metric_options": {"kid_sise": 5}},
+            "metric.kid_sise has no effect on --metrics kid; did you mean 'kid_size'",
+        ),
+        (
+            {"metrics": ["kid"], "metric_options": {"kid_size": 1}},
+            "metric.kid_size = 1: input should be greater than or equal to 2",
+        ),
+        (
+            {"feature_options": {"resize": "adm"}},
+            "features.resize = adm has no effect on --features pixel",
+        ),
+        (
+            {"features": "inception", "feature_options": {"resize": "bicubic"}},
+            "features.resize = 'bicubic': input should be 'pytorch-fid', 'clean' or 'adm'",
+        ),
+        ({"metrics": ["sfid"]}, "are for --features inception: pixel has no spatial"),
+    ],
+)
+def test_wrong_names_and_options_are_refused_before_anything_is_measured(
+    tmp_path, settings, message, monkeypatch
+):
+    a, b = pictures(tmp_path / "a", 3), pictures(tmp_path / "b", 3, seed=1)
+    monkeypatch.setattr(evaluate, "of_input", None)
+    with pytest.raises(UsageError, match=message):
+        evaluate.evaluate([a], b, Settings(**{"features": "pixel", **settings}))
+
+
+def test_options_change_the_published_metrics(tmp_path):
+    a, b = pictures(tmp_path / "a", 9), pictures(tmp_path / "b", 7, seed=1)
+    chosen = Settings(metrics=["prdc", "kid"], features="pixel")
+    (plain,), _, _ = evaluate.evaluate([a], b, chosen)
+    chosen.metric_options = {"kid_subsets": 2, "kid_size": 5, "prdc_k": 1}
+    (other,), _, _ = evaluate.evaluate([a], b, chosen)
+    before, after = ({score.name: score.value for score in found} for found in (plain, other))
+    assert list(before) == ["kid", "precision", "recall", "density", "coverage"]
+    assert after["kid"] != before["kid"]
+    assert after["precision"] < before["precision"]
+    assert after["density"] == before["density"]
+
+
+@pytest.fixture
+def small_dino(monkeypatch):
+    """Something in DINOv2's place that needs no weights; remembers which it was given."""
+
+    class Colours(PixelFeatures):
+        """Mean colours."""
+
+        name, width, metric, prefix = "vit_large_patch14_dinov2/0", 3, "fd_dinov2", "vit_"
+        given: ClassVar = []
+
+        def __init__(self, weights=None, device="cpu", *, spatial=False):
+            self.given.append(weights)
+
+        def __call__(self, images):
+            return images.float().mean((2, 3)), None
+
+    known = registry.entries("features")
+    monkeypatch.setitem(known, "dinov2", replace(known["dinov2"], make=Colours))
+    return Colours
+
+
+def test_the_first_score_is_the_same_whichever_way_the_metrics_are_named(tmp_path, small_dino):
+    a, b = pictures(tmp_path / "a", 9), pictures(tmp_path / "b", 7, seed=1)
+    chosen = Settings(metrics=["fd_dinov2", "kid", "fid"], features="pixel")
+    (found,), _, passes = evaluate.evaluate([a], b, chosen)
+    assert [score.name for score in found] == ["fd_pixel", "kid", "fd_dinov2"]
+    assert [each.features.width for each in passes] == [192, 3]
+
+
+def test_dinov2_takes_either_files_option(tmp_path, small_dino):
+    a, b = pictures(tmp_path / "a", 9), pictures(tmp_path / "b", 7, seed=1)
+    for given in ({"weights": Path("w")}, {"dinov2_weights": Path("w")}):
+        chosen = Settings(metrics=["kid", "fd_dinov2", "fid"], features="dinov2", **given)
+        (found,), _, passes = evaluate.evaluate([a], b, chosen)
+        assert [score.name for score in found] == ["fd_dinov2", "kid"]
+        assert len(passes) == 1
+    assert small_dino.given == [Path("w")] * 2
