@@ -353,3 +353,9 @@ def test_quickstart_tells_the_whole_story(cli, tmp_path):
     (tmp_path / "demo" / "quickstart.json").write_text("{}")
     done = cli("quickstart", "--out", "demo", code=2)
     assert "holds a finished quickstart" in done.stderr
+
+
+def test_training_starts_where_git_is_not_installed(cli, tmp_path):
+    (tmp_path / "bin").mkdir()
+    cli("train", "--steps", "1", "--batch-size", "4", "--run", "r", PATH=str(tmp_path / "bin"))
+    assert json.loads((tmp_path / "runs/r/run.json").read_text())["git"] is None

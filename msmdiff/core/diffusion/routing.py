@@ -13,6 +13,7 @@ from torch import Tensor
 from msmdiff.core.backbones.routes import Route
 from msmdiff.core.diffusion.masking import Mask, mdt_kept
 from msmdiff.core.diffusion.time_sampling import Draw
+from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import Options, register
 from msmdiff.core.sections import MaskConfig
 
@@ -93,7 +94,12 @@ class Tread:
     ) -> None:
         self.mask, self.enter = mask, enter
         self.leave = network.trunk.symmetric_leave(enter, leave)
-        network.trunk.check(enter, self.leave, "own")
+        depth = network.trunk.depth
+        if not enter < self.leave <= depth:
+            raise UsageError(
+                f"mask.enter {enter} and mask.leave {leave} leave no block between them in a "
+                f"network of {depth}: lower them, for example to 1"
+            )
 
     def draw(self, batch: int, draw: Draw) -> Route | None:
         keep = self.mask.draw(batch, draw("mask"))

@@ -135,19 +135,23 @@ class Run:
         return lines
 
 
+def _revision() -> str | None:
+    """The commit of the checkout that runs, where there is one and git is installed."""
+    package = str(Path(msmdiff.__file__).parent)
+    command = ["git", "-C", package, "describe", "--always", "--dirty"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() or None
+
+
 def _circumstances(command: str) -> dict[str, Any]:
-    package = Path(msmdiff.__file__).parent
-    git = subprocess.run(
-        ["git", "-C", str(package), "describe", "--always", "--dirty"],
-        capture_output=True,
-        text=True,
-        check=False,
-    )
     return {
         "command": command,
         "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "msmdiff": msmdiff.__version__,
-        "git": git.stdout.strip() or None,
+        "git": _revision(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         "machine": platform.platform(),
