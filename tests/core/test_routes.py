@@ -208,5 +208,5 @@ def test_a_family_without_the_filling_refuses_the_objective():
 def test_a_network_too_shallow_for_the_route_is_said_so():
     model = dict(name=None, family="dit", **{**SIZES["dit"], "depth": 4})
     layers = {"mask": {"ratio": 0.5, "route": "tread"}, "model": model}
-    with pytest.raises(UsageError, match="mask.enter 2 and mask.leave 4 leave no block between"):
+    with pytest.raises(UsageError, match=r"mask.enter 2 and mask.leave 4 leave no block between"):
         road.resolve(configuration.build(layers))
