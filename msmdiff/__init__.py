@@ -3,7 +3,7 @@
 __version__ = "0.1.0"
 
 
-def __getattr__(name: str):  # type: ignore[no-untyped-def]
+def __getattr__(name: str):
     """`msmdiff.load`, imported when asked for: torch takes seconds."""
     if name == "load":
         from msmdiff.core.weights import load

@@ -106,7 +106,13 @@ def encode(
         mirror=mirror, dtype=dtype, batch_size=batch_size, shard=shard, device=device
     )
     count = encoding.encode(
-        images, made, config.data, out, console.progress, captions=texts, **options
+        source=images,
+        codec=made,
+        data=config.data,
+        out=out,
+        progress=console.progress,
+        captions=texts,
+        **options,
     )
     console.finish()
     console.note(

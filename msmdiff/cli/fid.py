@@ -116,7 +116,9 @@ def fid(
         chosen.features["resize"] = resize
     if precision != "fp32":
         chosen.features["precision"] = precision
-    sides = _sides(_Wish(a, b, run, crop, every_checkpoint), save_stats)
+    sides = _sides(
+        _Wish(a=a, b=b, run=run, crop=crop, every_checkpoint=every_checkpoint), save_stats
+    )
     if every_checkpoint and (run is None or plot is not None or "fid" not in metrics.split(",")):
         raise UsageError(
             "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
@@ -133,7 +135,7 @@ def fid(
         allow_mismatch=allow_mismatch,
         batch_size=batch_size,
         bootstrap=bootstrap,
-        keep=plot is not None,
+        keep_rows=plot is not None,
     )
     opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
     _compare(sides, settings, {**opening, "layers": [chosen.layers]}, (save_stats, json_file, plot))
@@ -169,13 +171,19 @@ def _compare(
     if sides.images_seen:
         _show_curve(sides, results, console.note)
     opening.pop("layers")
-    content = _record(sides, results, sets, passes, {**_told(settings), **opening})
+    content = _record(
+        sides=sides,
+        results=results,
+        sets=sets,
+        passes=passes,
+        settings={**_told(settings), **opening},
+    )
     if json_file is not None and str(json_file) == "-":
         print_json(content)
     elif json_file is not None:
         write_json(json_file, content)
     if plot is not None and results:
-        sheet.save(plot, sets[0], sets[-1], passes[0], results[0])
+        sheet.save(path=plot, a=sets[0], b=sets[-1], each=passes[0], scores=results[0])
         console.note(f"nearest references in {plot}")
 
 
@@ -317,8 +325,8 @@ def _told(settings: Any) -> dict[str, Any]:
     """
     from msmdiff.core import registry
 
-    names = ("metrics", "features", "allow_mismatch", "batch_size", "bootstrap", "keep")
-    told = {name: getattr(settings, name) for name in names}
+    names = ("metrics", "features", "allow_mismatch", "batch_size", "bootstrap")
+    told = {name: getattr(settings, name) for name in names} | {"keep": settings.keep_rows}
     told |= {name: str(getattr(settings, name)) for name in ("weights", "dinov2_weights")}
     told |= {"resize": None, "precision": "fp32", **settings.feature_options}
     options: dict[str, Any] = {}

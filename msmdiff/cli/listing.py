@@ -57,7 +57,9 @@ def listing(
         near = nearest(what, known)
         raise UsageError(f"list {what}: no such kind{near}; there are {', '.join(known)}")
     if what is None:
-        rows = [(kind, f"{len(_names(kind))} to choose from") for kind in known]
+        rows: list[tuple[str, ...]] = []
+        for kind in known:
+            rows.append((kind, f"{len(_names(kind))} to choose from"))
         header: tuple[str, ...] = ("kind", "")
     elif what == "keys":
         header, rows = ("key", "default", "what it is"), _keys(name)
@@ -108,7 +110,7 @@ def _keys(section: str | None) -> list[tuple[str, ...]]:
         near = nearest(section, list(SECTIONS))
         raise UsageError(f"list keys {section}: no such section{near}: {', '.join(SECTIONS)}")
     shown = {kind: name for name, kind in NAMES.items()}
-    rows = []
+    rows: list[tuple[str, ...]] = []
     for name in [section] if section else SECTIONS:
         for key, field in SECTIONS[name].model_fields.items():
             dotted, default, about = _row(f"{name}.{key}", field)

@@ -112,15 +112,33 @@ def _remove_results(out: Path) -> None:
 def _both_arms(seed: int, seconds: float, out: Path, console: Any) -> list[Stage]:
     primer_seconds = seconds * PRETRAINING_SHARE
     primer = _train(
-        "masked primer", "digits-pretrain", seed, primer_seconds, out / "primer", console
+        name="masked primer",
+        preset="digits-pretrain",
+        seed=seed,
+        seconds=primer_seconds,
+        run=out / "primer",
+        console=console,
     )
     start = out / "primer" / "weights.safetensors"
     rest = seconds - primer_seconds
     finetuned = _train(
-        "fine-tuned", "digits-finetune", seed, rest, out / "finetuned", console, start
+        name="fine-tuned",
+        preset="digits-finetune",
+        seed=seed,
+        seconds=rest,
+        run=out / "finetuned",
+        console=console,
+        start=start,
     )
     finetuned.curve = [(primer.seconds + x, y) for x, y in finetuned.curve]
-    scratch = _train("from scratch", "digits-finetune", seed, seconds, out / "scratch", console)
+    scratch = _train(
+        name="from scratch",
+        preset="digits-finetune",
+        seed=seed,
+        seconds=seconds,
+        run=out / "scratch",
+        console=console,
+    )
     for stage in (finetuned, scratch):
         stage.distance = _distance(stage.run, out, seed)
     return [primer, finetuned, scratch]
@@ -157,11 +175,11 @@ def _train(
     summary = train(config, run, _Budget(console, name, seconds), command="msmdiff quickstart")
     lines = Run(run, writes=False).metrics()
     return Stage(
-        name,
-        run,
-        summary.steps,
-        summary.seconds,
-        summary.images_seen / summary.seconds,
+        name=name,
+        run=run,
+        steps=summary.steps,
+        seconds=summary.seconds,
+        images_per_s=summary.images_seen / summary.seconds,
         curve=[(line["seconds"], line["loss"]) for line in lines],
     )
 
@@ -291,7 +309,8 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
     left.legend(frameon=False)
     arms = ("fine-tuned", "from scratch")
     for x, arm in enumerate(arms):
-        values = [s.distance for stages in results for s in stages if s.name == arm]
+        found = [s.distance for stages in results for s in stages if s.name == arm]
+        values = [value for value in found if value is not None]
         right.bar(x, sum(values) / len(values), color=colours[arm], width=0.6)
         right.plot([x] * len(values), values, "k.", markersize=4)
     right.axhline(floor, color="grey", linestyle=":", label="real digits")

@@ -192,11 +192,11 @@ def export(
     if layout == "diffusers":
         about, state = diffusers.export(stored.tensors, config.model, parts.codec.shape)
         files.write_json(target / "config.json", about)
-        with files.whole(target / "diffusion_pytorch_model.safetensors") as part:
+        with files.atomic(target / "diffusion_pytorch_model.safetensors") as part:
             save_file(state, part, {"format": "pt"})
     else:
         state = published.export(stored.tensors, config.model, parts.codec.shape, layout)
-        with files.whole(target) as part:
+        with files.atomic(target) as part:
             torch.save(published.file_content(state, parts.process, layout), part)
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
     if layout == "diffusers":

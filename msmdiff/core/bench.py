@@ -79,9 +79,9 @@ def _random_batches(
 ) -> Iterator[Batch]:
     """The same images and labels again and again, at the positions of a training."""
     images = parts.codec.example(size, device)
-    labels = parts.objective.condition.example(size, device)
+    y = parts.objective.condition.example(size, device)
     for position in itertools.count(step=size):
-        yield Batch(position, images, labels)
+        yield Batch(position, images, y)
 
 
 def matmul_peak(device: torch.device, dtype: torch.dtype) -> float:

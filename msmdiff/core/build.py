@@ -60,6 +60,8 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     noise = attempt(process.build, config.process)
     if noise is not None:
         attempt(time_sampling.build, config.process, noise.schedule)
+        if config.model.model_dump().get("learn_sigma"):
+            attempt(noise.table, "model.learn_sigma")
         attempt(times.visited, noise.schedule, config.sample)
     problems += _check_sizes(config) if model is not None else []
     if not problems:
@@ -87,7 +89,7 @@ def build(config: Config) -> Parts:
     noise = process.build(config.process)
     mask = masking.build(config.mask, network.grid)
     objective = objectives.build(config, noise, mask, network)
-    return Parts(codec, noise, mask, network, objective)
+    return Parts(codec=codec, process=noise, mask=mask, backbone=network, objective=objective)
 
 
 def _on_meta(config: Config, shape: tuple[int, int, int]) -> Any:
@@ -128,9 +130,6 @@ def _check_objective(config: Config) -> list[str]:
     """Settle what is automatic, and say what does not go together."""
     problems = objectives.settle(config, backbones.network_class(config.model))
     model = config.model.model_dump()
-    noise = config.process.schedule
-    if model.get("learn_sigma") and not process.has_steps(config.process):
-        problems.append(f"model.learn_sigma needs a schedule of discrete steps, not {noise}")
     unlabelled = model["num_classes"] and model.get("null_class") is False
     if unlabelled and config.objective.label_dropout:
         problems.append(

@@ -6,7 +6,6 @@ the keys that are common to all choices (`sections`) and the options of what it 
 declared beside the thing that is chosen (`registry`).
 """
 
-import json
 import re
 from collections.abc import Iterable
 from functools import cache
@@ -47,9 +46,6 @@ class Config(Section):
 
     def to_yaml(self) -> str:
         return dump_yaml(self.as_dict())
-
-    def to_json(self) -> str:
-        return json.dumps(self.as_dict())
 
 
 # Keys that may differ when a run is resumed: they change when things are shown or saved, never what
@@ -103,12 +99,6 @@ def section(name: str, /, **fields: Any) -> Any:
     except ValidationError as error:
         problems = [_explain(name, fields, problem) for problem in error.errors()]
         raise UsageError("; ".join(problems)) from None
-
-
-def choose(section_: Section, name: str, /, **chosen: Any) -> Any:
-    """A section in which some keys are set anew; the options that were given stay."""
-    given = {key: getattr(section_, key) for key in section_.model_fields_set}
-    return section(name, **{**given, **chosen})
 
 
 def choices(name: str, fields: dict[str, Any]) -> list[Entry]:

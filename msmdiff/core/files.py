@@ -11,7 +11,7 @@ from msmdiff.core.errors import MsmdiffError
 
 
 @contextmanager
-def whole(path: Path) -> Iterator[Path]:
+def atomic(path: Path) -> Iterator[Path]:
     """A name beside `path` to write to, which takes its place at the end. Makes the folder.
 
     Raises MsmdiffError where it cannot be written; what was there before is intact then.
@@ -27,7 +27,7 @@ def whole(path: Path) -> Iterator[Path]:
 
 def write_text(path: Path, text: str) -> None:
     """One text in a file, as UTF-8."""
-    with whole(path) as part:
+    with atomic(path) as part:
         part.write_text(text, encoding="utf-8")
 
 

@@ -233,7 +233,7 @@ class Gallery:
         labels = self.model.condition.deal(self.request.classes, self.request.seeds)
         if labels is not None:
             known["arr_1"] = labels.numpy()
-        with files.whole(npz) as part, part.open("wb") as file:
+        with files.atomic(npz) as part, part.open("wb") as file:
             np.savez(file, arr_0=canvas, **known)
 
     def _png(self, seed: int) -> Path:
@@ -396,6 +396,6 @@ def _is_whole(path: Path) -> bool:
 
 
 def _save(picture: Image.Image, path: Path) -> Path:
-    with files.whole(path) as part:
+    with files.atomic(path) as part:
         picture.save(part, format="PNG")
     return path

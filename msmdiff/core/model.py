@@ -147,7 +147,11 @@ class Model:
             at = strength(t)
             scale = at.item() if t.ndim == 0 else at
             guided = guidance.Guided(
-                network or self.backbone, self.condition, scale, channels, self.guide
+                network=network or self.backbone,
+                condition=self.condition,
+                scale=scale,
+                channels=channels,
+                guide=self.guide,
             )
             output = process.feed(guided, x_t, t, y)
             estimate = process.split(output.float(), x_t, t)

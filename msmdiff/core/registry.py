@@ -119,7 +119,9 @@ def register(
                 f"the plugin {plugin} registers the {kind} '{name}', which {owner} has already"
             )
         first = (summary or make.__doc__ or "").strip().partition("\n")[0]
-        _entries[kind][name] = Entry(kind, name, make, options, first, plugin)
+        _entries[kind][name] = Entry(
+            kind=kind, name=name, make=make, options=options, summary=first, plugin=plugin
+        )
         return make
 
     return enter

@@ -166,7 +166,7 @@ def test_batches_are_a_function_of_the_position(photos, workers, crop):
     resumed = next(loader.batches(dataset, Chunks(24, 8, 4), pin_memory=False))
     assert resumed.position == 24
     assert torch.equal(resumed.images, seen[6].images)
-    assert torch.equal(resumed.labels, seen[6].labels)
+    assert torch.equal(resumed.y, seen[6].y)
     assert seen[0].images.shape == (4, 3, 16, 16)
     assert seen[0].images.dtype == torch.uint8
 

@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -184,7 +186,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     save_file(
         {"a": torch.zeros(1)},
         path,
-        {"msmdiff": f'{{"version": 1, "config": {resolved().to_json()}}}'},
+        {"msmdiff": f'{{"version": 1, "config": {json.dumps(resolved().as_dict())}}}'},
     )
     with pytest.raises(MsmdiffError, match="does not hold the network that it describes"):
         weights.load(path)

@@ -66,7 +66,13 @@ class DiT(AdaLNTransformer):
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
         super().__init__(
-            shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class
+            shape=shape,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            last_width=hidden_size,
+            learn_sigma=learn_sigma,
+            null_class=null_class,
         )
         self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(

@@ -163,7 +163,13 @@ class EDT(AdaLNTransformer):
         stages = {"widths": stage_widths, "depths": stage_depths, "heads": stage_heads}
         _check_stages(stages, hidden_size, mid_mask)
         super().__init__(
-            shape, num_classes, patch_size, hidden_size, stage_widths[-1], learn_sigma, null_class
+            shape=shape,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            last_width=stage_widths[-1],
+            learn_sigma=learn_sigma,
+            null_class=null_class,
         )
         rows, columns = self.grid
         if rows % 4 or columns % 4:

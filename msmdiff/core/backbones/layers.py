@@ -148,7 +148,9 @@ class Attention(nn.Module):
         if self.factor is not None and not self.training:
             factor = select_pairs(self.factor, keep)
             factor = factor if keep is None else factor[:, None]
-        return self.proj(attention(q, k, v, bias, factor).transpose(1, 2).reshape(b, l, d))
+        return self.proj(
+            attention(q=q, k=k, v=v, bias=bias, factor=factor).transpose(1, 2).reshape(b, l, d)
+        )
 
 
 class Mlp(nn.Module):

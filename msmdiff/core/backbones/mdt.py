@@ -85,7 +85,13 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
                 f"model.decode_layers {decode_layers} must lie between 0 and model.depth {depth}"
             )
         super().__init__(
-            shape, num_classes, patch_size, hidden_size, hidden_size, learn_sigma, null_class
+            shape=shape,
+            num_classes=num_classes,
+            patch_size=patch_size,
+            hidden_size=hidden_size,
+            last_width=hidden_size,
+            learn_sigma=learn_sigma,
+            null_class=null_class,
         )
         rows, columns = self.grid
         self._block = dict(

@@ -59,14 +59,22 @@ def encode(
     if isinstance(source, Latents) and (mirror or not isinstance(source, Cache)):
         why = ": it cannot be mirrored any more" if mirror else ""
         raise UsageError(f"{source.spec} is encoded already{why}")
-    reader: _Reader = _ImageReader(source, codec, data, mirror, device)
+    reader: _Reader = _ImageReader(
+        source=source, codec=codec, data=data, mirror=mirror, device=device
+    )
     if isinstance(source, Cache):
         reader = _CacheReader(source)
         captions = Captions.of_cache(source) if source.text else None
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     header = _header(source, reader, captions, dtype) | {"mirrored": mirror, "shard": shard}
     count = len(source)
-    _begin(out, header, [source.name(i) for i in range(count)], captions, rank)
+    _begin(
+        out=out,
+        header=header,
+        names=[source.name(i) for i in range(count)],
+        captions=captions,
+        rank=rank,
+    )
     offsets = np.cumsum([0, *(captions.counts if captions else [])])
     todo = [s for s in range(rank, -(-count // shard), world) if s not in finished(out)]
     spans = [range(s * shard, min((s + 1) * shard, count)) for s in todo]

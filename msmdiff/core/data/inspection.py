@@ -124,7 +124,7 @@ def pack(
                 taken.add(name)
                 # Of a fixed date: the same images, the same bytes.
                 archive.writestr(zipfile.ZipInfo(name), content)
-                _pack_caption(source, i, name, archive, taken)
+                _pack_caption(source=source, index=i, name=name, archive=archive, taken=taken)
                 progress(i + 1, len(source), {})
         part.replace(out)
     except (OSError, *UNREADABLE) as error:

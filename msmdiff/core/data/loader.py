@@ -32,17 +32,23 @@ processes.
 
 @dataclass
 class Batch:
-    """`position` is the first place in the training sequence; images are what a codec's `encode`
-    takes, uint8 [B, 3, H, W] or packed, [B, 2, ...] where each comes with its mirror image; labels
-    int64 [B], the features of captions [B, tokens, width], or None."""
+    """What a training step takes.
+
+    Attributes:
+        position: the first place in the training sequence.
+        images: what a codec's `encode` takes, uint8 [B, 3, H, W] or packed; [B, 2, ...] where each
+            comes with its mirror image.
+        y: what the network is told: class indices int64 [B], the features of captions [B, tokens,
+            width], or None.
+    """
 
     position: int
     images: Tensor
-    labels: Tensor | None
+    y: Tensor | None
 
     def pin_memory(self) -> "Batch":
-        labels = self.labels.pin_memory() if self.labels is not None else None
-        return Batch(self.position, self.images.pin_memory(), labels)
+        y = self.y.pin_memory() if self.y is not None else None
+        return Batch(self.position, self.images.pin_memory(), y)
 
 
 def flip(images: Tensor, flipped: Tensor | None) -> Tensor:

@@ -289,7 +289,14 @@ def _mapped(path: str) -> np.ndarray:
             else np.lib.format.read_array_header_2_0
         )
         shape, fortran, dtype = header(file)
-        return np.memmap(path, dtype, "r", file.tell(), shape, "F" if fortran else "C")
+        return np.memmap(
+            filename=path,
+            dtype=dtype,
+            mode="r",
+            offset=file.tell(),
+            shape=shape,
+            order="F" if fortran else "C",
+        )
 
 
 def holds_images(path: Path) -> bool:

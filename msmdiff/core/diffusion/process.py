@@ -136,11 +136,3 @@ def build(config: ProcessConfig) -> Process:
     made = schedule.make(config.timesteps, **schedule.takes(config))
     meaning = prediction.make(made, **prediction.takes(config))
     return Process(made, meaning, weighting.make(**weighting.takes(config)))
-
-
-def has_steps(config: ProcessConfig) -> bool:
-    """Whether a `process` section's schedule is a table of training steps."""
-    try:
-        return isinstance(build(config).schedule, Table)
-    except UsageError:
-        return True  # which is said elsewhere

@@ -73,7 +73,7 @@ class Side:
         generator = draw("mask")
         noise = torch.rand(batch, self.tokens, generator=generator, device=generator.device)
         keep: Tensor = noise.argsort(dim=1)[:, :kept]
-        return Route(keep, 0, self.leave, "side", "all")
+        return Route(keep=keep, enter=0, leave=self.leave, fill="side", scored="all")
 
 
 class TreadOptions(Options):
@@ -103,4 +103,8 @@ class Tread:
 
     def draw(self, batch: int, draw: Draw) -> Route | None:
         keep = self.mask.draw(batch, draw("mask"))
-        return None if keep is None else Route(keep, self.enter, self.leave, "own", "all")
+        return (
+            None
+            if keep is None
+            else Route(keep=keep, enter=self.enter, leave=self.leave, fill="own", scored="all")
+        )

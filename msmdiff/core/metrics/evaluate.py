@@ -34,7 +34,7 @@ class Settings:
         metric_options: of the metrics, by their flat names.
         allow_mismatch: compare what was measured unalike.
         bootstrap: resamples for an interval; 0 for none.
-        keep: hold every feature, for a picture of the images.
+        keep_rows: hold every feature, for a picture of the images.
         device, note, progress: where it runs, and what is told of it.
     """
 
@@ -47,7 +47,7 @@ class Settings:
     allow_mismatch: bool = False
     batch_size: int = 16
     bootstrap: int = 0
-    keep: bool = False
+    keep_rows: bool = False
     device: torch.device | str = "cpu"
     note: Callable[[str], None] = lambda text: None
     progress: Callable[[int, int], None] = lambda done, total: None
@@ -61,7 +61,7 @@ class Pass:
 
     features: Features
     metrics: list[Metric]
-    keep: tuple[bool, bool]
+    keep_rows: tuple[bool, bool]
     sets: list[Statistics] = field(default_factory=list)
 
 
@@ -70,14 +70,14 @@ def of_images(
     features: Features,
     progress: Callable[[int], None] = lambda done: None,
     settings: dict[str, str] | None = None,
-    keep: bool = False,
+    keep_rows: bool = False,
 ) -> Statistics:
     """The statistics of uint8 batches [B, 3, H, W]; `progress` is told how many images are done.
 
     Where there are several processes, each gives its own batches, and all get the statistics of
     all.
     """
-    pooled = Moments(features.width, features.device, keep)
+    pooled = Moments(features.width, features.device, keep_rows)
     spatial = Moments(features.spatial_width, features.device) if features.spatial_width else None
     for batch in batches:
         vectors, second = features(batch)
@@ -87,14 +87,20 @@ def of_images(
         progress(pooled.count)
     gaussian, rows = pooled.finish()
     known = features.settings() | (settings or {})
-    return Statistics(gaussian, pooled.count, known, spatial.finish()[0] if spatial else None, rows)
+    return Statistics(
+        pooled=gaussian,
+        count=pooled.count,
+        settings=known,
+        spatial=spatial.finish()[0] if spatial else None,
+        rows=rows,
+    )
 
 
 def of_input(
     images: Images,
     features: Features,
     batch_size: int = 16,
-    keep: bool = False,
+    keep_rows: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Statistics:
     """The statistics of a set, of which every process takes a consecutive share, or those it has on
@@ -108,13 +114,17 @@ def of_input(
         if images.stored is not None and images.stored.width == features.width
         else None
     )
-    if stored is not None and (stored.rows is not None or not keep):
+    if stored is not None and (stored.rows is not None or not keep_rows):
         return stored
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     share = range(rank * len(images) // world, (rank + 1) * len(images) // world)
     batches = images.batches(share, batch_size)
     found = of_images(
-        batches, features, lambda done: progress(done, len(share)), images.settings, keep
+        batches=batches,
+        features=features,
+        progress=lambda done: progress(done, len(share)),
+        settings=images.settings,
+        keep_rows=keep_rows,
     )
     if world > 1:
         every: list[Any] = [None] * world
@@ -144,22 +154,22 @@ def evaluate(
         _compare_places(a, b, how)
     specs = [*a, b] if b is not None else list(a)
     sets = [open_input(spec, device=how.device, **opening) for spec in specs]
-    if how.keep and (bare := [images.spec for images in sets if not len(images)]):
+    if how.keep_rows and (bare := [images.spec for images in sets if not len(images)]):
         raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
     passes = _passes(metrics, sets, how)
     for each in passes:
         for images in sets:
-            keep = each.keep[images is sets[-1]]
+            keep_rows = each.keep_rows[images is sets[-1]]
             if differ := check(
-                images, sets[-1], each.features, keep=keep, allow=how.allow_mismatch
+                images, sets[-1], each.features, keep_rows=keep_rows, allow=how.allow_mismatch
             ):
                 how.note(f"note: {images.spec} and {b} differ in {differ}; compared all the same")
     _tell_assumptions(sets, how)
     for each in passes:
         for images in sets:
-            keep = each.keep[images is sets[-1]]
+            keep_rows = each.keep_rows[images is sets[-1]]
             found = of_input(
-                images, each.features, how.batch_size, keep=keep, progress=how.progress
+                images, each.features, how.batch_size, keep_rows=keep_rows, progress=how.progress
             )
             each.sets.append(found)
     _tell_unreadable(sets, how)
@@ -216,7 +226,7 @@ def _passes(metrics: Sequence[Metric], sets: Sequence[Images], how: Settings) ->
         # Statistics are looked at first: features may have to be downloaded.
         if kind == how.features and any(metric.over is None for metric in over):
             _check_stored(sets, how)
-        everything = how.keep or how.bootstrap > 0
+        everything = how.keep_rows or how.bootstrap > 0
         rows_a = everything or any("a" in metric.rows_of for metric in over)
         rows_b = everything or any("b" in metric.rows_of for metric in over)
         made = _features(kind, over, sets, how)
@@ -293,13 +303,17 @@ def _interval(score: Score, a: Statistics, b: Statistics, times: int) -> tuple[f
 
 
 def check(
-    images: Images, reference: Images, features: Features, keep: bool = False, allow: bool = False
+    images: Images,
+    reference: Images,
+    features: Features,
+    keep_rows: bool = False,
+    allow: bool = False,
 ) -> str:
     """How a set was measured otherwise than the reference; raises UsageError for that, unless
     `allow`ed.
 
-    Also where the set is of statistics that are not of these features, or without what `keep` or
-    sFID needs.
+    Also where the set is of statistics that are not of these features, or without what `keep_rows`
+    or sFID needs.
     """
     known, wanted = _known(images, features), _known(reference, features)
     differ = "; ".join(statistics.differences(known, wanted))
@@ -319,7 +333,7 @@ def check(
         raise UsageError(
             f"{images.spec} holds no spatial statistics (`mu_s`, `sigma_s`), which sfid needs"
         )
-    if bare is not None and keep and bare.rows is None:
+    if bare is not None and keep_rows and bare.rows is None:
         raise UsageError(
             f"{images.spec} holds statistics only, but metrics such as kid, prdc and is, "
             "--bootstrap and --plot need images, or statistics made with the same --metrics, "

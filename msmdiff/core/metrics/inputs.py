@@ -195,11 +195,11 @@ def open_input(
         opened = Images(spec)
     elif draws(spec):
         fields = {name: value for layer in layers for name, value in layer.get("model", {}).items()}
-        road = [
+        others = [
             {name: section for name, section in layer.items() if name != "model"}
             for layer in layers
         ]
-        loaded = weights.load(spec, device, road, **fields)
+        loaded = weights.load(spec, device, others, **fields)
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
     else:

@@ -27,7 +27,7 @@ def save(
     from matplotlib.figure import Figure
 
     one, two = each.sets[0].rows, each.sets[-1].rows
-    assert one is not None  # with `keep`, `evaluate` refuses statistics alone
+    assert one is not None  # with `keep_rows`, `evaluate` refuses statistics alone
     assert two is not None
     squares, where = nearest(one, two, columns, each.features.device)
     chosen = squares[:, 0].argsort()[:rows].tolist()

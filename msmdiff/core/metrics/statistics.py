@@ -59,12 +59,14 @@ class Moments:
     """Streaming first and second moments (Chan et al. 1983): no more memory than one batch and the
     sums.
 
-    With `keep`, or while they are no more than `width`, the features are kept too: 4 bytes times
-    images times width.
+    With `keep_rows`, or while they are no more than `width`, the features are kept too: 4 bytes
+    times images times width.
     """
 
-    def __init__(self, width: int, device: torch.device | str = "cpu", keep: bool = False) -> None:
-        self.count, self._keep = 0, keep
+    def __init__(
+        self, width: int, device: torch.device | str = "cpu", keep_rows: bool = False
+    ) -> None:
+        self.count, self._keep_rows = 0, keep_rows
         self._mean = torch.zeros(width, dtype=torch.float64, device=device)
         self._scatter = torch.zeros(width, width, dtype=torch.float64, device=device)
         self._rows: list[Tensor] = []
@@ -79,7 +81,7 @@ class Moments:
         self._scatter.addmm_(centred.T, centred)
         self._mean += step * (len(x) / total)
         self.count = total
-        if self._keep or total <= len(self._mean):
+        if self._keep_rows or total <= len(self._mean):
             self._rows.append(features.float().cpu())
         else:
             self._rows = []
@@ -102,7 +104,7 @@ class Moments:
         few = self.count <= width
         root = (rows.to(device) - self._mean) / (self.count - 1) ** 0.5 if few else None
         gaussian = Gaussian(self._mean, self._scatter / (self.count - 1), root)
-        return gaussian, rows if few or self._keep else None
+        return gaussian, rows if few or self._keep_rows else None
 
     def _gather(self, rows: Tensor) -> Tensor:
         """Bring the moments of all processes together, and the features where they are kept."""
@@ -117,7 +119,7 @@ class Moments:
         apart = self._mean - mean
         self._scatter.addr_(apart, apart, alpha=self.count)
         dist.all_reduce(self._scatter)
-        if self._keep or total <= width:
+        if self._keep_rows or total <= width:
             every = torch.zeros(total, width, device=device)
             every[before : before + self.count] = rows.to(device)
             dist.all_reduce(every)
@@ -157,7 +159,7 @@ def save(path: Path, statistics: Statistics) -> None:
             }
     if statistics.rows is not None:
         content["rows"] = statistics.rows.numpy()
-    with files.whole(path) as part, part.open("wb") as file:
+    with files.atomic(path) as part, part.open("wb") as file:
         np.savez(file, **content)
 
 

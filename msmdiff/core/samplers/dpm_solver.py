@@ -171,12 +171,21 @@ def _integrate(
             return getattr(denoise(x, visited[at]), predicts)
 
         if options.method == "adaptive":
-            x = _adaptive(denoise, schedule, x, visited, predicts, options.order)
+            x = _adaptive(
+                denoise=denoise,
+                schedule=schedule,
+                x=x,
+                times=visited,
+                predicts=predicts,
+                order=options.order,
+            )
         elif options.method == "multistep":
             rule = partial(_multi, taylor=options.taylor)
             x = _multistep(evaluate, line, x, _Multistep(rule, options, len(visited) - 1))
         else:
-            x = _singlestep(evaluate, line, x, len(visited) - 1, options)
+            x = _singlestep(
+                evaluate=evaluate, line=line, x=x, evaluations=len(visited) - 1, options=options
+            )
     return denoise(x, visited[-1]).x0 if to_zero else x
 
 
@@ -186,7 +195,14 @@ def dpm_solver(
     denoise: Denoiser, schedule: Schedule, x: Tensor, times: Tensor, noise: Noise, **options: Any
 ) -> Tensor:
     """DPM-Solver: exponential integration of the noise (Lu et al. 2022)."""
-    return _integrate(denoise, schedule, x, times, "eps", SolverOptions(**options))
+    return _integrate(
+        denoise=denoise,
+        schedule=schedule,
+        x=x,
+        times=times,
+        predicts="eps",
+        options=SolverOptions(**options),
+    )
 
 
 @register("sampler", "dpm_solver++", SolverOptions)
@@ -195,7 +211,14 @@ def dpm_solver_pp(
     denoise: Denoiser, schedule: Schedule, x: Tensor, times: Tensor, noise: Noise, **options: Any
 ) -> Tensor:
     """DPM-Solver++: exponential integration of x0 (Lu et al. 2022)."""
-    return _integrate(denoise, schedule, x, times, "x0", SolverOptions(**options))
+    return _integrate(
+        denoise=denoise,
+        schedule=schedule,
+        x=x,
+        times=times,
+        predicts="x0",
+        options=SolverOptions(**options),
+    )
 
 
 @register("sampler", "unipc", MultistepOptions)
@@ -314,7 +337,9 @@ def _adaptive(
     lower, h = x, torch.tensor(0.05, dtype=x.dtype)
     while abs((time - end).item()) > 1e-5:
         ahead = line.time_at(line.half(time) + h)
-        tried, better = _two_orders(denoise, line, x, (time, ahead), order)
+        tried, better = _two_orders(
+            denoise=denoise, line=line, x=x, span=(time, ahead), order=order
+        )
         size = (relative * torch.maximum(tried.abs(), lower.abs())).clamp(min=absolute)
         error = ((better - tried) / size).flatten(1).square().mean(1).sqrt().max().cpu()
         if not error.isfinite():

@@ -22,10 +22,10 @@ def save(
     state: dict[str, Any],
     networks: dict[str, dict[str, Tensor]],
     config: Config,
-    keep: int,
+    retain: int,
 ) -> Path:
     """Write `checkpoints/img-NNNNNNNNN/` and refresh `weights.safetensors`; then drop all but the
-    newest `keep`.
+    newest `retain`.
 
     Args:
         run: the run's directory.
@@ -35,7 +35,7 @@ def save(
         networks: state dicts by file stem, `model` and any `ema-DECAY`; the first average (else the
             model) is what sample and finetune take.
         config: goes into every weights file.
-        keep: how many checkpoints stay.
+        retain: how many checkpoints stay.
 
     Everything goes to a temporary directory that is renamed when it is on the disk, so a kill or a
     full disk leaves the earlier checkpoints as they were. Raises MsmdiffError when it cannot be
@@ -70,7 +70,7 @@ def save(
             f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
             "earlier checkpoints are intact, run the same command again to go on from the newest"
         ) from None
-    for old in [path for path in whole(run) if _images(path) <= images_seen][:-keep]:
+    for old in [path for path in complete(run) if _images(path) <= images_seen][:-retain]:
         if old != _best(run):
             shutil.rmtree(old, ignore_errors=True)
     return final
@@ -91,7 +91,7 @@ def newest(run: Path) -> Path | None:
     return next((path for path in reversed(_all(run)) if _is_whole(path)), None)
 
 
-def whole(run: Path) -> list[Path]:
+def complete(run: Path) -> list[Path]:
     """Every whole checkpoint of a run, in the order of training."""
     return [path for path in _all(run) if _is_whole(path)]
 

@@ -149,7 +149,7 @@ def open_run(
     if config is None:
         raise UsageError(f"--run {run}: no run with a config.yaml, here or under runs/")
     stem = f"ema-{config.ema.decays[0]}" if config.ema.decays else "model"
-    found = {int(p.name[4:]): p / f"{stem}.safetensors" for p in checkpoint.whole(path)}
+    found = {int(p.name[4:]): p / f"{stem}.safetensors" for p in checkpoint.complete(path)}
     if reference is None:
         reference, crop = config.data.source, crop or config.data.image_size
         if draws(reference) or not sources.is_data(reference):

@@ -52,7 +52,13 @@ def model_in_training(network: Any, parts: Parts, config: Config) -> Model:
     if isinstance(condition, Text):
         sample = config.sample
     drawn = config.model_copy(update={"sample": sample})
-    return Model(network, parts.process, parts.codec, condition, drawn)
+    return Model(
+        backbone=network,
+        process=parts.process,
+        codec=parts.codec,
+        condition=condition,
+        config=drawn,
+    )
 
 
 def draw(model: Model, parts: Parts, dataset: TrainingImages, stem: Path) -> None:

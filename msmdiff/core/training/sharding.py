@@ -75,14 +75,14 @@ def prepare(
     return accelerator.prepare(network, optimizer)
 
 
-def whole(tree: Any, keep: bool = True) -> Any:
-    """Nested dicts and tuples with shards put together on the CPU (None unless `keep`); every
+def gathered(tree: Any, wanted: bool = True) -> Any:
+    """Nested dicts and tuples with shards put together on the CPU (None unless `wanted`); every
     process must call it.
     """
 
     def gather(shard: Any) -> Tensor | None:
         full = shard.full_tensor()
-        return full.cpu() if keep else None
+        return full.cpu() if wanted else None
 
     return tree_map_only(_shard_type(), gather, tree)
 

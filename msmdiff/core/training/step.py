@@ -112,14 +112,14 @@ class Step:
             return stream(device, seed, purpose, batch.position)
 
         images = batch.images.to(self.device, non_blocking=True)
-        labels = None
-        if batch.labels is not None:
-            labels = batch.labels.to(self.device, non_blocking=True)
+        y = None
+        if batch.y is not None:
+            y = batch.y.to(self.device, non_blocking=True)
         flipped = None
         if hflip:
             flipped = torch.rand(len(images), generator=draw("flip"), device=self.device) < hflip
         x0 = self.parts.codec.encode(flip(images, flipped), draw("codec"))
-        terms = self.parts.objective(self.model, x0, labels, draw)
+        terms = self.parts.objective(self.model, x0, y, draw)
         self.accelerator.backward(terms["loss"] / self.accumulate)
         return {name: value.detach() / self.accumulate for name, value in terms.items()}
 
@@ -127,7 +127,7 @@ class Step:
         """Clip the gradients and return their norm; None where this step must not be taken."""
         limit = self.config.optim.clip_grad_norm or math.inf
         clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        norm = float(sharding.whole(clipped))
+        norm = float(sharding.gathered(clipped))
         if math.isfinite(norm):
             return norm
         self.skipped += 1

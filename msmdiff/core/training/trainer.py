@@ -48,7 +48,13 @@ def train(
     Raises UsageError for a configuration that cannot work or differs from the run's, and
     MsmdiffError when training has to stop; whatever was checkpointed by then is intact.
     """
-    trainer = Trainer(config, run_path, reporter, allow_partial, command)
+    trainer = Trainer(
+        config=config,
+        run_path=run_path,
+        reporter=reporter,
+        allow_partial=allow_partial,
+        command=command,
+    )
     try:
         return trainer.fit()
     finally:
@@ -118,7 +124,13 @@ class Trainer:
         self.meter = Meter(self.cost, self.device, mean)
         self.evaluator = None
         if config.eval.every:
-            judged = Judged(config, self.parts, self.run, self.dataset.source, self.device)
+            judged = Judged(
+                config=config,
+                parts=self.parts,
+                run=self.run,
+                source=self.dataset.source,
+                device=self.device,
+            )
             self.evaluator = Evaluator(judged, self._note)
         self.run.start(config, command, self.images_seen)
         if config.train.trackers:
@@ -201,7 +213,14 @@ class Trainer:
         signal = signals.received or (
             SIGTERM if told else None
         )  # of all processes, one may have been told
-        return Summary(self.run.path, self.images_seen, step, self.seconds, self.main, signal)
+        return Summary(
+            run=self.run.path,
+            images_seen=self.images_seen,
+            steps=step,
+            seconds=self.seconds,
+            writes=self.main,
+            interrupted=signal,
+        )
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)
@@ -249,7 +268,7 @@ class Trainer:
             return network
         with self.device:
             alone = backbones.build(self.config.model, self.parts.codec.shape)
-        alone.load_state_dict(sharding.whole(network.state_dict()))
+        alone.load_state_dict(sharding.gathered(network.state_dict()))
         return alone
 
     def _preview(self) -> None:
@@ -282,10 +301,16 @@ class Trainer:
         networks |= {
             f"ema-{decay}": net.state_dict() for decay, net in self.step.averages.networks.items()
         }
-        state, networks = sharding.whole((state, networks), keep=self.main)
+        state, networks = sharding.gathered((state, networks), wanted=self.main)
         if self.main:
-            keep = self.config.train.keep_checkpoints
-            checkpoint.save(self.run.path, self.images_seen, state, networks, self.config, keep)
+            checkpoint.save(
+                run=self.run.path,
+                images_seen=self.images_seen,
+                state=state,
+                networks=networks,
+                config=self.config,
+                retain=self.config.train.keep_checkpoints,
+            )
         self.accelerator.wait_for_everyone()
 
     def _restore(self, path: Path) -> None:
@@ -374,11 +399,11 @@ class Trainer:
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size
         return Chunks(
-            self.images_seen,
-            batch_size,
-            self.step.micro,
-            accelerator.process_index,
-            accelerator.num_processes,
+            images_seen=self.images_seen,
+            batch_size=batch_size,
+            micro_batch_size=self.step.micro,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
         )
 
     def _agree(self, stop: bool) -> bool:

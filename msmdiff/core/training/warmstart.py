@@ -62,7 +62,13 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
         if fitted is not None:
             report.loaded.append(name)
         elif source is not None:
-            fitted = target if name in fixed else _fitted(name, source, target, origin, backbone)
+            fitted = (
+                target
+                if name in fixed
+                else _fitted(
+                    name=name, source=source, target=target, origin=origin, backbone=backbone
+                )
+            )
             (report.missing if fitted is None else report.resized).append(name)
         else:
             report.missing.append(name)

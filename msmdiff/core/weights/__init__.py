@@ -138,11 +138,11 @@ def load(
     backbone = parts.backbone.to(device).eval().requires_grad_(False)
     _set_amm(backbone, config)
     model = Model(
-        backbone,
-        parts.process.to(device),
-        parts.codec,
-        parts.objective.condition,
-        config,
+        backbone=backbone,
+        process=parts.process.to(device),
+        codec=parts.codec,
+        condition=parts.objective.condition,
+        config=config,
         report=stored.notes,
         path=stored.path,
     )

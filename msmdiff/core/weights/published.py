@@ -121,7 +121,9 @@ def read(
         ) from None
     check(path, tensors, expected)
     notes = {"layout": name, "weights": which or file.name, "size": size_of(model)}
-    return Published(path, tensors, model, network.shape, sections, notes)
+    return Published(
+        path=path, tensors=tensors, model=model, shape=network.shape, sections=sections, notes=notes
+    )
 
 
 def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], name: str) -> Tensors:

@@ -42,10 +42,10 @@ def test_streaming_moments_equal_numpy_even_far_from_zero():
         Moments(7).finish()
 
 
-@pytest.mark.parametrize("keep", [False, True])
-def test_features_are_kept_while_few_or_when_asked(keep):
+@pytest.mark.parametrize("keep_rows", [False, True])
+def test_features_are_kept_while_few_or_when_asked(keep_rows):
     x = torch.from_numpy(RNG.normal(size=(9, 4))).float()
-    moments = Moments(4, keep=keep)
+    moments = Moments(4, keep_rows=keep_rows)
     moments.add(x[:4])
     few, rows = moments.finish()
     assert few.root is not None
@@ -54,7 +54,7 @@ def test_features_are_kept_while_few_or_when_asked(keep):
     moments.add(x[4:])
     many, rows = moments.finish()
     assert many.root is None
-    assert (rows is not None) == keep
+    assert (rows is not None) == keep_rows
     torch.testing.assert_close(many.cov, Gaussian.fit(x).cov)
 
 
@@ -182,7 +182,7 @@ def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path
     statistics.save(tmp_path / "b.npz", made.sets[0])
     monkeypatch.setattr(evaluate, "of_input", None)
     with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):
-        evaluate.evaluate([a], str(tmp_path / "b.npz"), Settings(features="pixel", keep=True))
+        evaluate.evaluate([a], str(tmp_path / "b.npz"), Settings(features="pixel", keep_rows=True))
 
 
 def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):
