@@ -101,18 +101,18 @@ def encode(
     images = open_training(config.data, console.note)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
     texts = Captions.read(images, captions, TextEncoder(text, device)) if captions else None
-    made = codecs.build(config.codec, config.data.image_size)
-    options: dict[str, Any] = dict(
-        mirror=mirror, dtype=dtype, batch_size=batch_size, shard=shard, device=device
-    )
     count = encoding.encode(
-        source=images,
-        codec=made,
-        data=config.data,
-        out=out,
+        images,
+        codecs.build(config.codec, config.data.image_size),
+        config.data,
+        out,
         progress=console.progress,
         captions=texts,
-        **options,
+        mirror=mirror,
+        dtype=dtype,
+        batch_size=batch_size,
+        shard=shard,
+        device=device,
     )
     console.finish()
     console.note(
