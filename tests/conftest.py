@@ -57,11 +57,19 @@ def photos(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def cli(tmp_path: Path):
-    """Run the command line in a process of its own, in an empty folder; checks the exit code."""
+    """Run the command line in a process of its own, or in several under torchrun, in an empty
+    folder; checks the exit code.
+    """
 
-    def run(*arguments: str, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    def run(
+        *arguments: str, code: int = 0, processes: int = 1, **environment: str
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m"]
+        if processes > 1:
+            command += ["torch.distributed.run", "--nproc_per_node", str(processes), "-m", "--"]
+            environment = {"OMP_NUM_THREADS": "1", **environment}
         done = subprocess.run(
-            [sys.executable, "-m", "msmdiff", *arguments],
+            [*command, "msmdiff", *arguments],
             cwd=tmp_path,
             env={**os.environ, "COLUMNS": "200", **environment},
             capture_output=True,
