@@ -1,5 +1,4 @@
 """Names to things: the one way anything is added, from inside the package or from outside.
-file.
 
     @register("sampler", "ddim", DdimOptions)
     def sample(denoise, schedule, x, times, noise, *, eta=0.0): ...
@@ -12,6 +11,7 @@ validated, listed, stored, and refused where another choice is made.
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -105,7 +105,7 @@ def register(
     kind: str, name: str, options: type[Options] = Options, summary: str | None = None
 ) -> Callable[[T], T]:
     """Decorate (or call on) what `name` stands for among its `kind`; `summary` is else the
-    docstring's first line.
+    docstring's first paragraph, in one line.
 
     Raises UsageError for a name that another plugin, or the package itself, has already taken.
     """
@@ -118,9 +118,14 @@ def register(
             raise UsageError(
                 f"the plugin {plugin} registers the {kind} '{name}', which {owner} has already"
             )
-        first = (summary or make.__doc__ or "").strip().partition("\n")[0]
+        paragraph = inspect.cleandoc(summary or make.__doc__ or "").partition("\n\n")[0]
         _entries[kind][name] = Entry(
-            kind=kind, name=name, make=make, options=options, summary=first, plugin=plugin
+            kind=kind,
+            name=name,
+            make=make,
+            options=options,
+            summary=" ".join(paragraph.split()),
+            plugin=plugin,
         )
         return make
 

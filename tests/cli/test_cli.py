@@ -255,32 +255,22 @@ def test_ctrl_c_with_loader_workers_saves(tmp_path, photos):
     assert (tmp_path / "runs" / "r" / "weights.safetensors").is_file()
 
 
-def test_two_processes_share_the_work(tmp_path):
+def test_a_summary_that_runs_over_two_lines_is_listed_whole(cli):
+    rows = {
+        row["name"]: row["what it is"] for row in json.loads(cli("list", "routes", "--json").stdout)
+    }
+    assert rows["side"].endswith("in the gaps, all through the decoder.")
+    assert rows["visible"].endswith("to the output (masked score matching).")
+
+
+def test_two_processes_share_the_work(cli):
     """torchrun on gloo: one writer, both stop at the same step, and a second start resumes."""
 
     def launch(steps):
-        command = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            "2",
-            "-m",
-            "--",
-            "msmdiff",
-            "train",
-        ]
-        return subprocess.run(
-            [*command, "--steps", str(steps), "--run", "two", "--json", *TINY],
-            cwd=tmp_path,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
+        run = ["--steps", str(steps), "--run", "two", "--json", *TINY]
+        return cli("train", *run, processes=2)
 
     first = launch(3)
-    assert first.returncode == 0, first.stderr
     assert json.loads(first.stdout)["images_seen"] == 24
     assert "cpu x 2" in first.stderr
     second = launch(5)
