@@ -75,8 +75,7 @@ def encode(
 ) -> None:
     """Encode images once, for training: `--data OUT` then reads them at the speed of memory.
 
-    The mean and the deviation of every latent are kept, so that training draws a fresh sample at
-    each visit.
+    Keeps each latent's mean and deviation, so that training draws a fresh sample at every visit.
     """
     import os
 

@@ -41,7 +41,9 @@ class Condition(Protocol):
         """y for seeds: each by the seed alone, or None where values do not go by seeds."""
 
     def example(self, batch: int, device: torch.device | str) -> Tensor | None:
-        """Some y, to count and to time with."""
+        """Some y, to count and to time with. A text without a null gets one of zeros, too, so that
+        labels can be dropped; never ask it of a condition that trains or samples.
+        """
 
 
 def drop(condition: Condition, y: Tensor, dropped: Tensor) -> Tensor:

@@ -59,23 +59,18 @@ def encode(
     if isinstance(source, Latents) and (mirror or not isinstance(source, Cache)):
         why = ": it cannot be mirrored any more" if mirror else ""
         raise UsageError(f"{source.spec} is encoded already{why}")
-    reader: _Reader = _ImageReader(
-        source=source, codec=codec, data=data, mirror=mirror, device=device
-    )
+    reader: _Reader
     if isinstance(source, Cache):
         reader = _CacheReader(source)
         captions = Captions.of_cache(source) if source.text else None
+    else:
+        reader = _ImageReader(source, codec, data, mirror=mirror, device=device)
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     header = _header(source, reader, captions, dtype) | {"mirrored": mirror, "shard": shard}
     count = len(source)
-    _begin(
-        out=out,
-        header=header,
-        names=[source.name(i) for i in range(count)],
-        captions=captions,
-        rank=rank,
-    )
-    offsets = np.cumsum([0, *(captions.counts if captions else [])])
+    names = [source.name(i) for i in range(count)]
+    _begin(out, header, names, captions=captions, rank=rank)
+    starts = np.cumsum([0, *(captions.counts if captions else [])])
     todo = [s for s in range(rank, -(-count // shard), world) if s not in finished(out)]
     spans = [range(s * shard, min((s + 1) * shard, count)) for s in todo]
     done, total, started = 0, sum(map(len, spans)), time.perf_counter()
@@ -87,8 +82,7 @@ def encode(
                 if labels is not None:
                     _write(out / "labels.npy", chunk.start, labels)
                 if captions is not None:
-                    first = int(offsets[chunk.start])
-                    _write(out / "captions.npy", first, captions.features(chunk))
+                    _write(out / "captions.npy", int(starts[chunk.start]), captions.features(chunk))
                 done += len(chunk)
                 progress(done, total, {"images_per_s": done / (time.perf_counter() - started)})
             with (out / "shards.txt").open("a") as file:
@@ -134,6 +128,7 @@ class _ImageReader:
         source: Source,
         codec: Codec,
         data: DataConfig,
+        *,
         mirror: bool,
         device: torch.device | str,
     ) -> None:
