@@ -1,28 +1,120 @@
-"""Files that are written whole or not at all."""
+"""The one way to files: what is read may be damaged, what is written is whole or not there, what
+is locked has one writer, and what this tool did not write is not replaced.
+"""
 
+import errno
+import fcntl
 import hashlib
 import json
+import os
+import stat
+import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.errors import MsmdiffError, UsageError
+
+UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
+"""What file systems answer to an operation that they do not have."""
+
+
+# What is read
+
+
+@contextmanager
+def reading(path: Path | str, what: str) -> Iterator[None]:
+    """Turn whatever a library raises while it reads a foreign file into one sentence.
+
+    Args:
+        path: the file that is read; the sentence begins with it.
+        what: what it should be, with its article, such as "a safetensors file".
+
+    Raises MsmdiffError, in place of any other exception: decoders raise nearly anything at damaged
+    bytes. An OSError that has a number (the disk's, not the file's fault) stays the cause, so that
+    `passing` tells it from damage.
+    """
+    try:
+        yield
+    except MsmdiffError:
+        raise
+    except MemoryError:
+        raise MsmdiffError(f"{path} asks for more memory than there is") from None
+    except OSError as error:
+        if error.errno is None:  # a library's own words for damage: Pillow, tarfile, zipfile
+            raise MsmdiffError(f"{path} is not {what} that can be read: {brief(error)}") from None
+        raise MsmdiffError(f"{path} cannot be read: {error.strerror or error}") from error
+    except Exception as error:
+        raise MsmdiffError(f"{path} is not {what} that can be read: {brief(error)}") from None
+
+
+def passing(error: BaseException) -> bool:
+    """Whether a failure to read may be gone at the next try: the disk's or the network's fault,
+    not the file's.
+    """
+    if isinstance(error, OSError) and error.errno is not None:
+        return True
+    return error.__cause__ is not None and passing(error.__cause__)
+
+
+def brief(error: BaseException) -> str:
+    """The first line of what a library says, at most 200 characters, or the error's name."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
+def require_regular(path: Path | str) -> None:
+    """Refuse what is no ordinary file: a pipe or a device would be waited for without end.
+
+    Raises MsmdiffError, also when the file is not there.
+    """
+    with reading(path, "a file"):
+        mode = Path(path).stat().st_mode
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
+        raise MsmdiffError(f"{path} is {kind}, not a file")
+
+
+def checksum(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# What is written
+
+
+@contextmanager
+def writing(path: Path | str) -> Iterator[None]:
+    """Turn a failure to write into one sentence that names the file. Raises MsmdiffError."""
+    try:
+        yield
+    except OSError as error:
+        raise MsmdiffError(f"{path} cannot be written: {error.strerror or error}") from None
 
 
 @contextmanager
 def atomic(path: Path) -> Iterator[Path]:
-    """A name beside `path` to write to, which takes its place at the end. Makes the folder.
+    """A name beside `path` to write to, which takes its place when it is on the disk. Makes the
+    folder.
 
-    Raises MsmdiffError where it cannot be written; what was there before is intact then.
+    Raises MsmdiffError where it cannot be written, or another process is writing it; what was
+    there before is intact then, and nothing is left over.
     """
     part = path.with_name(f".{path.name}.part")
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        yield part
-        part.replace(path)
-    except OSError as error:
-        raise MsmdiffError(f"{path} cannot be written: {error.strerror or error}") from None
+        with Lock(part, f"another process is writing {path}: wait for it"):
+            try:
+                yield part
+                fsync(part)
+                part.replace(path)
+                fsync(path.parent)
+            except BaseException:
+                with suppress(OSError):
+                    part.unlink(missing_ok=True)
+                raise
 
 
 def write_text(path: Path, text: str) -> None:
@@ -36,7 +128,87 @@ def write_json(path: Path, content: Any) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
 
 
-def checksum(path: Path) -> str:
-    """sha256 of a file, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def fsync(path: Path) -> None:
+    """Wait until a file, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in UNSUPPORTED:  # some file systems cannot sync a folder
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def require_ours(path: Path, ours: bool, overwrite: bool = False) -> None:
+    """Refuse to replace what this tool did not write: the one rule of all outputs.
+
+    Args:
+        path: the output, a file or a folder.
+        ours: whether what is there now was recognised as written by this tool; asked only of what
+            exists.
+        overwrite: the user said to replace it all the same.
+
+    Raises UsageError.
+    """
+    if os.path.lexists(path) and not ours and not overwrite:
+        raise UsageError(
+            f"{path} is there already, and was not written by msmdiff: give another place, "
+            "or --overwrite to replace it"
+        )
+
+
+# Who writes
+
+
+class Lock:
+    """One process at a time: held from construction to `close`, also as a context manager.
+
+    The kernel lets it go when the process ends, however it ends. Forked children (loader workers)
+    do not keep it: they may outlive a killed parent, whose restart must not wait for them.
+
+    Args:
+        path: the file that is locked; made when it does not exist.
+        held: the sentence when another process holds it.
+
+    `works` is False on a file system without locks: nothing keeps a second process out there, and
+    the caller says so. Raises MsmdiffError with `held`, or OSError where the file cannot be made.
+    """
+
+    def __init__(self, path: Path, held: str) -> None:
+        self.works = True
+        self._file: IO[bytes] = path.open("ab")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            self._file.close()
+            raise MsmdiffError(held) from None
+        except OSError as error:
+            if error.errno not in UNSUPPORTED:
+                self._file.close()
+                raise
+            self.works = False
+        _held.add(self)
+
+    def close(self) -> None:
+        """Let another process in."""
+        self._file.close()
+
+    def __enter__(self) -> "Lock":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+_held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
+
+
+def _let_go() -> None:
+    # A child's copy of the descriptor shares the parent's lock: closing the copy does not free it,
+    # and keeping it would hold the lock after the parent's death.
+    for lock in list(_held):
+        lock.close()
+
+
+os.register_at_fork(after_in_child=_let_go)

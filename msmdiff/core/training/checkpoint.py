@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from msmdiff.core import weights
+from msmdiff.core import files, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError
 
@@ -55,10 +55,10 @@ def save(
         sizes = {p.name: p.stat().st_size for p in part.iterdir()}
         (part / "DONE").write_text(json.dumps(sizes))
         for path in [*part.iterdir(), part]:
-            _fsync(path)
+            files.fsync(path)
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
-        _fsync(folder)
+        files.fsync(folder)
         publish(final, run, (averages or ["model"])[0])
     except (
         OSError,
@@ -125,7 +125,7 @@ def publish(path: Path, run: Path, stem: str) -> None:
         os.link(path / f"{stem}.safetensors", part)
     except OSError:
         shutil.copyfile(path / f"{stem}.safetensors", part)
-        _fsync(part)
+        files.fsync(part)
     part.replace(target)
 
 
@@ -157,11 +157,3 @@ def _is_whole(path: Path) -> bool:
         return all((path / name).stat().st_size == size for name, size in sizes.items())
     except (OSError, ValueError):
         return False
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -2,14 +2,13 @@
 reports.
 """
 
-import fcntl
 import json
 import platform
 import subprocess
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -55,17 +54,15 @@ class Run:
 
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
-        self._lock: IO[str] | None = None
+        self._lock: files.Lock | None = None
         if not writes:
             return
         try:
             (path / "previews").mkdir(parents=True, exist_ok=True)
-            self._lock = (path / ".lock").open("w")
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise MsmdiffError(
-                f"another process is training in {path}: wait for it, or give another --run"
-            ) from None
+            self._lock = files.Lock(
+                path / ".lock",
+                f"another process is training in {path}: wait for it, or give another --run",
+            )
         except OSError as error:
             raise MsmdiffError(
                 f"run directory {path} cannot be written: {error.strerror or error}"
