@@ -28,9 +28,8 @@ os.environ["PET_MASTER_PORT"] = str(29500 + int(os.environ.get("PYTEST_XDIST_WOR
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MSMDIFF_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
-    torch.set_flush_denormal(
-        False
-    )  # a training before this test set it, and hypothesis wants IEEE 754
+    # A training before this test set it, and hypothesis wants IEEE 754.
+    torch.set_flush_denormal(False)
 
 
 @pytest.fixture

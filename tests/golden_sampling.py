@@ -128,9 +128,8 @@ def run_schedule(case: Case, call: dict[str, Any]) -> Outputs:
             low, high = process.schedule.log_variance_bounds(
                 (case.tensors["t"].double() + 1) / process.schedule.timesteps
             )
-            large = torch.where(
-                case.tensors["t"] > 0, high, low
-            )  # the first step is given the second one's posterior
+            # The first step is given the second one's posterior.
+            large = torch.where(case.tensors["t"] > 0, high, low)
             torch.testing.assert_close(
                 (large if "large" in name else low).float(), expected, rtol=1e-5, atol=0
             )

@@ -27,9 +27,8 @@ def sentences() -> Iterator[None]:
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the reader left: nothing more to say
+        # The reader left: nothing more to say.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except OSError as error:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)

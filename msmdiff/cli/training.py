@@ -114,8 +114,8 @@ def finetune(
     """Start from weights and train on, by default without a mask, with the configuration they were
     trained with.
 
-    Image size, classes and codec may change: positions are interpolated, new parts start fresh, all
-        of it is named.
+    Image size, classes and codec may change: positions are interpolated, new parts start fresh; all
+    of it is named.
     """
     from msmdiff.cli.weights import model_fields
     from msmdiff.core import weights

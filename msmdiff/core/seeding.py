@@ -50,9 +50,8 @@ class SeedNoise:
         self._device = device
 
     def __call__(self) -> Tensor:
-        pinned = (
-            torch.device(self._device).type == "cuda"
-        )  # else the copy would wait for the device
+        # From pageable memory the copy would wait for the device.
+        pinned = torch.device(self._device).type == "cuda"
         noise = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
         for row, generator in zip(noise, self._generators, strict=True):
             row.normal_(generator=generator)

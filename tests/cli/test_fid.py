@@ -147,9 +147,8 @@ def test_distances_along_a_run(cli, tmp_path):
     assert (run / best["checkpoint"] / "model.safetensors").is_file()
     assert Image.open(run / "previews" / "best.png").width > 300
 
-    done = cli(
-        *train, "--steps", "6", "--set", "eval.n=23"
-    )  # what is measured may change, and the reference is kept
+    # What is measured may change, and the reference is kept.
+    done = cli(*train, "--steps", "6", "--set", "eval.n=23")
     assert "measuring" not in done.stdout
     assert "of 23 samples" in done.stdout
     assert "(2 earlier, with other settings of eval or sample, do not count)" in done.stdout
@@ -183,9 +182,8 @@ def test_distances_along_a_run(cli, tmp_path):
     assert one["value"] == pytest.approx(found["img-000000048"], rel=1e-6)
     assert (one["sets"]["r"]["n"], one["sets"]["r"]["sample"]["steps"]) == (24, 3)
 
-    run.rename(
-        tmp_path / "runs" / "digits"
-    )  # a name that the embedded data has, which the reference must remain
+    # A name that the embedded data has, which the reference must remain.
+    run.rename(tmp_path / "runs" / "digits")
     named = json.loads(cli("fid", "--run", "digits", *PIXEL, "--n", "24", "--json", "-").stdout)
     assert (named["count_a"], named["count_b"]) == (24, 1797)
     assert named["value"] == pytest.approx(found["img-000000048"], rel=1e-6)

@@ -38,9 +38,8 @@ def test_lsun(lsun, quiet):
     usable = loader.open_training(config, quiet.note)
     assert "left out: 1 of 6 images" in quiet.notes[-1]
     assert "key3" in quiet.notes[-1]
-    dataset = loader.TrainingImages(
-        usable, config, seed=0
-    )  # in worker processes, each with its own environment
+    # In worker processes, each with its own environment.
+    dataset = loader.TrainingImages(usable, config, seed=0)
     stream = loader.batches(dataset, Chunks(0, 5, 5), pin_memory=False)
     assert next(stream).images.shape == (5, 3, 16, 16)
     with pytest.raises(UsageError, match=r"data.labels 'folders' is for folders"):

@@ -153,9 +153,8 @@ def test_a_vae_file_that_lacks_tensors_or_is_another_one_is_refused(vae, tmp_pat
     with pytest.raises(
         MsmdiffError, match=r"cannot be loaded as an AutoencoderKL: .*size mismatch"
     ):
-        vae_codec(tmp_path / "vae.safetensors").pack(
-            images(1, 16)
-        )  # not of Stable Diffusion's sizes
+        # Not of Stable Diffusion's sizes.
+        vae_codec(tmp_path / "vae.safetensors").pack(images(1, 16))
     torch.save({"a": print}, tmp_path / "evil.pt")
     with pytest.raises(MsmdiffError, match="cannot be loaded"):
         vae_codec(tmp_path / "evil.pt").pack(images(1, 16))

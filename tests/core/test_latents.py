@@ -205,9 +205,8 @@ def test_fast_dit_and_u_vit_caches_are_read_as_they_are(tmp_path):
     assert labels.tolist() == [10 % 3, 2]
     latent = torch.from_numpy(np.load(tmp_path / "f" / "imagenet256_features" / "10.npy"))
     codec = codecs.build(section("codec", name="vae"), 16)
-    torch.testing.assert_close(
-        codec.encode(entries, torch.Generator())[:1], latent
-    )  # the sample itself, as scaled
+    # The sample itself, as scaled.
+    torch.testing.assert_close(codec.encode(entries, torch.Generator())[:1], latent)
 
     cache = sources.open_source(str(u_vit(tmp_path / "u")))
     assert cache.names[:3] == ["0.npy", "1.npy", "2.npy"]

@@ -402,9 +402,8 @@ def test_guidance_follows_its_schedule_and_skips_the_second_pass():
         guided(process, section("sample", cfg_interval=[3, 1]), 0.5)
     with pytest.raises(UsageError, match=r"needs sample\.cfg_power"):
         guided(process, section("sample", cfg_schedule="power_cosine"), 0.5)
-    assert (
-        section("sample", cfg_power=4.0).cfg_schedule == "power_cosine"
-    )  # as files of before said it
+    # As files of before said it.
+    assert section("sample", cfg_power=4.0).cfg_schedule == "power_cosine"
 
 
 def test_a_guide_takes_the_unconditional_networks_place():

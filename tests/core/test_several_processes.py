@@ -109,9 +109,8 @@ def test_two_processes_compute_what_one_does(tmp_path, name):
         assert torch.equal(value, second["gradients"][key]), key
         torch.testing.assert_close(value, one["gradients"][key], rtol=1e-4, atol=1e-6)
     logged = [Run(tmp_path / run, writes=False).metrics()[0] for run in ("one", "run")]
-    assert logged[1]["loss"] == pytest.approx(
-        logged[0]["loss"], rel=1e-4
-    )  # of all processes, not of the first
+    # Of all processes, not of the first.
+    assert logged[1]["loss"] == pytest.approx(logged[0]["loss"], rel=1e-4)
     assert len(one["draws"]) == len(first["draws"]) + len(second["draws"])
     for a, b in zip(first["draws"], second["draws"], strict=True):
         assert not torch.equal(a["eps"], b["eps"])

@@ -77,9 +77,8 @@ def test_features_are_clips_last_hidden_states(clip):
     transformers = pytest.importorskip("transformers")
     encoder = TextEncoder(str(clip))
     network = transformers.CLIPTextModel.from_pretrained(clip)
-    ids = torch.tensor(
-        [[52, 1, 4, 0, 39, 53, 53], [52, 53, 53, 53, 53, 53, 53]]
-    )  # "a cat" and nothing, padded
+    # "a cat" and nothing, padded.
+    ids = torch.tensor([[52, 1, 4, 0, 39, 53, 53], [52, 53, 53, 53, 53, 53, 53]])
     with torch.no_grad():
         expected = network(ids).last_hidden_state
     torch.testing.assert_close(encoder(["a cat", ""]), expected)
@@ -170,9 +169,8 @@ def test_what_does_not_draw_from_text_says_so(photos, captioned, clip, tmp_path,
         "model": {"name": "tiny", "num_classes": 2},
         "data": {"source": packed.spec, "image_size": 16},
     }
-    train(
-        configuration.build(classes, {"train": T2I["train"]}), tmp_path / "c", quiet
-    )  # its labels, not its captions
+    # Its labels, not its captions.
+    train(configuration.build(classes, {"train": T2I["train"]}), tmp_path / "c", quiet)
 
 
 def coco_cache(root, n=4):

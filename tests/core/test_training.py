@@ -82,9 +82,8 @@ TINY_MDT = {"family": "mdtv2", "depth": 4, "num_heads": 2, "decode_layers": 2}
 
 @pytest.mark.parametrize("family", [TINY_EDT, TINY_MDT], ids=["edt", "mdtv2"])
 def test_both_passes_and_the_history_of_losses_resume_exactly(tmp_path, quiet, monkeypatch, family):
-    monkeypatch.setattr(
-        time_sampling, "RECORDED", 1
-    )  # so that a short run leaves the uniform phase
+    # So that a short run leaves the uniform phase.
+    monkeypatch.setattr(time_sampling, "RECORDED", 1)
     model = {
         "name": None,
         "patch_size": 2,
@@ -546,9 +545,8 @@ def test_what_a_kill_after_a_checkpoint_prevented_is_made_up_for(tmp_path, quiet
 def test_a_signal_that_another_process_received_counts_as_an_interruption(
     tmp_path, quiet, monkeypatch
 ):
-    stopped = iter(
-        [False, False, False, True]
-    )  # pictures and distances of an earlier start, then two steps
+    # Pictures and distances of an earlier start, then two steps.
+    stopped = iter([False, False, False, True])
     monkeypatch.setattr(Trainer, "_agree", lambda self, stop: next(stopped))
     summary = train(small(), tmp_path, quiet)
     assert (summary.interrupted, summary.steps) == (signal.SIGTERM, 1)
@@ -562,9 +560,8 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     assert rates[0] == 1e-3
     assert rates[4] == pytest.approx(5e-4)
     assert rates[-1] < 1e-4
-    train(
-        small(decaying, {"train": {"steps": 9}}), tmp_path, quiet
-    )  # the run goes on by the schedule that it began
+    # The run goes on by the schedule that it began.
+    train(small(decaying, {"train": {"steps": 9}}), tmp_path, quiet)
     rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics()]
     assert len(rates) == 9
     assert rates[-1] == 0

@@ -138,9 +138,10 @@ class Attention(nn.Module):
         x's token ids.
         """
         b, l, d = x.shape
+        # [B, h, L, d]
         q, k, v = (
             self.qkv(x).view(b, l, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        )  # [B, h, L, d]
+        )
         bias = factor = None
         if self.bias_table is not None and index is not None:
             bias = self.bias_table[index].movedim(-1, -3)  # [h, L, L] or [B, h, L, L]

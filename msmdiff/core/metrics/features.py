@@ -214,9 +214,8 @@ class InceptionFeatures(Features):
         return vectors, self._spatial.pop().permute(0, 2, 3, 1).flatten(1).float()
 
     def probabilities(self, features: Tensor) -> Tensor:
-        return (features.double() @ self._classes).softmax(
-            1
-        )  # published Inception Scores have no bias here
+        # Published Inception Scores have no bias here.
+        return (features.double() @ self._classes).softmax(1)
 
 
 @register("features", "dinov2")

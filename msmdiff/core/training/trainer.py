@@ -79,10 +79,8 @@ class Trainer:
         config.train.precision = launch.choose_precision(
             config, "cuda" if torch.cuda.is_available() else "cpu"
         )
-        self.dataset, self.listing = (
-            TrainingImages(source, config.data, config.train.seed),
-            source.identity(),
-        )
+        self.dataset = TrainingImages(source, config.data, config.train.seed)
+        self.listing = source.identity()
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
@@ -169,12 +167,10 @@ class Trainer:
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
         saved_at = self.images_seen or -1
         # A kill may have come between a checkpoint and what follows it; the first process can tell.
-        previewed_at = (
-            saved_at if self._agree(self.main and previews.samples_at(self._stem).is_file()) else -1
-        )
-        measured = (
-            self.main and self.evaluator is not None and self.evaluator.measured(self.images_seen)
-        )
+        pictured = self.main and previews.samples_at(self._stem).is_file()
+        previewed_at = saved_at if self._agree(pictured) else -1
+        evaluator = self.evaluator if self.main else None
+        measured = evaluator is not None and evaluator.measured(self.images_seen)
         evaluated_at = saved_at if self._agree(measured) else -1
         with launch.Signals() as signals:
             while True:
@@ -195,8 +191,8 @@ class Trainer:
                     saved_at = self.images_seen
                 if told and self.images_seen < total:
                     break  # whoever stops us may not wait for pictures and distances
-                pictured = train.preview_every and (done or step % train.preview_every == 0)
-                if pictured and previewed_at != self.images_seen:
+                shows = train.preview_every and (done or step % train.preview_every == 0)
+                if shows and previewed_at != self.images_seen:
                     self._preview()
                     previewed_at = self.images_seen
                 due = done or (self.config.eval.every and step % self.config.eval.every == 0)
@@ -210,9 +206,8 @@ class Trainer:
                 if done:
                     break
                 self._take_step(stream_of_batches)
-        signal = signals.received or (
-            SIGTERM if told else None
-        )  # of all processes, one may have been told
+        # One of several processes may have been told, the others only through it.
+        signal = signals.received or (SIGTERM if told else None)
         return Summary(
             run=self.run.path,
             images_seen=self.images_seen,

@@ -109,9 +109,8 @@ def test_files_that_do_not_say_are_known_by_their_layout(tmp_path):
 def test_unequal_rules_are_refused_unless_asked_for(tmp_path, monkeypatch):
     a, b = pictures(tmp_path / "a", 4), str(tmp_path / "b.npz")
     small = inputs.Stored(Files(pictures(tmp_path / "small", 4, (16, 16)), "none"))
-    (scores,), _, _ = evaluate.evaluate(
-        [a], small.spec, Settings(features="pixel")
-    )  # averages over areas: any size will do
+    # Averages over areas: any size will do.
+    (scores,), _, _ = evaluate.evaluate([a], small.spec, Settings(features="pixel"))
     assert scores[0].value > 0
     monkeypatch.setattr(PixelFeatures, "resize", "some-rule")
     statistics.save(tmp_path / "b.npz", evaluate.of_input(small, PixelFeatures()))
@@ -176,9 +175,8 @@ def test_kept_features_serve_kid_and_prdc_from_a_file(tmp_path):
 def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path, monkeypatch):
     a = pictures(tmp_path / "a", 3)
     _, _, (made,) = evaluate.evaluate([a], None, Settings(features="pixel"))
-    assert (
-        made.sets[0].rows is not None
-    )  # so few that they are kept, which serves everything but a picture
+    # So few that they are kept, which serves everything but a picture.
+    assert made.sets[0].rows is not None
     statistics.save(tmp_path / "b.npz", made.sets[0])
     monkeypatch.setattr(evaluate, "of_input", None)
     with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):

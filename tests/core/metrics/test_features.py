@@ -35,9 +35,8 @@ def test_the_clean_rule_is_pillows_bicubic_in_float(shape):
     ]
     expected = np.stack([np.asarray(c).clip(0, 255) for c in channels])
     got = RESIZES["clean"](torch.from_numpy(image).permute(2, 0, 1)[None], 299)[0]
-    np.testing.assert_allclose(
-        got * 128 + 128, expected, atol=1e-2
-    )  # of 255; torch keeps its weights in float32
+    # Of 255; torch keeps its weights in float32.
+    np.testing.assert_allclose(got * 128 + 128, expected, atol=1e-2)
 
 
 def test_the_adm_rule_is_tensorflow_1s():

@@ -86,9 +86,8 @@ class DwtCodec(Codec):
         self._taps = {
             name: getattr(filters, name) for name in ("dec_lo", "dec_hi", "rec_lo", "rec_hi")
         }
-        probe = torch.eye(
-            64, dtype=torch.float64, device="cpu"
-        )  # also where networks are built on meta
+        # On the CPU, also where networks are built on meta.
+        probe = torch.eye(64, dtype=torch.float64, device="cpu")
         if (self._synthesise(*self._analyse(probe, -1), -1) - probe).abs().max() > 1e-6:
             raise UsageError(
                 f"codec.wavelet '{wavelet}' does not invert exactly (its filters are "
