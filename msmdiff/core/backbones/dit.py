@@ -4,7 +4,8 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 
-from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, check_width
+from msmdiff.core.backbones import sparse as parts
+from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, FinalLayer, check_width
 from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import gather_tokens, patchify, sincos_table, unpatchify
 from msmdiff.core.backbones.routes import Route, Trunk, own_only, partial, run_block
@@ -40,13 +41,22 @@ class DiT(AdaLNTransformer):
         amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their
             numbers.
         amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
+        sparse: a part for sparse training: a mixer of all tokens before the blocks, a fusion around
+            the middle ones, or a decoder of all tokens behind them.
+        sparse_depth: blocks of the mixer or decoder; of a fusion, the dense blocks at either end.
+        sparse_width: width of a mixer's or decoder's tokens; null: hidden_size.
+        sparse_heads: attention heads of a mixer or decoder; null: num_heads.
 
     Raises UsageError when the dimensions do not fit.
     """
 
-    # EDT's authors list them for XL, and in a comment for the 12 blocks of S.
+    mixer: Any
+    fusion: Any
+    decoder: Any
+
     fills: ClassVar = frozenset({"none", "own"})
     published_objective: ClassVar = None
+    # EDT's authors list them for XL, and in a comment for the 12 blocks of S.
     AMM: ClassVar = {12: [(0.0, [8, 10])], 28: [(0.0, [15, 17, 19, 22, 24])]}
 
     def __init__(
@@ -63,6 +73,10 @@ class DiT(AdaLNTransformer):
         null_class: bool = True,
         amm: Amm = "off",
         amm_formula: Literal["exp", "cos"] = "exp",
+        sparse: parts.Sparse = "none",
+        sparse_depth: int = 2,
+        sparse_width: int | None = None,
+        sparse_heads: int | None = None,
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
         super().__init__(
@@ -70,7 +84,7 @@ class DiT(AdaLNTransformer):
             num_classes=num_classes,
             patch_size=patch_size,
             hidden_size=hidden_size,
-            last_width=hidden_size,
+            last_width=(sparse_width or hidden_size) if sparse == "decoder" else hidden_size,
             learn_sigma=learn_sigma,
             null_class=null_class,
         )
@@ -79,7 +93,20 @@ class DiT(AdaLNTransformer):
             Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth)
         )
         self.trunk = Trunk(depth, {})
+
+        def light_block(width: int, heads: int) -> Block:
+            return Block(width, heads, mlp_ratio, hidden_size)
+
+        light = parts.Light(
+            width=sparse_width or hidden_size,
+            num_heads=sparse_heads or num_heads,
+            depth=sparse_depth,
+            block=light_block,
+        )
+        into = FinalLayer(hidden_size, light.width, hidden_size) if sparse == "decoder" else None
+        parts.attach(self, sparse, light, into)
         self.initialise()
+        parts.initialise(self)
         self.set_amm(amm, amm_formula)
 
     def numbered_blocks(self) -> list[tuple[Any, tuple[int, int]]]:
@@ -96,17 +123,29 @@ class DiT(AdaLNTransformer):
         # Patches in: those that the route hides from the start are not embedded.
         patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
         position: Tensor = self.pos_embed  # [1, L, D]
-        if route is not None and route.early and route.keep is not None:
+        if self.trunk.early(route):
+            assert route is not None
+            assert route.keep is not None
             patches = gather_tokens(patches, route.keep)
             position = gather_tokens(position, route.keep)
         tokens = self.patch_embed(patches) + position  # [B, L or K, D]
         c = self.condition(x, t, condition)  # [B, D]
+
+        def run(block: nn.Module, z: Tensor) -> Tensor:
+            return run_block(self, block, z, c)
+
+        if self.mixer is not None:
+            tokens = self.mixer(tokens, run)
 
         # Blocks.
         def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
             return run_block(self, self.blocks[number], z, c, None, ids)
 
         def fill(before: Tensor, kept: Tensor) -> Tensor:
+            if self.fusion is not None:
+                return self.fusion(self.trunk, before, kept, route or Route())
+            if self.decoder is not None:
+                return self.decoder(self.trunk, self.decoder.into(kept, c), route or Route(), run)
             return own_only(self.trunk, route, before, kept)
 
         tokens = self.trunk.run(tokens, route, step, fill)  # [B, L or K, D]

@@ -20,9 +20,11 @@ class Route:
         keep: ids [B, K] of the tokens that are let through; None lets everyone through.
         enter, leave: blocks enter..leave-1 see the kept tokens only; leave None is behind the last.
         fill: what stands in the gaps from `leave` on: `none` nothing (only behind the last block),
-            `own` the tokens' own values from before `enter`, `mask` a learned token, `side` MDT's
-            side-interpolater.
+            `own` the tokens' own values from before `enter`, `mask` a token of the network's,
+            `side` MDT's side-interpolater.
         scored: where the loss counts.
+        dropped: images whose way through enter..leave-1 is replaced by mask tokens (SPRINT's path
+            drop), bool [B]; True drops it for all, and computes none of those blocks.
     """
 
     keep: Tensor | None = None
@@ -30,6 +32,7 @@ class Route:
     leave: int | None = None
     fill: Literal["none", "own", "mask", "side"] = "none"
     scored: Literal["kept", "all"] = "kept"
+    dropped: Tensor | bool = False
 
     @property
     def early(self) -> bool:
@@ -54,38 +57,49 @@ class Trunk:
         depth: how many there are.
         joins: long skips: number of a block -> the earlier one whose output joins its input.
         extras: tokens in front of the patches, which always travel.
+        meets: (enter, leave) of the network's own fusion or decoder: there `fill` makes all tokens
+            out of those from before `enter` and those that arrive, on every pass.
+        mixes: all tokens have gone through blocks before these, whatever is hidden here.
     """
 
     depth: int
     joins: Mapping[int, int]
     extras: int = 0
+    meets: tuple[int, int] | None = None
+    mixes: bool = False
+
+    def early(self, route: Route | None) -> bool:
+        """Whether the network may leave the hidden patches out from the start."""
+        return route is not None and route.early and not self.mixes
 
     def run(self, tokens: Tensor, route: Route | None, step: Step, fill: Fill) -> Tensor:
         """Run all blocks along a route.
 
-        tokens [B, E + L, D], of an `early` route [B, E + K, D]; what comes back has all tokens
+        tokens [B, E + L, D], of an `early` pass [B, E + K, D]; what comes back has all tokens
         unless nothing fills the gaps. Without a route this is the plain pass, to the last bit.
 
         Raises UsageError for a route that does not suit these blocks.
         """
-        route = route if route is not None and route.keep is not None else Route()
+        route = route or Route()
         keep = route.keep
-        enter, leave = self._span(route) if keep is not None else (self.depth, self.depth)
-        narrow = route.early
+        enter, leave = self._span(route)
+        narrow = self.early(route)
         before = tokens
         remembered: dict[int, Tensor] = {}
         wanted = set(self.joins.values())
         for number in range(self.depth):
             if number == enter and not narrow:
-                before, narrow = tokens, True
+                before, narrow = tokens, keep is not None
                 tokens = self.narrowed(tokens, keep)
             if number == leave:
                 tokens, narrow = fill(before, tokens), False
+            if route.dropped is True and enter <= number < leave:
+                continue  # what would arrive is replaced by mask tokens
             skip = remembered.pop(self.joins[number]) if number in self.joins else None
             tokens = step(number, tokens, skip, keep if narrow else None)
             if number in wanted:
                 remembered[number] = tokens
-        if narrow and route.fill != "none":
+        if leave == self.depth and (self.meets or (narrow and route.fill != "none")):
             tokens = fill(before, tokens)
         return tokens
 
@@ -121,6 +135,12 @@ class Trunk:
             raise UsageError(
                 f"a route that leaves at block {leave} of {self.depth} needs a filling of its gaps"
             )
+        if self.meets and ((enter, leave) != self.meets or fill != "mask"):
+            raise UsageError(
+                f"this network takes its tokens together from block {self.meets[0]} to "
+                f"{self.meets[1]}, by its model.sparse: a route from {enter} to {leave} with fill "
+                f"'{fill}' does not fit"
+            )
         for late, early in self.joins.items():
             if (enter <= early < leave) != (enter <= late < leave):
                 raise UsageError(
@@ -129,6 +149,10 @@ class Trunk:
                 )
 
     def _span(self, route: Route) -> tuple[int, int]:
+        if route.dropped is not False and not self.meets:
+            raise UsageError("only a network of model.sparse 'fusion' can do without its middle")
+        if route.keep is None:
+            return self.meets or (self.depth, self.depth)
         leave = self.depth if route.leave is None else route.leave
         self.check(route.enter, leave, route.fill)
         return route.enter, leave

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from msmdiff.core.backbones import sparse as parts
 from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import (
     Attention,
@@ -118,9 +119,18 @@ class UViT(nn.Module):
             lack it.
         context_tokens: tokens of a text encoder, which then take the place of labels (0: none).
         context_width: width of such a token.
+        sparse: a part for sparse training: a mixer of all tokens before the blocks, a fusion around
+            the middle ones, or a decoder of all tokens behind them.
+        sparse_depth: blocks of the mixer or decoder; of a fusion, the dense blocks at either end.
+        sparse_width: width of a mixer's or decoder's tokens; null: hidden_size.
+        sparse_heads: attention heads of a mixer or decoder; null: num_heads.
 
     Raises UsageError when the dimensions do not fit.
     """
+
+    mixer: Any
+    fusion: Any
+    decoder: Any
 
     fills: ClassVar = frozenset({"none", "own"})
     published_objective: ClassVar = None
@@ -142,6 +152,10 @@ class UViT(nn.Module):
         null_class: bool = True,
         context_tokens: int = 0,
         context_width: int = 768,
+        sparse: parts.Sparse = "none",
+        sparse_depth: int = 2,
+        sparse_width: int | None = None,
+        sparse_heads: int | None = None,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -172,10 +186,26 @@ class UViT(nn.Module):
         half = depth // 2
         joins = {half + 1 + i: half - 1 - i for i in range(half)}
         self.trunk = Trunk(2 * half + 1, joins, len(self.special_tokens))
-        self.norm = nn.LayerNorm(hidden_size)
+
+        def light_block(width: int, heads: int) -> Block:
+            return Block(width, heads, mlp_ratio, qkv_bias)
+
+        light = parts.Light(
+            width=sparse_width or hidden_size,
+            num_heads=sparse_heads or num_heads,
+            depth=sparse_depth,
+            block=light_block,
+        )
+        into, self.last_width = None, hidden_size
+        if sparse == "decoder":
+            into = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, light.width))
+            self.last_width = light.width
+        parts.attach(self, sparse, light, into)
+        self.norm = nn.LayerNorm(self.last_width)
         self.to_output: Any = self._make_to_output(channels)
         self.final_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
         self.initialise()
+        parts.initialise(self)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:
@@ -191,7 +221,7 @@ class UViT(nn.Module):
         return nn.Linear(self.patch_size**2 * channels, self.hidden_size)
 
     def _make_to_output(self, channels: int) -> nn.Module:
-        return nn.Linear(self.hidden_size, self.patch_size**2 * channels)
+        return nn.Linear(self.last_width, self.patch_size**2 * channels)
 
     def initialise(self) -> None:
         """Truncated normal(0.02) for linear weights and positions, zero biases.
@@ -223,6 +253,12 @@ class UViT(nn.Module):
         patches = self._embed(x, self.pos_embed[:, extras:], route)
         tokens = torch.cat([special, patches], 1)  # [B, extras + L or K, D]
 
+        def run(block: nn.Module, z: Tensor) -> Tensor:
+            return run_block(self, block, z)
+
+        if self.mixer is not None:
+            tokens = self.mixer(tokens, run)
+
         # Blocks, the late ones joined with the outputs of the early ones.
         blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
 
@@ -230,6 +266,10 @@ class UViT(nn.Module):
             return run_block(self, blocks[number], z, skip)
 
         def fill(before: Tensor, kept: Tensor) -> Tensor:
+            if self.fusion is not None:
+                return self.fusion(self.trunk, before, kept, route or Route())
+            if self.decoder is not None:
+                return self.decoder(self.trunk, self.decoder.into(kept), route or Route(), run)
             return own_only(self.trunk, route, before, kept)
 
         tokens = self.trunk.run(tokens, route, step, fill)
@@ -240,7 +280,9 @@ class UViT(nn.Module):
     def _embed(self, x: Tensor, position: Tensor, route: Route | None) -> Tensor:
         """x [B, C, H, W] and the patches' positions [1, L, D] -> tokens [B, L or K, D]."""
         patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
-        if route is not None and route.early and route.keep is not None:
+        if self.trunk.early(route):
+            assert route is not None
+            assert route.keep is not None
             patches = gather_tokens(patches, route.keep)
             position = gather_tokens(position, route.keep)
         return self.patch_embed(patches) + position

@@ -103,6 +103,38 @@ class BlockMask(Mask):
         return (rows * width + columns).flatten(1).sort(dim=1).values
 
 
+class CellOptions(Options):
+    cell: int = Field(2, ge=1, description="side of a cell, in tokens")
+
+
+@register("mask", "cell", CellOptions)
+class CellMask(Mask):
+    """The same number of random tokens of every cell x cell square, round(cell^2 (1 - ratio))
+    (SPRINT: one of each 2 x 2).
+    """
+
+    def __init__(self, grid: tuple[int, int], ratio: float, *, cell: int = 2) -> None:
+        height, width = grid
+        if height % cell or width % cell:
+            near = [c for c in range(1, min(grid) + 1) if height % c == 0 and width % c == 0]
+            raise UsageError(
+                f"mask.cell {cell} does not divide the {height}x{width} token grid; use one of "
+                f"{near}"
+            )
+        self.cell, self.of_each = cell, max(1, round(cell**2 * (1 - ratio)))
+        super().__init__(grid, height * width // cell**2 * self.of_each)
+
+    def chosen(self, batch: int, generator: torch.Generator) -> Tensor:
+        device, (height, width), cell = generator.device, self.grid, self.cell
+        cells = (height // cell) * (width // cell)
+        scores = torch.rand(batch, cells, cell**2, generator=generator, device=device)
+        inside = scores.topk(self.of_each, dim=2, sorted=False).indices  # [B, cells, K of each]
+        number = torch.arange(cells, device=device)[:, None]
+        rows = number // (width // cell) * cell + inside // cell
+        columns = number % (width // cell) * cell + inside % cell
+        return (rows * width + columns).flatten(1).sort(dim=1).values
+
+
 class CropOptions(Options):
     crop: int | None = Field(
         None, ge=1, description="side of the visible window, in tokens; null: from ratio"

@@ -2,7 +2,8 @@
 
 An objective is one or two passes over the same images and times, each along a route: `dsm` sees all
 tokens, `msm` the visible ones (Lei et al. 2023), `mdt` all and then a masked set (Gao et al. 2023),
-`edt` all and then all behind EDT's token masks (Chen et al. 2024). A new one is a class here or in
+`edt` all and then all behind EDT's token masks (Chen et al. 2024), `maskdit` the visible ones and
+what it can tell of the hidden ones (Zheng et al. 2023). A new one is a class here or in
 a plugin.
 """
 
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from msmdiff.core import condition as conditions
@@ -23,7 +25,7 @@ from msmdiff.core.diffusion import masking, time_sampling, variational
 from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.diffusion.time_sampling import Draw, TimeSampling
-from msmdiff.core.registry import register
+from msmdiff.core.registry import Options, register
 from msmdiff.core.sections import AUTO, MaskConfig, ObjectiveConfig
 
 DrawRoute = Callable[[int, Draw], Route | None]
@@ -44,6 +46,8 @@ class Objective:
         config: distance, label dropout, how the variational bound counts.
         patch_size: side of the network's patches.
         condition: what the network is told, and its null.
+        copies: times that each image is seen in a step, each with noise, time and tokens of its
+            own.
     """
 
     def __init__(
@@ -55,7 +59,9 @@ class Objective:
         *,
         patch_size: int,
         condition: Condition,
+        copies: int = 1,
     ) -> None:
+        self.copies = copies
         self.process, self.times, self.passes, self.config = process, times, passes, config
         self.patch_size, self.condition = patch_size, condition
         self.distance = torch.abs if config.loss == "l1" else torch.square
@@ -73,6 +79,9 @@ class Objective:
 
         Hidden pixels never reach a network that drops tokens.
         """
+        if self.copies > 1:
+            x0 = x0.repeat_interleave(self.copies, dim=0)
+            y = None if y is None else y.repeat_interleave(self.copies, dim=0)
         t, importance = (v.to(x0.device) for v in self.times.draw(len(x0), draw))
         total = torch.zeros(len(x0), device=x0.device)
         named: dict[str, Tensor] = {}
@@ -106,6 +115,7 @@ class Objective:
         """
         x_t = self.process.add_noise(x0, t, eps)
         output = self.process.feed(model, x_t, t, y, route)
+        beside = self.beside(x_t, output, t, route)
         if route is not None and route.keep is not None and route.scored == "kept":
             if route.fill != "none":
                 output = gather_tokens(patchify(output, self.patch_size), route.keep)
@@ -114,7 +124,16 @@ class Objective:
                 variational.channels_first(z, self.patch_size) for z in (x0, eps, output)
             )
         options = (self.distance, self.config.variational, self.config.channel_groups)
-        return variational.terms(self.process, output, x0, eps, t, *options)
+        terms = variational.terms(self.process, output, x0, eps, t, *options)
+        for value in beside.values():
+            terms["loss"] = terms["loss"] + value
+        return {**terms, **beside}
+
+    def beside(
+        self, x_t: Tensor, output: Tensor, t: Tensor, route: Route | None
+    ) -> dict[str, Tensor]:
+        """What an objective adds to the error of the prediction, [B] each: here nothing."""
+        return {}
 
     def _told(self, y: Tensor | None, draw: Draw) -> Tensor | None:
         """y with the null in a share of its rows; None for a network that is told nothing."""
@@ -145,16 +164,20 @@ class Setting:
     section: MaskConfig
     mask: Mask
     network: Any
+    copies: int = 1
 
     def route(self, name: str) -> DrawRoute:
         """The routes of a name, for this mask and network; of `auto`, visible tokens."""
         entry = registry.find("route", "visible" if name == AUTO else name, "mask.route")
         made = entry.make(self.section, self.mask, self.network, **entry.takes(self.section))
+        self.copies = max(self.copies, getattr(made, "copies", 1))
         return made.draw
 
 
 class Kind(Protocol):
-    """What is registered as an objective."""
+    """What is registered as an objective. An attribute `loss` may name a class of `Objective` with
+    the constructor's options in front.
+    """
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
         """Complete what is left open, and say what does not go together."""
@@ -186,9 +209,7 @@ class Msm:
     """
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
-        name = "visible" if config.mask.route == AUTO else config.mask.route
-        fill = registry.find("route", name, "mask.route").make.fill
-        return [] if fill in backbone.fills else [_does_not_suit(config, backbone)]
+        return _settle_route(config, backbone)
 
     def passes(self, setting: Setting) -> dict[str, DrawRoute]:
         return {"": setting.route(setting.section.route)}
@@ -235,6 +256,85 @@ class Edt:
         return {"plain": plain, "masked": masked}
 
 
+class MaskDitOptions(Options):
+    reconstruction: float = Field(
+        0.1, ge=0, description="weight of the error on hidden patches, against the noisy image"
+    )
+
+
+class Reconstructing(Objective):
+    """The error on kept patches, and how well x0 tells the hidden patches of the noisy image."""
+
+    reconstruction = 0.1
+
+    def beside(
+        self, x_t: Tensor, output: Tensor, t: Tensor, route: Route | None
+    ) -> dict[str, Tensor]:
+        """MaskDiT's second term (Zheng et al. 2023, eq. 6), [B]: squared error of x0 on hidden
+        patches, against x_t's patches of mean 0 and variance 1.
+        """
+        if route is None or route.keep is None or not self.reconstruction:
+            return {}
+        x0 = patchify(self.process.split(output, x_t, t).x0, self.patch_size)  # [B, L, p*p*C]
+        target = patchify(x_t, self.patch_size)
+        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
+        target = (target - mean) / (variance + 1e-6).sqrt()
+        error = (x0 - target).square().mean(dim=-1)  # [B, L]
+        hidden = torch.ones_like(error).scatter(1, route.keep, 0.0)
+        each = (error * hidden).sum(dim=1) / hidden.sum(dim=1)
+        return {"reconstruction": self.reconstruction * each}
+
+
+@register("objective", "maskdit", MaskDitOptions)
+class MaskDit:
+    """MaskDiT: the error on kept patches, and a reconstruction of the hidden ones; needs a network
+    with model.sparse decoder.
+    """
+
+    def __init__(self, *, reconstruction: float) -> None:
+        self.reconstruction = reconstruction
+
+    def settle(self, config: Config, backbone: Any) -> list[str]:
+        if config.mask.route == AUTO:
+            config.mask.route = "maskdit"
+        return _settle_route(config, backbone)
+
+    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
+        return {"": setting.route(setting.section.route)}
+
+    def loss(self, *arguments: Any, **options: Any) -> Objective:
+        """What `build` makes for this objective."""
+        made = Reconstructing(*arguments, **options)
+        made.reconstruction = self.reconstruction
+        return made
+
+
+def _settle_route(config: Config, backbone: Any) -> list[str]:
+    """Choose the route that suits the network's sparse part where it is left open, or the part that
+    the route needs, and say what does not go together.
+    """
+    model: Any = config.model
+    part = getattr(model, "sparse", None)  # None: a family that can have none
+    if config.mask.route == AUTO and part not in (None, "none"):
+        config.mask.route = next(
+            name
+            for name, entry in registry.entries("route").items()
+            if getattr(entry.make, "sparse", None) == part
+        )
+    name = "visible" if config.mask.route == AUTO else config.mask.route
+    route = registry.find("route", name, "mask.route").make
+    needed = getattr(route, "sparse", None)
+    if needed is None:
+        return [] if route.fill in backbone.fills else [_does_not_suit(config, backbone)]
+    if part is None:
+        return [f"mask.route {name} is not for model.family {config.model.family}: use uvit or dit"]
+    if part == "none":
+        model.sparse = needed
+    elif part != needed:
+        return [f"mask.route {name} needs model.sparse {needed}, not {part}"]
+    return []
+
+
 def _does_not_suit(config: Config, backbone: Any) -> str:
     fits = f"'{backbone.published_objective or 'msm'}' or 'dsm'"
     name, family = config.objective.name, config.model.family
@@ -246,8 +346,11 @@ def settle(config: Config, backbone: Any) -> list[str]:
     does not go together.
     """
     if config.objective.name == AUTO:
-        masked = masking.hides(config.mask)
-        config.objective.name = backbone.published_objective or ("msm" if masked else "dsm")
+        routed = masking.hides(config.mask) or config.mask.route != AUTO
+        model: Any = config.model
+        light = config.mask.route == AUTO and getattr(model, "sparse", None) == "decoder"
+        wanted = "maskdit" if light or config.mask.route == "maskdit" else "msm"
+        config.objective.name = backbone.published_objective or (wanted if routed else "dsm")
     entry = registry.find("objective", config.objective.name, "objective.name")
     return entry.make(**entry.takes(config.objective)).settle(config, backbone)
 
@@ -256,11 +359,14 @@ def build(config: Config, process: Process, mask: Mask, network: Any) -> Objecti
     """The objective of a resolved configuration. `network` may lie on the meta device."""
     entry = registry.find("objective", config.objective.name, "objective.name")
     kind: Kind = entry.make(**entry.takes(config.objective))
-    return Objective(
+    setting = Setting(config.mask, mask, network)
+    passes = kind.passes(setting)
+    return getattr(kind, "loss", Objective)(
         process,
         time_sampling.build(config.process, process.schedule),
-        kind.passes(Setting(config.mask, mask, network)),
+        passes,
         config.objective,
         patch_size=network.patch_size,
         condition=conditions.of(config.model),
+        copies=setting.copies,
     )

@@ -19,7 +19,14 @@ from msmdiff.core.sections import MaskConfig
 
 
 class DrawsRoutes(Protocol):
-    """What is registered: `fill` is what stands in the gaps, which not every network has."""
+    """What is registered.
+
+    Attributes:
+        fill: what stands in the gaps, which not every network has.
+        sparse: the part that the network needs for it (`model.sparse`), if any; a class attribute
+            that may be left out.
+        copies: passes over each image, each with other tokens; may be left out too.
+    """
 
     fill: str
 
@@ -108,3 +115,102 @@ class Tread:
             if keep is None
             else Route(keep=keep, enter=self.enter, leave=self.leave, fill="own", scored="all")
         )
+
+
+class SprintOptions(Options):
+    path_drop: float = Field(
+        0.1, ge=0, lt=1, description="share of images for which the sparse blocks say nothing"
+    )
+
+
+@register("route", "sprint", SprintOptions)
+class Sprint:
+    """All tokens through the first and last blocks, kept ones through the middle, then both fused
+    (SPRINT). Needs model.sparse fusion.
+    """
+
+    fill: ClassVar = "mask"
+    sparse: ClassVar = "fusion"
+
+    def __init__(self, section: MaskConfig, mask: Mask, network: Any, *, path_drop: float) -> None:
+        self.mask, self.path_drop = mask, path_drop
+        self.enter, self.leave = network.trunk.meets
+
+    def draw(self, batch: int, draw: Draw) -> Route:
+        generator = draw("path")
+        chance = torch.rand(batch, generator=generator, device=generator.device)
+        return Route(
+            keep=self.mask.draw(batch, draw("mask")),
+            enter=self.enter,
+            leave=self.leave,
+            fill="mask",
+            scored="all",
+            dropped=chance < self.path_drop,
+        )
+
+
+@register("route", "maskdit")
+class MaskDit:
+    """Kept tokens through the blocks, all through a light decoder, mask tokens in the gaps
+    (MaskDiT). Needs model.sparse decoder; the loss counts on the kept ones.
+    """
+
+    fill: ClassVar = "mask"
+    sparse: ClassVar = "decoder"
+
+    def __init__(self, section: MaskConfig, mask: Mask, network: Any) -> None:
+        self.mask = mask
+
+    def draw(self, batch: int, draw: Draw) -> Route | None:
+        keep = self.mask.draw(batch, draw("mask"))
+        return None if keep is None else Route(keep=keep, fill="mask", scored="kept")
+
+
+@register("route", "deferred")
+class Deferred(Visible):
+    """All tokens through a light mixer, kept ones through all blocks (deferred masking). Needs
+    model.sparse mixer.
+    """
+
+    sparse: ClassVar = "mixer"
+
+
+class SeparateOptions(Options):
+    groups: int | None = Field(
+        None, ge=1, description="disjoint masks of each image per step; null: as many as there are"
+    )
+
+
+@register("route", "separate", SeparateOptions)
+class Separate:
+    """Several disjoint sets of visible tokens of the same image in one step, each with its own time
+    and noise: the data side gets as many times cheaper (separation).
+    """
+
+    fill: ClassVar = "none"
+
+    def __init__(
+        self, section: MaskConfig, mask: Mask, network: Any, *, groups: int | None
+    ) -> None:
+        self.tokens, self.kept = mask.tokens, mask.kept
+        self.copies = groups or mask.tokens // mask.kept
+        if section.kind != "patch":
+            raise UsageError(
+                f"mask.route separate divides single tokens: mask.kind must be patch, not "
+                f"{section.kind}"
+            )
+        if self.copies * mask.kept > mask.tokens:
+            raise UsageError(
+                f"mask.groups {self.copies} of {mask.kept} tokens each are more than the "
+                f"{mask.tokens} there are: at most {mask.tokens // mask.kept}"
+            )
+
+    def draw(self, batch: int, draw: Draw) -> Route | None:
+        """`batch` counts every copy; those of one image follow each other."""
+        if self.kept == self.tokens:
+            return None
+        generator = draw("mask")
+        images = batch // self.copies
+        noise = torch.rand(images, self.tokens, generator=generator, device=generator.device)
+        order = noise.argsort(dim=1)[:, : self.copies * self.kept]
+        return Route(order.reshape(batch, self.kept).sort(dim=1).values)

@@ -26,6 +26,7 @@ class Cost:
         activation_bytes: kept for the backward pass of one image in float32, with the mask.
         tokens, kept: tokens of an image, and those that the mask keeps.
         two_passes: a training step runs the network twice, without and with the mask.
+        copies: passes with other tokens of the same image.
     """
 
     parameters: int
@@ -35,11 +36,12 @@ class Cost:
     tokens: int
     kept: int
     two_passes: bool = False
+    copies: int = 1
 
     @property
     def step_flops(self) -> int:
         """Per image of a training step: the backward pass costs two forward passes."""
-        return 3 * (self.masked_flops + self.two_passes * self.forward_flops)
+        return 3 * (self.copies * self.masked_flops + self.two_passes * self.forward_flops)
 
     def memory_bytes(self, config: Config, processes: int = 1, sharded: bool = False) -> int:
         """A training process's estimated memory: weights, gradients, optimiser state, averages,
@@ -54,7 +56,7 @@ class Cost:
         share = 0.5 if config.train.precision in ("bf16", "fp16") else 1.0
         share *= 0.1 if config.train.gradient_checkpointing else 1.0
         each = 4 * self.parameters * copies / (processes if sharded else 1)
-        return int(each + share * micro * self.activation_bytes)
+        return int(each + share * micro * self.copies * self.activation_bytes)
 
 
 def measure(config: Config) -> Cost:
@@ -88,13 +90,16 @@ def measure(config: Config) -> Cost:
         tokens=parts.mask.tokens,
         kept=parts.mask.kept,
         two_passes=len(parts.objective.passes) > 1,
+        copies=parts.objective.copies,
     )
 
 
 def _route(parts: road.Parts) -> Route | None:
     """The route of the masked pass, with as many tokens as the mask keeps, on the meta device."""
     *_, route_of = parts.objective.passes.values()
-    route = route_of(1, lambda purpose, device="cpu": stream(device, 0, purpose))
+    copies = parts.objective.copies
+    route = route_of(copies, lambda purpose, device="cpu": stream(device, 0, purpose))
     if route is None or route.keep is None:
         return None
-    return replace(route, keep=torch.empty(1, parts.mask.kept, dtype=torch.long, device="meta"))
+    keep = torch.empty(1, parts.mask.kept, dtype=torch.long, device="meta")
+    return replace(route, keep=keep, dropped=False)
