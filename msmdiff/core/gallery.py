@@ -83,7 +83,8 @@ class Gallery:
         self._context: Tensor | None = None
         if request.classes is not None and not condition.count:
             raise UsageError(f"--classes {request.classes}: {path} is unconditional")
-        if isinstance(condition, Unconditional) and options.cfg_scale != 1 and not model.guide:
+        labels_guide = not model.guide and options.cfg_against != "route"
+        if isinstance(condition, Unconditional) and options.cfg_scale != 1 and labels_guide:
             raise UsageError(
                 f"sample.cfg_scale {options.cfg_scale:g} (--cfg): {path} is unconditional, set it "
                 "to 1"

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from msmdiff.core import registry
+from msmdiff.core.backbones.routes import Route
 from msmdiff.core.condition import Condition
 from msmdiff.core.config import Config
 from msmdiff.core.diffusion.codecs import Codec
@@ -123,7 +124,8 @@ class Model:
             x = x if start is None else start[rows].to(device)
             if schedule.start_std != 1:
                 x = x * schedule.start_std
-            denoise = self.denoiser(told, network)
+            weak = guidance.weak_route(options, self.config.mask, self.backbone, noise)
+            denoise = self.denoiser(told, network, weak)
             for wrap in wraps:
                 denoise, x = wrap(denoise, x)
             half = options.precision == "bf16"
@@ -132,8 +134,14 @@ class Model:
             labels = told[:count].cpu() if told is not None and self.condition.count else None
             yield Images([seeds[i] for i in rows[:count]], self._decoded(z), labels)
 
-    def denoiser(self, y: Tensor | None, network: Callable[..., Tensor] | None = None) -> Denoiser:
-        """(x_t [B, C, H, W], t) -> x0 and eps, guided and clipped as `sample` says.
+    def denoiser(
+        self,
+        y: Tensor | None,
+        network: Callable[..., Tensor] | None = None,
+        weak: Callable[[], Route] | None = None,
+    ) -> Denoiser:
+        """(x_t [B, C, H, W], t) -> x0 and eps, guided and clipped as `sample` says; `weak` as
+        `guidance.weak_route` gives it.
 
         t is one number on the CPU for the whole batch, which lets steps without guidance do without
         its second pass, or [B] on x_t's device. After clipping, eps is derived again from the
@@ -152,6 +160,7 @@ class Model:
                 scale=scale,
                 channels=channels,
                 guide=self.guide,
+                weak=weak,
             )
             output = process.feed(guided, x_t, t, y)
             estimate = process.split(output.float(), x_t, t)
@@ -173,7 +182,8 @@ class Model:
         return estimate
 
     def _check_guidance(self) -> None:
-        if self.config.sample.cfg_scale == 1 or self.guide is not None:
+        options = self.config.sample
+        if options.cfg_scale == 1 or self.guide is not None or options.cfg_against == "route":
             return
         if not self.condition.guidable:
             raise UsageError(self.condition.why_not_guided)

@@ -215,6 +215,15 @@ class SampleConfig(Section):
     cfg_scale: float = Field(
         1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance"
     )
+    cfg_against: Literal["null", "route", "path"] = Field(
+        "null",
+        description="what guidance leads away from: the null; `route`, the same with few tokens "
+        "on the trained route (sparse guidance); `path`, the null without the fused blocks "
+        "(SPRINT)",
+    )
+    cfg_hidden: float = Field(
+        0.75, gt=0, lt=1, description="share of tokens hidden from the other pass of `route`"
+    )
     cfg_channels: Literal["all", "first3"] = Field(
         "all",
         description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth "

@@ -6,12 +6,13 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from msmdiff.core import registry
 from msmdiff.core.diffusion.schedules import Schedule, Table
 from msmdiff.core.errors import UsageError
-from msmdiff.core.registry import register
+from msmdiff.core.registry import Options, register
 from msmdiff.core.sections import ProcessConfig
 
 Draw = Callable[..., torch.Generator]
@@ -49,6 +50,81 @@ class Stratified(Uniform):
         u = (torch.arange(n, device=device) + inside) / n
         order = torch.randperm(n, generator=generator, device=device)
         return self.schedule.times_of(u[order]), torch.ones((), device=device)
+
+
+class _ByNoise:
+    """Times whose log-SNR is drawn: where the schedule has it, or its nearest training step."""
+
+    def __init__(self, schedule: Schedule) -> None:
+        self.schedule = schedule
+
+    def log_snr(self, n: int, draw: Draw) -> Tensor:
+        """[n] float64 on the CPU."""
+        raise NotImplementedError
+
+    def draw(self, n: int, draw: Draw) -> tuple[Tensor, Tensor]:
+        schedule = self.schedule
+        times = schedule.time_at(self.log_snr(n, draw))
+        if isinstance(schedule, Table):
+            times = (times * schedule.timesteps).round() / schedule.timesteps
+        times = times.clamp(schedule.earliest, schedule.latest)
+        return times.float(), torch.ones(())
+
+
+class LogitNormalOptions(Options):
+    time_mean: float = Field(0.0, description="of the normal numbers n; positive: noisier")
+    time_std: float = Field(1.0, gt=0, description="of the normal numbers n")
+    time_shift: float = Field(
+        1.0, gt=0, description="t <- s t / (1 + (s - 1) t): noisier, for larger images"
+    )
+    time_uniform: float = Field(0.0, ge=0, le=1, description="share of uniform times among them")
+
+
+@register("time_sampling", "logit_normal", LogitNormalOptions)
+class LogitNormal(_ByNoise):
+    """A flow's times t = sigmoid(n), n normal (Esser et al. 2024), or those of another schedule
+    with the same noise.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        *,
+        time_mean: float,
+        time_std: float,
+        time_shift: float,
+        time_uniform: float,
+    ) -> None:
+        super().__init__(schedule)
+        self.mean, self.std, self.uniform = time_mean, time_std, time_uniform
+        self.raised = math.log(time_shift)
+
+    def log_snr(self, n: int, draw: Draw) -> Tensor:
+        generator = draw("time", "cpu")
+        logit = self.mean + self.std * torch.randn(n, generator=generator, dtype=torch.float64)
+        if self.uniform:
+            even = torch.rand(n, generator=generator, dtype=torch.float64).logit()
+            chosen = torch.rand(n, generator=generator) < self.uniform
+            logit = torch.where(chosen, even, logit)
+        return -2 * (logit + self.raised)
+
+
+class LogNormalOptions(Options):
+    sigma_mean: float = Field(-1.2, description="mean of ln(sigma / alpha)")
+    sigma_std: float = Field(1.2, gt=0, description="deviation of ln(sigma / alpha)")
+
+
+@register("time_sampling", "log_normal", LogNormalOptions)
+class LogNormal(_ByNoise):
+    """Normal ln(sigma / alpha) (EDM; Karras et al. 2022, table 1)."""
+
+    def __init__(self, schedule: Schedule, *, sigma_mean: float, sigma_std: float) -> None:
+        super().__init__(schedule)
+        self.mean, self.std = sigma_mean, sigma_std
+
+    def log_snr(self, n: int, draw: Draw) -> Tensor:
+        normal = torch.randn(n, generator=draw("time", "cpu"), dtype=torch.float64)
+        return -2 * (self.mean + self.std * normal)
 
 
 RECORDED = 10

@@ -5,8 +5,10 @@ Index times are training steps and end with the clean image; free times lie anyw
 the sampler's plan or `end` says. A new kind is one function, registered under "times".
 """
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -160,6 +162,25 @@ def logsnr(schedule: Schedule, intervals: int, start: float, end: float) -> Tens
     return times
 
 
+class ShiftedOptions(FreeOptions):
+    shift: float = Field(
+        3.0, gt=0, description="how much noisier than even times: sigma / alpha times this"
+    )
+
+
+@register("times", "shifted", ShiftedOptions)
+def shifted(
+    schedule: Schedule, intervals: int, start: float, end: float, *, shift: float
+) -> Tensor:
+    """Even times with `shift` times the noise: of a flow t <- s t / (1 + (s - 1) t) (Esser et al.
+    2024, eq. 23); for larger images, and networks that were trained with such a shift.
+    """
+    even_times = uniform(schedule, intervals, start, end)
+    times = schedule.time_at(schedule.log_snr(even_times) - 2 * math.log(shift))
+    times[0], times[-1] = start, end if intervals else start
+    return times
+
+
 def subdivide(schedule: Schedule, times: Tensor, parts: list[int]) -> Tensor:
     """Cut interval i of times [N + 1] into parts[i] equal ones in log-SNR: [sum(parts) + 1]."""
     pieces = []
@@ -190,6 +211,8 @@ def visited(schedule: Schedule, section: SampleConfig) -> Tensor:
             raise UsageError(f"sample.end {end:g} has no effect on the times {entry.name}")
         times = entry.make(schedule.timesteps, section.steps)
         return times.clamp(max=schedule.latest).unique_consecutive()
+    own = {key: value for key, value in entry.takes(section).items() if key != "end"}
+    entry = replace(entry, make=partial(entry.make, **own))
     return _free(schedule, section, entry, plan)
 
 
