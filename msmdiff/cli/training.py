@@ -36,6 +36,7 @@ def _training_options(
     mask_block: Annotated[
         int | None, typer.Option(help="Side of a block, in tokens, with --mask-kind block.")
     ] = None,
+    mask_tail: Annotated[float | None, _key("mask.tail")] = None,
     model: Annotated[str | None, _key("model.name", " (`list models`)")] = None,
     conditional: Annotated[
         bool | None,
@@ -125,7 +126,13 @@ def finetune(
     told = [item for item in options["sets"] or [] if item.startswith("model.")]
     stored = weights.read(path, model_fields(told)).config
     changes: dict[str, Any] = {
-        "mask": {"ratio": 0.0, "kind": "patch", "route": "auto"},
+        "mask": {
+            "ratio": 0.0,
+            "kind": "patch",
+            "route": "auto",
+            "schedule": "constant",
+            "tail": 0.0,
+        },
         "objective": {"name": "dsm"},
         # The precision is what is fastest here, not where it came from.
         "train": {"init_from": str(path), "precision": "auto"},
@@ -230,6 +237,7 @@ def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
         "objective.name": None if options["mask"] is None else "auto",
         "mask.kind": options["mask_kind"],
         "mask.block": options["mask_block"],
+        "mask.tail": options["mask_tail"],
         "model.name": options["model"],
         "model.num_classes": classes,
         "train.steps": options["steps"],

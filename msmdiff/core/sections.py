@@ -98,6 +98,25 @@ class MaskConfig(Section):
     route: str = Field(
         AUTO, description="how the visible tokens travel; auto: as the objective was published"
     )
+    schedule: Literal["constant", "linear", "cosine", "steps"] = Field(
+        "constant",
+        description="of the ratio over the training's images: as it is, from ratio to final_ratio "
+        "in even pieces, or as `stages` says",
+    )
+    final_ratio: float = Field(
+        0.0, ge=0, lt=1, description="where a linear or cosine schedule of the ratio ends"
+    )
+    levels: int = Field(
+        4, ge=2, le=64, description="ratios that a linear or cosine schedule goes through"
+    )
+    stages: list[tuple[float, float]] | None = Field(
+        None,
+        description="of schedule steps: pairs of the share of the training from which, and the "
+        "ratio: [[0, 0.9], [0.6, 0.5]]",
+    )
+    tail: float = Field(
+        0.0, ge=0, lt=1, description="share of the training at its end that hides nothing"
+    )
 
 
 class ObjectiveConfig(Section):

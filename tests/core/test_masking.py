@@ -5,7 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from msmdiff.core import config as configuration
 from msmdiff.core.config import section
+from msmdiff.core.diffusion import masking
 from msmdiff.core.diffusion.masking import BlockMask, CropMask, PatchMask, build
 from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import stream
@@ -111,3 +113,40 @@ def test_every_token_is_kept_equally_often_and_streams_repeat():
 def test_impossible_masks_are_refused(arguments, message):
     with pytest.raises(UsageError, match=message):
         made((8, 8), **arguments)
+
+
+def section_of(**mask):
+    return configuration.build({"mask": mask}).mask
+
+
+@pytest.mark.parametrize(
+    ("mask", "expected"),
+    [
+        (dict(ratio=0.9), [(0, 0.9)]),
+        (dict(ratio=0.9, tail=0.2), [(0, 0.9), (0.8, 0)]),
+        (
+            dict(ratio=0.9, schedule="linear", final_ratio=0.3, levels=3),
+            [(0, 0.9), (1 / 3, 0.6), (2 / 3, 0.3)],
+        ),
+        (
+            dict(ratio=0.8, schedule="cosine", levels=3, tail=0.25),
+            [(0, 0.8), (0.25, 0.4), (0.5, 0), (0.75, 0)],
+        ),
+        (
+            dict(ratio=0.9, schedule="steps", stages=[[0, 0.9], [0.5, 0.75]], tail=0.4),
+            [(0, 0.9), (0.5, 0.75), (0.6, 0)],
+        ),
+    ],
+)
+def test_the_ratio_over_a_training(mask, expected):
+    got = masking.over_training(section_of(**mask))
+    assert len(got) == len(expected)
+    for (start, ratio), (start_wanted, ratio_wanted) in zip(got, expected, strict=True):
+        assert start == pytest.approx(start_wanted)
+        assert ratio == pytest.approx(ratio_wanted, abs=1e-12)
+
+
+@pytest.mark.parametrize("stages", [None, [], [[0.1, 0.5]], [[0, 0.5], [0, 0.2]], [[0, 1.5]]])
+def test_stages_that_do_not_rise_are_refused(stages):
+    with pytest.raises(UsageError, match=r"mask.stages .* must be pairs"):
+        masking.over_training(section_of(ratio=0.5, schedule="steps", stages=stages))

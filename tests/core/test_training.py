@@ -220,17 +220,33 @@ def test_skipping_is_opt_in_and_counted(tmp_path, quiet, monkeypatch):
     )
 
 
-def test_sigterm_saves_and_the_rest_follows(tmp_path, quiet):
-    train(small(), tmp_path / "straight", quiet)
-    seen = []
+def stopped_at(images, quiet):
+    """A reporter that asks for the end when so many images were seen."""
 
     class Impatient(type(quiet)):
         def progress(self, images_seen, total, metrics):
-            seen.append(images_seen)
-            if images_seen == 24:
+            if images_seen == images:
                 os.kill(os.getpid(), signal.SIGTERM)
 
-    summary = train(small(), tmp_path / "stopped", Impatient())
+    return Impatient()
+
+
+def test_the_mask_over_the_training_resumes_exactly(tmp_path, quiet):
+    mask = {"schedule": "linear", "final_ratio": 0.5, "levels": 2, "tail": 0.25}
+    config = small({"mask": mask})
+    train(config, tmp_path / "straight", quiet)
+    ratios = [line["mask_ratio"] for line in Run(tmp_path / "straight", writes=False).metrics()]
+    assert ratios == [0.75] * 3 + [0.5] * 3 + [0] * 2
+    for images in (16, 24, 48):  # within the first stage, at its end, at the tail's beginning
+        run = tmp_path / f"stopped-{images}"
+        train(config, run, stopped_at(images, quiet))
+        train(config, run, quiet)
+        assert_same_bits(tmp_path / "straight", run)
+
+
+def test_sigterm_saves_and_the_rest_follows(tmp_path, quiet):
+    train(small(), tmp_path / "straight", quiet)
+    summary = train(small(), tmp_path / "stopped", stopped_at(24, quiet))
     assert summary.interrupted == signal.SIGTERM
     assert summary.images_seen in (24, 32)
     assert signal.getsignal(signal.SIGTERM) == signal.SIG_DFL

@@ -174,6 +174,40 @@ def hides(config: MaskConfig) -> bool:
     return bool(config.ratio or (config.kind == "crop" and getattr(config, "crop", None)))
 
 
+def over_training(config: MaskConfig) -> list[tuple[float, float]]:
+    """The ratios of a training: (share of its images from which, ratio), rising from 0.
+
+    They are few, so that a compiled network meets few numbers of tokens. Raises UsageError for
+    stages that do not rise, or are missing.
+    """
+    if config.schedule == "steps":
+        stages = [(float(start), float(ratio)) for start, ratio in config.stages or []]
+        starts = [start for start, _ in stages]
+        fit = all(0 <= start < 1 and 0 <= ratio < 1 for start, ratio in stages)
+        if not stages or starts[0] != 0 or starts != sorted(set(starts)) or not fit:
+            raise UsageError(
+                f"mask.stages {config.stages} must be pairs of a share of the training, rising "
+                "from 0, and a ratio below 1, such as [[0, 0.9], [0.6, 0.5]]"
+            )
+    elif config.schedule == "constant":
+        stages = [(0.0, config.ratio)]
+    else:
+        stages = [_between(config, i) for i in range(config.levels)]
+    if config.tail:
+        stages = [(start, ratio) for start, ratio in stages if start < 1 - config.tail]
+        stages.append((1 - config.tail, 0.0))
+    return stages
+
+
+def _between(config: MaskConfig, i: int) -> tuple[float, float]:
+    """Piece i of a linear or cosine schedule."""
+    passed = i / (config.levels - 1)
+    if config.schedule == "cosine":
+        passed = (1 - math.cos(math.pi * passed)) / 2
+    ratio = config.ratio + passed * (config.final_ratio - config.ratio)
+    return i / config.levels * (1 - config.tail), ratio
+
+
 def build(config: MaskConfig, grid: tuple[int, int]) -> Mask:
     """The mask a configuration asks for, on a grid of tokens."""
     if not hides(config):

@@ -7,7 +7,7 @@ what it can tell of the hidden ones (Zheng et al. 2023). A new one is a class he
 a plugin.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -36,18 +36,34 @@ def plain(batch: int, draw: Draw) -> None:
     """Everyone, through every block."""
 
 
+@dataclass
+class Stage:
+    """The passes from a share of the training on.
+
+    Attributes:
+        start: that share, in [0, 1).
+        passes: name -> routes.
+        copies: times that each image is seen in a step.
+    """
+
+    start: float
+    passes: dict[str, DrawRoute]
+    copies: int = 1
+
+
 class Objective:
     """The loss of one or two passes, each with noise, label dropout and route of its own.
 
     Args:
         process: the noise.
         times: how training times are drawn.
-        passes: name -> its routes; a single pass is named "".
+        passes: name -> its routes; a single pass is named "". Of the first stage of the training.
         config: distance, label dropout, how the variational bound counts.
         patch_size: side of the network's patches.
         condition: what the network is told, and its null.
         copies: times that each image is seen in a step, each with noise, time and tokens of its
             own.
+        later: stages in which the passes are others.
     """
 
     def __init__(
@@ -60,8 +76,10 @@ class Objective:
         patch_size: int,
         condition: Condition,
         copies: int = 1,
+        later: Sequence[Stage] = (),
     ) -> None:
         self.copies = copies
+        self.stages = [Stage(0.0, passes, copies), *later]
         self.process, self.times, self.passes, self.config = process, times, passes, config
         self.patch_size, self.condition = patch_size, condition
         self.distance = torch.abs if config.loss == "l1" else torch.square
@@ -72,26 +90,32 @@ class Objective:
         return self.times if hasattr(self.times, "state_dict") else None
 
     def __call__(
-        self, model: Callable[..., Tensor], x0: Tensor, y: Tensor | None, draw: Draw
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        y: Tensor | None,
+        draw: Draw,
+        passed: float = 0.0,
     ) -> dict[str, Tensor]:
-        """x0 [B, C, H, W] and labels y [B] or None -> scalars: `loss`, each pass's terms, and the
-        `mask_ratio` drawn.
+        """x0 [B, C, H, W] and labels y [B] or None, at the share of the training that has passed,
+        -> scalars: `loss`, each pass's terms, and the `mask_ratio` drawn.
 
         Hidden pixels never reach a network that drops tokens.
         """
-        if self.copies > 1:
-            x0 = x0.repeat_interleave(self.copies, dim=0)
-            y = None if y is None else y.repeat_interleave(self.copies, dim=0)
+        stage = [stage for stage in self.stages if stage.start <= passed][-1]
+        if stage.copies > 1:
+            x0 = x0.repeat_interleave(stage.copies, dim=0)
+            y = None if y is None else y.repeat_interleave(stage.copies, dim=0)
         t, importance = (v.to(x0.device) for v in self.times.draw(len(x0), draw))
         total = torch.zeros(len(x0), device=x0.device)
         named: dict[str, Tensor] = {}
-        for number, (name, route_of) in enumerate(self.passes.items()):
+        for number, (name, route_of) in enumerate(stage.passes.items()):
             own = _numbered(draw, number)
             eps = torch.randn(x0.shape, generator=own("noise"), device=x0.device)
             route = route_of(len(x0), own)
             terms = self.terms(model, x0, eps, t, self._told(y, own), route)
             total = total + terms["loss"]
-            if len(self.passes) > 1 or len(terms) > 2:
+            if len(stage.passes) > 1 or len(terms) > 2:
                 for term, value in terms.items():
                     named[f"{name}_{term}" if name else term] = (value * importance).mean()
             if route is not None and route.keep is not None:
@@ -352,21 +376,39 @@ def settle(config: Config, backbone: Any) -> list[str]:
         wanted = "maskdit" if light or config.mask.route == "maskdit" else "msm"
         config.objective.name = backbone.published_objective or (wanted if routed else "dsm")
     entry = registry.find("objective", config.objective.name, "objective.name")
-    return entry.make(**entry.takes(config.objective)).settle(config, backbone)
+    problems = entry.make(**entry.takes(config.objective)).settle(config, backbone)
+    changes = len(masking.over_training(config.mask)) > 1
+    if changes and config.objective.name not in ("msm", "maskdit"):
+        problems.append(
+            f"mask.schedule, mask.stages and mask.tail are of masked training with objective.name "
+            f"msm or maskdit, not {config.objective.name}"
+        )
+    return problems
 
 
 def build(config: Config, process: Process, mask: Mask, network: Any) -> Objective:
     """The objective of a resolved configuration. `network` may lie on the meta device."""
     entry = registry.find("objective", config.objective.name, "objective.name")
     kind: Kind = entry.make(**entry.takes(config.objective))
-    setting = Setting(config.mask, mask, network)
-    passes = kind.passes(setting)
+    first, *later = _stages(config, kind, mask, network)
     return getattr(kind, "loss", Objective)(
         process,
         time_sampling.build(config.process, process.schedule),
-        passes,
+        first.passes,
         config.objective,
         patch_size=network.patch_size,
         condition=conditions.of(config.model),
-        copies=setting.copies,
+        copies=first.copies,
+        later=later,
     )
+
+
+def _stages(config: Config, kind: Kind, mask: Mask, network: Any) -> list[Stage]:
+    """What the passes are over the training: those of `mask`, and of every later ratio."""
+    stages = []
+    for start, ratio in masking.over_training(config.mask):
+        section = config.mask.model_copy(update={"ratio": ratio})
+        seen = mask if start == 0 else masking.build(section, network.grid)
+        setting = Setting(section, seen, network)
+        stages.append(Stage(start, kind.passes(setting), setting.copies))
+    return stages

@@ -17,7 +17,7 @@ from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
-from msmdiff.core.diffusion import codecs
+from msmdiff.core.diffusion import codecs, masking
 from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import key
 from msmdiff.core.training import checkpoint, cost, launch, previews, sharding, warmstart
@@ -390,6 +390,12 @@ class Trainer:
                 f"({mask.effective_ratio:.1%} hidden), "
                 f"{cost_.masked_flops / cost_.forward_flops:.1%} of the full pass"
             )
+        if later := self.parts.objective.stages[1:]:
+            ratios = dict(masking.over_training(self.config.mask))
+            shown = ", ".join(
+                f"{ratios[stage.start]:.0%} from {stage.start:.0%}" for stage in later
+            )
+            self._note(f"the mask over the training: {shown}")
 
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size
