@@ -338,6 +338,7 @@ def test_disjoint_masks_cover_the_image_once():
     (route_of,) = parts.objective.passes.values()
     keep = route_of(12, draws()).keep.view(3, 64)
     assert torch.equal(keep.sort(dim=1).values, torch.arange(64).expand(3, 64))
+    assert route_of(3, draws()).keep.shape == (3, 16)  # pictures ask for fewer than an image's
 
 
 def test_too_many_groups_are_refused():

@@ -210,7 +210,7 @@ class Separate:
         if self.kept == self.tokens:
             return None
         generator = draw("mask")
-        images = batch // self.copies
+        images = -(-batch // self.copies)
         noise = torch.rand(images, self.tokens, generator=generator, device=generator.device)
         order = noise.argsort(dim=1)[:, : self.copies * self.kept]
-        return Route(order.reshape(batch, self.kept).sort(dim=1).values)
+        return Route(order.reshape(-1, self.kept)[:batch].sort(dim=1).values)
