@@ -152,10 +152,34 @@ def stored(content: dict[str, Any], where: str) -> dict[str, Any]:
         if name not in SECTIONS or not isinstance(fields, dict):
             continue
         fields = SECTIONS[name].prepare(fields)
-        taken = {key for entry in choices(name, fields) for key in entry.options.model_fields}
-        foreign = set(_takers(name)) - taken - set(SECTIONS[name].model_fields)
+        foreign = _foreign(name, fields)
         layer[name] = {key: value for key, value in fields.items() if key not in foreign}
+    if "model" in layer:
+        layer["model"] = {**_network_defaults(layer["model"]), **layer["model"]}
     return layer
+
+
+def settled(name: str, chosen: Section) -> Any:
+    """A section whose automatic choice has been made: options of the other choices, which nobody
+    gave, go. Raises UsageError for those that were given.
+    """
+    idle = _foreign(name, chosen.model_dump()) - chosen.model_fields_set
+    return section(name, **{k: v for k, v in chosen.model_dump().items() if k not in idle})
+
+
+def _foreign(name: str, fields: dict[str, Any]) -> set[str]:
+    """The options of choices that a section's fields do not make."""
+    taken = {key for entry in choices(name, fields) for key in entry.options.model_fields}
+    return set(_takers(name)) - taken - set(SECTIONS[name].model_fields)
+
+
+def _network_defaults(fields: dict[str, Any]) -> dict[str, Any]:
+    """What a network takes that was not there yet when a file was written."""
+    entry = registry.entries("backbone").get(str(fields.get("family")))
+    if entry is None:
+        return {}
+    options = entry.options.model_fields
+    return {key: field.default for key, field in options.items() if not field.is_required()}
 
 
 def _takers(name: str) -> dict[str, list[str]]:

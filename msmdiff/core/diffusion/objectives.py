@@ -20,7 +20,7 @@ from msmdiff.core import registry
 from msmdiff.core.backbones.layers import gather_tokens, patchify
 from msmdiff.core.backbones.routes import Route
 from msmdiff.core.condition import Condition
-from msmdiff.core.config import Config
+from msmdiff.core.config import Config, settled
 from msmdiff.core.diffusion import masking, time_sampling, variational
 from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.process import Process
@@ -375,6 +375,7 @@ def settle(config: Config, backbone: Any) -> list[str]:
         light = config.mask.route == AUTO and getattr(model, "sparse", None) == "decoder"
         wanted = "maskdit" if light or config.mask.route == "maskdit" else "msm"
         config.objective.name = backbone.published_objective or (wanted if routed else "dsm")
+        config.objective = settled("objective", config.objective)
     entry = registry.find("objective", config.objective.name, "objective.name")
     problems = entry.make(**entry.takes(config.objective)).settle(config, backbone)
     changes = len(masking.over_training(config.mask)) > 1
