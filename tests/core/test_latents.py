@@ -249,10 +249,12 @@ def test_a_cache_with_other_pickles_is_refused_and_not_executed(tmp_path):
         header = {"descr": "|O", "fortran_order": False, "shape": ()}
         np.lib.format.write_array_header_1_0(file, header)
         pickle.dump(Evil(), file)
-    with pytest.raises(MsmdiffError, match=r"0.npy cannot be read: it asks for builtins.exec"):
+    with pytest.raises(
+        MsmdiffError, match=r"0.npy is not a .npy file .*: it asks for builtins.exec"
+    ):
         sources.open_source(str(root))
     (root / "0.npy").write_bytes(b"torn")
-    with pytest.raises(MsmdiffError, match=r"0.npy cannot be read"):
+    with pytest.raises(MsmdiffError, match=r"0.npy is not .*: it does not begin as one"):
         sources.open_source(str(root))
 
 
@@ -278,3 +280,54 @@ def test_pickles_of_older_numpy_are_read(tmp_path):
     entries, labels = sources.open_source(str(root)).gather(np.array([1]))
     assert torch.equal(entries, expected[0])
     assert labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("3.npy", np.zeros((8, 3, 3), np.float32), r"3.npy holds \[8, 3, 3\], the first file of"),
+        (
+            "3.npy",
+            np.full((8, 2, 2), np.nan, np.float32),
+            "3.npy holds numbers that are not finite",
+        ),
+        ("3.npy", np.zeros((7, 2, 2), np.float32), r"3.npy is \[7, 2, 2\]: neither"),
+        ("3.npy", np.zeros(3, [("a", "f4")]), "it does not hold plain numbers"),
+    ],
+)
+def test_an_odd_file_of_a_cache_is_named(tmp_path, name, content, words):
+    root = u_vit(tmp_path / "u")
+    np.save(root / name, content)
+    with pytest.raises(MsmdiffError, match=words):
+        sources.open_source(str(root)).gather(np.array([3]))
+
+
+def test_a_label_that_no_network_has_a_row_for_is_refused(tmp_path):
+    root = fast_dit(tmp_path / "f")
+    np.save(root / "imagenet256_labels" / "1.npy", np.array([10**11]))
+    with pytest.raises(MsmdiffError, match=r"1.npy has the label 100000000000: classes are 0 to"):
+        sources.open_source(str(root)).gather(np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("packed.json", lambda d: {**d, "count": 10**12}, "is not finished"),
+        ("packed.json", lambda d: {**d, "shard": 0}, "its count cannot be"),
+        ("packed.json", lambda d: {**d, "codec": "vae"}, "its codec cannot be"),
+        ("packed.json", lambda d: {**d, "dtype": "float32"}, "entries.npy has not the shape"),
+        ("labels.npy", lambda a: a * 10**11, "labels.npy holds classes outside 0 to 1"),
+        ("labels.npy", lambda a: a[:3], r"labels.npy has the shape \[3\], not \[12\]"),
+        ("entries.npy", lambda a: a[:3], "entries.npy has not the shape"),
+        ("entries.npy", lambda a: a.astype(object), "it holds Python objects"),
+    ],
+)
+def test_a_damaged_packed_set_says_what_is_wrong(photos, tmp_path, file, change, words):
+    make(photos, tmp_path / "p")
+    path = tmp_path / "p" / file
+    if file == "packed.json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        np.save(path, change(np.load(path)))
+    with pytest.raises(MsmdiffError, match=words):
+        sources.open_source(str(tmp_path / "p"))
