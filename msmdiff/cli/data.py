@@ -84,6 +84,8 @@ def encode(
     from msmdiff.cli.console import Console
     from msmdiff.core import machine
     from msmdiff.core.data import encode as encoding
+    from msmdiff.core.data import sources
+    from msmdiff.core.data.latents import Latents
     from msmdiff.core.data.loader import open_training
     from msmdiff.core.data.text import Captions, TextEncoder
     from msmdiff.core.diffusion import codecs
@@ -97,12 +99,18 @@ def encode(
         "skip_unreadable": skip_unreadable,
     }
     config = _configure(flags, {"name": codec, "vae": vae}, sets)
-    images = open_training(config.data, console.note)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    texts = Captions.read(images, captions, TextEncoder(text, device)) if captions else None
+    space = codecs.build(config.codec, config.data.image_size)
+    # What may be missing is asked for first: the images are all decoded once when they are opened.
+    encoding.require_free(out)
+    if not isinstance(sources.open_configured(config.data), Latents):
+        space.load(device)
+    encoder = TextEncoder(text, device) if captions else None
+    images = open_training(config.data, console.note)
+    texts = Captions.read(images, captions, encoder) if captions and encoder else None
     count = encoding.encode(
         images,
-        codecs.build(config.codec, config.data.image_size),
+        space,
         config.data,
         out,
         progress=console.progress,

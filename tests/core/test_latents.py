@@ -331,3 +331,69 @@ def test_a_damaged_packed_set_says_what_is_wrong(photos, tmp_path, file, change,
         np.save(path, change(np.load(path)))
     with pytest.raises(MsmdiffError, match=words):
         sources.open_source(str(tmp_path / "p"))
+
+
+def big_vae(vae, folder, factor):
+    """The tiny VAE, whose means are this much larger."""
+    import diffusers
+
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    network.quant_conv.weight.data[:4] *= factor
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (1e7, r"latent of \S+1.png.* is beyond float16's 65,504: give --dtype float32"),
+        (float("nan"), r"latent of \S+1.png.* is not finite"),
+    ],
+)
+def test_latents_that_cannot_be_stored_stop_the_encoding_by_name(
+    photos, tmp_path, vae, factor, words
+):
+    with pytest.raises(MsmdiffError, match=words):
+        make(photos, tmp_path / "p", big_vae(vae, tmp_path / "big", factor))
+    assert latents.finished(tmp_path / "p") == set()
+
+
+def test_large_latents_fit_float32(photos, tmp_path, vae):
+    assert make(photos, tmp_path / "p", big_vae(vae, tmp_path / "big", 1e7), dtype="float32")[1]
+
+
+def test_one_process_at_a_time_encodes_into_a_folder(photos, tmp_path):
+    with (
+        encode._sole_launch(tmp_path / "p", rank=0),
+        pytest.raises(MsmdiffError, match=r"another process is encoding into .*p: wait for it"),
+    ):
+        make(photos, tmp_path / "p")
+    assert make(photos, tmp_path / "p")[1] == 12
+
+
+def test_files_of_the_user_in_the_folder_are_not_replaced(photos, tmp_path):
+    out = tmp_path / "p"
+    out.mkdir()
+    (out / "names.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds other things \(names.txt\)"):
+        make(photos, out)
+    assert (out / "names.txt").read_text() == "mine"
+
+
+def test_a_set_that_a_kill_left_half_made_is_made(photos, tmp_path):
+    make(photos, tmp_path / "whole")
+    make(photos, tmp_path / "p")
+    (tmp_path / "p" / "shards.txt").unlink()
+    (tmp_path / "p" / "labels.npy").write_bytes(b"\x93NUM")
+    (tmp_path / "p" / "names.txt").unlink()
+    assert make(photos, tmp_path / "p")[1] == 12
+    assert everything(tmp_path / "p") == everything(tmp_path / "whole")
+
+
+def test_names_that_are_no_utf8_are_kept(photos, tmp_path):
+    odd = photos / "cat" / "caf\udce9.png"
+    (photos / "cat" / "1.png").rename(odd)
+    make(photos, tmp_path / "p")
+    packed = sources.open_source(str(tmp_path / "p"))
+    assert len(packed) == 12
+    assert any("caf\udce9" in name for name in packed.names)
