@@ -8,7 +8,7 @@ import torch
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import section
-from msmdiff.core.data import encode, latents, loader, sources
+from msmdiff.core.data import encode, latents, loader, npy, sources
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -102,7 +102,7 @@ def test_another_set_or_other_files_are_not_overwritten(photos, tmp_path, monkey
         make(photos, photos)
     with pytest.raises(UsageError, match="encoded already"):
         make(tmp_path / "p", tmp_path / "q")
-    monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    monkeypatch.setattr(npy.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
     with pytest.raises(MsmdiffError, match=r"needs .* GiB, its disk has 0.0 GiB free"):
         make(photos, tmp_path / "full")
 

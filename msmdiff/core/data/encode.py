@@ -5,7 +5,6 @@ where it stopped.
 import hashlib
 import math
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -152,7 +151,8 @@ class _Writer:
             file.write(f"\n{shard} done\n")  # whole, also after a line that a kill cut short
 
     def _put(self, name: str, row: int, values: Tensor) -> None:
-        npy.write_rows(self.out / f"{name}.npy", row, values.cpu().numpy())
+        rows = range(row, row + len(values))
+        npy.write_rows(self.out / f"{name}.npy", rows, values.cpu().numpy())
 
     def _check(self, what: str, values: Tensor, dtype: str, owners: list[int]) -> None:
         """Raise MsmdiffError, with the image's name, for numbers that cannot be stored."""
@@ -307,13 +307,10 @@ def _make_arrays(out: Path, header: dict[str, Any], captions: Captions | None) -
     for name in arrays:
         (out / f"{name}.npy").unlink(missing_ok=True)  # of a process that was killed here
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()]
-    free = shutil.disk_usage(out).free
-    if sum(sizes) > free:
-        raise MsmdiffError(
-            f"{out} needs {sum(sizes) / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
-        )
+    npy.require_room(out, sum(sizes))
     for name, (dtype, shape) in arrays.items():
         npy.create(out / f"{name}.npy", dtype, shape)
     if captions:
-        npy.write_rows(out / "offsets.npy", 0, np.cumsum([0, *captions.counts]))
-        npy.write_rows(out / "captions.npy", sum(captions.counts), captions.null[None].numpy())
+        starts = np.cumsum([0, *captions.counts])
+        npy.write_rows(out / "offsets.npy", range(len(starts)), starts)
+        npy.write_rows(out / "captions.npy", [int(starts[-1])], captions.null[None].numpy())

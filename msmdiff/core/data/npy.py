@@ -10,6 +10,7 @@ import math
 import os
 import pickletools
 import re
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple
 import numpy as np
 
 from msmdiff.core import files
+from msmdiff.core.errors import MsmdiffError
 
 LONGEST_HEADER = 10_000
 """Bytes, as NumPy itself allows."""
@@ -286,24 +288,28 @@ def _bytes(node: Any) -> bytes:
 # Writing
 
 
+def require_room(folder: Path, size: int) -> None:
+    """Raise MsmdiffError where a folder's disk has less than `size` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if size > free:
+        raise MsmdiffError(
+            f"{folder} needs {size / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
+        )
+
+
 def create(path: Path, dtype: str, shape: Sequence[int]) -> None:
     """Make a file of zeros, with all of its space on the disk.
 
-    A file with holes would let a full disk kill whoever reads or writes it through a memory map.
-    Raises MsmdiffError where there is no room; nothing is left then.
+    A file with holes would let a full disk kill whoever reads it through a memory map. Raises
+    MsmdiffError where there is no room; nothing is left then.
     """
+    kind = np.dtype(dtype)
+    fields = {"descr": kind.str, "fortran_order": False, "shape": tuple(map(int, shape))}
     with files.writing(path):
         try:
             with path.open("wb") as file:
-                np.lib.format.write_array_header_1_0(
-                    file,
-                    {
-                        "descr": np.dtype(dtype).str,
-                        "fortran_order": False,
-                        "shape": tuple(int(side) for side in shape),
-                    },
-                )
-                size = file.tell() + math.prod(shape) * np.dtype(dtype).itemsize
+                np.lib.format.write_array_header_1_0(file, fields)
+                size = file.tell() + math.prod(shape) * kind.itemsize
                 file.truncate(size)
                 _reserve(file.fileno(), size)
                 os.fsync(file.fileno())
@@ -316,17 +322,20 @@ def _reserve(descriptor: int, size: int) -> None:
     try:
         os.posix_fallocate(descriptor, 0, size)
     except OSError as error:
-        if error.errno not in files.UNSUPPORTED:  # plain writes still say what is wrong
+        if error.errno not in files.UNSUPPORTED:  # plain writes still say when the disk is full
             raise
 
 
-def write_rows(path: Path, row: int, values: np.ndarray) -> None:
-    """Rows of a file that `create` made, from `row` on, by plain writes."""
+def write_rows(path: Path, rows: Sequence[int], values: np.ndarray) -> None:
+    """Rows [B, ...] of a file that `create` made, by plain writes: through a memory map a full disk
+    would kill the process.
+    """
     dtype, _, shape, offset = header(path)
     assert dtype is not None
     content = np.ascontiguousarray(values.astype(dtype, copy=False))
     with files.writing(path), path.open("r+b") as file:
-        file.seek(offset + row * math.prod(shape[1:]) * dtype.itemsize)
-        file.write(content.data)
+        for row, value in zip(rows, content, strict=True):
+            file.seek(offset + row * math.prod(shape[1:]) * dtype.itemsize)
+            file.write(value.tobytes())
         file.flush()
         os.fsync(file.fileno())
