@@ -205,7 +205,7 @@ class Gallery:
             held.enter_context(files.Lock(raw, f"another process is writing {wish.npz}: wait"))
         held.callback(raw.unlink, missing_ok=True)  # before the lock is let go
         shape = (len(wish.seeds), side, side, 3)
-        npy.require_room(raw.parent, 2 * math.prod(shape))  # and of the archive
+        npy.require_room(wish.npz, 2 * math.prod(shape))  # and of the archive
         npy.create(raw, "uint8", shape)
         return raw
 

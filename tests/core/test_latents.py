@@ -103,7 +103,7 @@ def test_another_set_or_other_files_are_not_overwritten(photos, tmp_path, monkey
     with pytest.raises(UsageError, match="encoded already"):
         make(tmp_path / "p", tmp_path / "q")
     monkeypatch.setattr(npy.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
-    with pytest.raises(MsmdiffError, match=r"needs .* GiB, its disk has 0.0 GiB free"):
+    with pytest.raises(MsmdiffError, match=r"full needs .* MiB, its disk has 0.0 MiB free"):
         make(photos, tmp_path / "full")
 
 

@@ -288,12 +288,12 @@ def _bytes(node: Any) -> bytes:
 # Writing
 
 
-def require_room(folder: Path, size: int) -> None:
-    """Raise MsmdiffError where a folder's disk has less than `size` bytes free."""
-    free = shutil.disk_usage(folder).free
+def require_room(path: Path, size: int) -> None:
+    """Raise MsmdiffError where the disk of a file or a folder has less than `size` bytes free."""
+    free = shutil.disk_usage(path if path.is_dir() else path.parent).free
     if size > free:
         raise MsmdiffError(
-            f"{folder} needs {size / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
+            f"{path} needs {size / 2**20:,.1f} MiB, its disk has {free / 2**20:,.1f} MiB free"
         )
 
 
