@@ -14,6 +14,10 @@ Skip = Annotated[
 ]
 
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace a file that is there already.")
+]
+
 Source = Annotated[
     str, typer.Argument(help="Images: a folder, a zip, ...; or the latents of another project.")
 ]
@@ -84,6 +88,8 @@ def encode(
     from msmdiff.cli.console import Console
     from msmdiff.core import machine
     from msmdiff.core.data import encode as encoding
+    from msmdiff.core.data import sources
+    from msmdiff.core.data.latents import Latents
     from msmdiff.core.data.loader import open_training
     from msmdiff.core.data.text import Captions, TextEncoder
     from msmdiff.core.diffusion import codecs
@@ -97,12 +103,18 @@ def encode(
         "skip_unreadable": skip_unreadable,
     }
     config = _configure(flags, {"name": codec, "vae": vae}, sets)
-    images = open_training(config.data, console.note)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    texts = Captions.read(images, captions, TextEncoder(text, device)) if captions else None
+    space = codecs.build(config.codec, config.data.image_size)
+    # What may be missing is asked for first: the images are all decoded once when they are opened.
+    encoding.require_free(out)
+    if not isinstance(sources.open_configured(config.data), Latents):
+        space.load(device)
+    encoder = TextEncoder(text, device) if captions else None
+    images = open_training(config.data, console.note)
+    texts = Captions.read(images, captions, encoder) if captions and encoder else None
     count = encoding.encode(
         images,
-        codecs.build(config.codec, config.data.image_size),
+        space,
         config.data,
         out,
         progress=console.progress,
@@ -135,12 +147,14 @@ def inspect(
     ] = False,
     labels: Labels = None,
     sets: Sets = None,
+    overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
     """What a data set holds: counts, classes, sizes, files that cannot be read; exit code 1 if
     there are any.
     """
     from msmdiff.cli.console import Console, print_json
+    from msmdiff.core import files
     from msmdiff.core.data import inspection, sources
     from msmdiff.core.errors import UsageError
 
@@ -149,6 +163,8 @@ def inspect(
     found = sources.open_configured(config.data)
     if sheet is not None and sheet.suffix.lower() != ".png":
         raise UsageError(f"--sheet {sheet}: give a name that ends in .png")
+    if sheet is not None and sheet.exists() and not overwrite:
+        raise UsageError(f"--sheet {sheet} is there already: give another name, or --overwrite")
     report = inspection.report(found) | (inspection.read_speed(found, config.data) if speed else {})
     if as_json:
         print_json(report)
@@ -156,7 +172,8 @@ def inspect(
         for name, value in report.items():
             Console().note(f"{name:15} {_shown(value)}")
     if sheet is not None:
-        inspection.contact_sheet(found, config.codec, count).save(sheet)
+        with files.atomic(sheet) as part:
+            inspection.contact_sheet(found, config.codec, count).save(part, format="PNG")
     if report.get("unreadable"):
         raise typer.Exit(1)
 
@@ -172,6 +189,7 @@ def pack(
     ] = None,
     labels: Labels = None,
     skip_unreadable: Skip = False,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put images into one zip archive, which is read as fast as a folder and copied much faster."""
     from msmdiff.cli.console import Console
@@ -182,8 +200,9 @@ def pack(
     config = _configure(
         {"source": source, "labels": labels, "skip_unreadable": skip_unreadable}, {}, None
     )
+    inspection.require_target(out, overwrite)
     images = open_training(config.data, console.note)
-    inspection.pack(images, out, image_size, console.progress)
+    inspection.pack(images, out, image_size, console.progress, overwrite)
     console.finish()
     console.note(f"{out}: {len(images):,} images, {out.stat().st_size / 2**20:,.1f} MiB")
 

@@ -68,6 +68,9 @@ Inpaint = Annotated[
 Trajectory = Annotated[
     bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")
 ]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace files that msmdiff did not write.")
+]
 Sets = Annotated[
     list[str] | None,
     typer.Option("--set", help="Other keys of sample, codec or model: `--set sample.clip=false`."),
@@ -110,6 +113,7 @@ def sample(
     interpolate: Interpolate = None,
     inpaint: Inpaint = None,
     trajectory: Trajectory = False,
+    overwrite: Overwrite = False,
     sets: Sets = None,
 ) -> None:
     """Sample images from trained weights."""
@@ -132,6 +136,7 @@ def sample(
         interpolate=interpolate,
         inpaint=inpaint,
         trajectory=trajectory,
+        overwrite=overwrite,
     )
     request.seeds = _seeds(n, seeds, len(texts), bool(request.picture))
     _refuse_idle(request, {"--seeds": seeds, "--features": features, "--weights": weights})
@@ -163,6 +168,8 @@ def _draw(
     console = Console()
     for each in sources:
         model = stored.load(each, device, layers, **model_fields)
+        if main:
+            console.note(f"sampling from {_described(model)}")
         folder = (out or Path("samples")) / _name_of(each)
         if out is not None and len(sources) == 1:
             folder = out
@@ -170,6 +177,15 @@ def _draw(
         if main:
             console.note(made)
     launch.leave()
+
+
+def _described(model: Any) -> str:
+    """Which weights a model has: the trained ones or an average, and after how many images."""
+    which = model.report.get("weights")
+    seen = model.report.get("images_seen")
+    parts = [f"weights {which}"] if which else []
+    parts += [f"{int(seen):,} images seen"] if seen and seen.isdigit() else []
+    return f"{model.path} ({', '.join(parts)})" if parts else str(model.path)
 
 
 def _seeds(n: int | None, seeds: str | None, prompts: int, picture: bool) -> list[int]:
@@ -188,6 +204,8 @@ def _seeds(n: int | None, seeds: str | None, prompts: int, picture: bool) -> lis
 
 def _refuse_idle(request: Any, given: dict[str, Any]) -> None:
     """Raises UsageError for an option that has no effect beside the others, or none to have."""
+    if request.npz and request.stats and request.npz.resolve() == request.stats.resolve():
+        raise UsageError(f"--npz and --stats both name {request.npz}: give two names")
     if not (request.png or request.npz or request.stats or request.picture):
         raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
     kinds = ("interpolate", "inpaint", "trajectory")

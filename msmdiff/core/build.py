@@ -67,6 +67,8 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
     if not problems:
         codec = attempt(codecs.build, config.codec, config.data.image_size)
         network = attempt(_on_meta, config, codec.shape) if codec is not None else None
+        if codec is not None:
+            problems += _check_threshold(config, codec)
         if codec is not None and network is not None:
             problems += _check_groups(config, codec.shape[0])
             attempt(_check_passes, config, network)
@@ -158,6 +160,16 @@ def _check_numbers(config: Config) -> list[str]:
             f"train.batch_size {batch} does not divide by train.micro_batch_size {micro}{near}"
         )
     return problems
+
+
+def _check_threshold(config: Config, codec: codecs.Codec) -> list[str]:
+    """Dynamic thresholding scales x0 to -1..1, which would shrink what has no such bound."""
+    if config.sample.threshold is None or codec.bounded:
+        return []
+    return [
+        f"sample.threshold {config.sample.threshold:g} is for pixels, whose bound is 1; codec "
+        f"{config.codec.name} has none: leave it out"
+    ]
 
 
 def _check_groups(config: Config, channels: int) -> list[str]:

@@ -12,7 +12,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from msmdiff.core.errors import MsmdiffError, UsageError
 
@@ -168,7 +168,7 @@ class Lock:
     do not keep it: they may outlive a killed parent, whose restart must not wait for them.
 
     Args:
-        path: the file that is locked; made when it does not exist.
+        path: the file or the folder that is locked; a file is made when it does not exist.
         held: the sentence when another process holds it.
 
     `works` is False on a file system without locks: nothing keeps a second process out there, and
@@ -177,22 +177,26 @@ class Lock:
 
     def __init__(self, path: Path, held: str) -> None:
         self.works = True
-        self._file: IO[bytes] = path.open("ab")
+        flags = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT
+        self._descriptor: int | None = os.open(path, flags | os.O_CLOEXEC, 0o666)
         try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            self._file.close()
+            self.close()
             raise MsmdiffError(held) from None
         except OSError as error:
-            if error.errno not in UNSUPPORTED:
-                self._file.close()
+            # EBADF: network file systems lock only what is open for writing, which no folder is.
+            if error.errno not in (*UNSUPPORTED, errno.EBADF):
+                self.close()
                 raise
             self.works = False
         _held.add(self)
 
     def close(self) -> None:
         """Let another process in."""
-        self._file.close()
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
 
     def __enter__(self) -> "Lock":
         return self

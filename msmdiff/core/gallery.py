@@ -4,7 +4,10 @@ to look at.
 
 import hashlib
 import json
+import math
+import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -14,6 +17,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import msmdiff
@@ -21,7 +25,7 @@ from msmdiff.core import config as configuration
 from msmdiff.core import files, weights
 from msmdiff.core.condition import Text, Unconditional
 from msmdiff.core.config import flatten
-from msmdiff.core.data import text
+from msmdiff.core.data import npy, text
 from msmdiff.core.data.images import UNREADABLE, center_crop, grid, read_rgb
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import evaluate, features, statistics
@@ -32,6 +36,13 @@ from msmdiff.core.training.previews import to_hwc
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """(done, of how many, other figures)."""
+
+
+RECORD = "msmdiff"
+"""What the record of its making is called inside a picture or an archive."""
+
+ELSEWHERE = ("weights", "sample.guide", "codec.vae")
+"""Places, for which checksums stand: what was moved is the same."""
 
 
 @dataclass
@@ -45,6 +56,7 @@ class Request:
         prompts: of a network that draws from text, dealt to the seeds in turn.
         png, npz, stats, grid: what a set becomes; the statistics are of `features` with their
             `weights`.
+        overwrite: replace files that this tool did not write.
         interpolate, inpaint, trajectory: two seeds `A,B`, an image and a mask, or x0 over time:
             these make a picture.
     """
@@ -60,6 +72,7 @@ class Request:
     features: str = "inception"
     weights: Path | None = None
     grid: bool = True
+    overwrite: bool = False
     interpolate: str | None = None
     inpaint: tuple[Path, Path] | None = None
     trajectory: bool = False
@@ -93,6 +106,8 @@ class Gallery:
             "weights": str(path),
             "sha256": files.checksum(weights.file_of(path)),
             "sample": options.model_dump(mode="json"),
+            "codec": model.codec.identity() | model.config.codec.model_dump(mode="json"),
+            "model": model.config.model.model_dump(mode="json"),
             "classes": request.classes,
             "msmdiff": msmdiff.__version__,
             "torch": torch.__version__,
@@ -127,75 +142,103 @@ class Gallery:
             rank, world = dist.get_rank(), dist.get_world_size()
         if self.request.picture:
             return self._picture(self.request.picture) if rank == 0 else ""
-        wish, seeds = self.request, self.request.seeds
-        for path in (wish.npz, wish.stats):
+        wish = self.request
+        outputs = [wish.npz, wish.stats]
+        if wish.grid and (wish.png or wish.npz):
+            outputs.append(self._grid_path())
+        for path in outputs:
             if path and rank == 0:
-                self._refuse_foreign(path)
-                self._record(path.with_suffix(".json"), seeds)  # first: a rerun knows its own
-        earlier = self._claim() if wish.png and rank == 0 else []
-        raw = self._raw_array(rank) if wish.npz else None
-        if world > 1:
-            dist.barrier()  # the folder and the file are there
-        canvas = np.lib.format.open_memmap(raw, mode="r+") if raw else None
-        mine = seeds[rank::world]
-        there = [seed for seed in mine if wish.png and _is_whole(self._png(seed))]
-        found = self._fill(mine, there, canvas, _Shown(progress, rank, world))
-        if world > 1:
-            dist.barrier()  # all images are there
-        if rank:
-            return ""
-        shown = [f"{len(seeds)} images"]
+                files.require_ours(path, is_ours(path), wish.overwrite)
+        extractor = None
+        if wish.stats:
+            extractor = features.build(wish.features, wish.weights, self.model.device)
+        with ExitStack() as held:
+            earlier = self._claim(held) if wish.png and rank == 0 else []
+            raw = self._raw_array(held) if wish.npz and rank == 0 else self._raw_path()
+            if world > 1:
+                dist.barrier()  # the folder and the file are there
+            mine = wish.seeds[rank::world]
+            there = [seed for seed in mine if wish.png and _is_whole(self._png(seed))]
+            found = self._fill(mine, there, extractor, raw, _Shown(progress, rank, world))
+            if world > 1:
+                dist.barrier()  # all images are there
+            return self._finish(earlier, there, found, raw) if rank == 0 else ""
+
+    def _finish(
+        self,
+        earlier: list[int],
+        there: list[int],
+        found: statistics.Statistics | None,
+        raw: Path | None,
+    ) -> str:
+        """Write what is made of all images; says what is where."""
+        wish, count = self.request, len(self.request.seeds)
+        shown = [f"{count} images"]
         if wish.png:
-            self._record(wish.folder / "sample.json", [*earlier, *seeds])
+            files.write_json(wish.folder / "sample.json", self._record([*earlier, *wish.seeds]))
             already = f" ({len(there)} were there)" if there else ""
-            shown = [f"{len(seeds)} images in {wish.folder}/{already}"]
+            shown = [f"{count} images in {wish.folder}/{already}"]
+        canvas = npy.mapped(raw) if raw else None
         if wish.grid and (wish.png or canvas is not None):
             shown.append(f"grid in {self._grid(canvas)}")
-        if canvas is not None and raw and wish.npz:
+        if canvas is not None and wish.npz:
             self._archive(wish.npz, canvas)
-            raw.unlink()
             shown.append(str(wish.npz))
         if wish.stats and found is not None:
+            found.settings["sampled"] = json.dumps(self._record(wish.seeds))
             statistics.save(wish.stats, found)
             shown.append(f"statistics in {wish.stats}")
         return ", ".join(shown)
 
-    def _raw_array(self, rank: int) -> Path:
-        """A plain array that all processes fill; the archive is made of it at the end."""
-        wish, side = self.request, self.model.config.data.image_size
+    def _raw_path(self) -> Path | None:
+        npz = self.request.npz
+        return npz.with_name(f".{npz.name}.part.npy") if npz else None
+
+    def _raw_array(self, held: ExitStack) -> Path:
+        """A plain array that all processes fill, as long as `held` is open; the archive is made of
+        it at the end.
+        """
+        wish, side, raw = self.request, self.model.config.data.image_size, self._raw_path()
         assert wish.npz is not None
-        raw = wish.npz.with_name(f".{wish.npz.name}.part.npy")
-        if rank == 0:
+        assert raw is not None
+        with files.writing(wish.npz):
             raw.parent.mkdir(parents=True, exist_ok=True)
-            shape = (len(wish.seeds), side, side, 3)
-            np.lib.format.open_memmap(raw, mode="w+", dtype=np.uint8, shape=shape).flush()
+            held.enter_context(files.Lock(raw, f"another process is writing {wish.npz}: wait"))
+        held.callback(raw.unlink, missing_ok=True)  # before the lock is let go
+        shape = (len(wish.seeds), side, side, 3)
+        npy.require_room(wish.npz, 2 * math.prod(shape))  # and of the archive
+        npy.create(raw, "uint8", shape)
         return raw
 
     def _fill(
-        self, mine: Sequence[int], there: list[int], canvas: np.ndarray | None, shown: "_Shown"
+        self,
+        mine: Sequence[int],
+        there: list[int],
+        extractor: Any,
+        raw: Path | None,
+        shown: "_Shown",
     ) -> statistics.Statistics | None:
         """Draw what is not there yet, into files and the array; the statistics where wanted."""
-        wish, side = self.request, self.model.config.data.image_size
-        images = self._images(mine, there, canvas, shown)
-        if not wish.stats:
+        side = self.model.config.data.image_size
+        images = self._images(mine, there, raw, shown)
+        if extractor is None:
             for _ in images:
                 pass
             return None
-        extractor = features.build(wish.features, wish.weights, self.model.device)
         return evaluate.of_images(images, extractor, settings={"image_size": f"{side}x{side}"})
 
     def _images(
-        self, mine: Sequence[int], there: list[int], canvas: np.ndarray | None, shown: "_Shown"
+        self, mine: Sequence[int], there: list[int], raw: Path | None, shown: "_Shown"
     ) -> Iterator[Tensor]:
         """Images on disk where they are needed again, then those still to be drawn: uint8 [B, 3, H,
         W].
         """
         wish = self.request
-        row = {seed: i for i, seed in enumerate(wish.seeds)}
+        place = {seed: i for i, seed in enumerate(wish.seeds)}
 
         def take(batch: list[int], pixels: np.ndarray) -> Tensor:
-            if canvas is not None:
-                canvas[[row[seed] for seed in batch]] = pixels
+            if raw is not None:
+                npy.write_rows(raw, [place[seed] for seed in batch], pixels)
             return torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
         again = there if wish.npz or wish.stats else []
@@ -224,9 +267,13 @@ class Gallery:
         labels = self.model.condition.deal(wish.classes, wish.seeds)
         different = 0 if labels is None else len(set(labels.tolist()))
         columns = different if 1 < different <= 20 else None
-        alone = wish.npz is not None and not wish.png
-        beside = wish.npz.with_suffix(".grid.png") if alone and wish.npz else self._beside("grid")
-        return _save(grid(first, columns), beside)
+        return _save(grid(first, columns), self._grid_path(), self._record(seeds))
+
+    def _grid_path(self) -> Path:
+        wish = self.request
+        if wish.npz is not None and not wish.png:
+            return wish.npz.with_suffix(".grid.png")
+        return self._beside("grid")
 
     def _archive(self, npz: Path, canvas: np.ndarray) -> None:
         """ADM's file: the images, and their classes where there are any."""
@@ -234,6 +281,7 @@ class Gallery:
         labels = self.model.condition.deal(self.request.classes, self.request.seeds)
         if labels is not None:
             known["arr_1"] = labels.numpy()
+        known[RECORD] = np.array(json.dumps(self._record(self.request.seeds)))
         with files.atomic(npz) as part, part.open("wb") as file:
             np.savez(file, arr_0=canvas, **known)
 
@@ -245,15 +293,14 @@ class Gallery:
     def _picture(self, kind: str) -> str:
         """An interpolation, fillings of an image, or predictions over time."""
         target = self._beside(kind)
-        self._refuse_foreign(target)
+        files.require_ours(target, is_ours(target), self.request.overwrite)
         make = {
             "interpolate": self._interpolation,
             "inpaint": self._fillings,
             "trajectory": self._over_time,
         }[kind]
         images, columns = make()
-        _save(grid(to_hwc(images), columns), target)
-        self._record(target.with_suffix(".json"), self.request.seeds)
+        _save(grid(to_hwc(images), columns), target, self._record(self.request.seeds))
         return f"picture in {target}"
 
     def _drawn(self, seeds: list[int], **how: Any) -> Tensor:
@@ -300,56 +347,47 @@ class Gallery:
     def _beside(self, kind: str) -> Path:
         return self.request.folder.with_name(f"{self.request.folder.name}.{kind}.png")
 
-    def _refuse_foreign(self, path: Path) -> None:
-        """A file that was sampled has its settings beside it; others are not replaced."""
-        if path.exists() and not path.with_suffix(".json").exists():
-            raise UsageError(
-                f"{path} is there already and was not sampled here: give another name, or remove it"
-            )
+    def _record(self, seeds: Iterable[int]) -> dict[str, Any]:
+        """What images were made with, as it is stored with them."""
+        return {**self._settings, "seeds": spans(seeds)}
 
-    def _record(self, path: Path, seeds: Iterable[int]) -> None:
-        files.write_json(path, {**self._settings, "seeds": spans(seeds)})
-
-    def _claim(self) -> list[int]:
+    def _claim(self, held: ExitStack) -> list[int]:
         """Make the folder, or check that what it holds was sampled with the same settings: sets
-        must not mix.
+        must not mix. No other process writes to it as long as `held` is open.
 
         The settings are written before the first image. Returns the seeds of an earlier, finished
         sampling.
         """
         out, settings = self.request.folder, self._settings
-        try:
-            stored = json.loads((out / "sample.json").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            if out.is_dir() and any(p.suffix == ".png" for p in out.iterdir()):
+        with files.writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+            held.enter_context(files.Lock(out, f"another process is sampling into {out}: wait"))
+        stored = _stored_record(out / "sample.json")
+        if stored is None:
+            files.require_ours(out / "sample.json", False, self.request.overwrite)
+            if any(path.suffix == ".png" for path in out.iterdir()):
                 raise UsageError(
                     f"{out} holds images that were not sampled here: give another --out"
-                ) from None
-            if self.request.grid and self._beside("grid").exists():
-                raise UsageError(
-                    f"{self._beside('grid')} is there without its images: give another --out"
-                ) from None
-            self._record(out / "sample.json", [])
+                )
+            files.write_json(out / "sample.json", self._record([]))
             return []
-        except (OSError, ValueError) as error:
-            raise MsmdiffError(f"{out / 'sample.json'} cannot be read: {error}") from None
         if isinstance(stored.get("sample"), dict):  # in the keys of today
             layer = configuration.stored({"sample": stored["sample"]}, str(out))
             stored["sample"] = configuration.section("sample", **layer["sample"]).model_dump(
                 mode="json"
             )
-        if any(stored.get(name) != value for name, value in settings.items()):
-            old, new = flatten(stored), flatten(settings)
-            changed = [
-                f"{k}: {old.get(k)!r} there, {value!r} now"
-                for k, value in new.items()
-                if old.get(k) != value
-            ]
+        old, new = flatten(stored), flatten(settings)
+        changed = [
+            f"{key}: {old.get(key)!r} there, {value!r} now"
+            for key, value in new.items()
+            if key not in ELSEWHERE and old.get(key) != value
+        ]
+        if changed:
             raise UsageError(
                 f"{out} holds images sampled with other settings ({'; '.join(changed)}): give "
                 "another --out"
             )
-        for part in out.glob(".*.part"):
+        for part in out.glob(".[0-9]*.png.part"):
             part.unlink()  # of a process that was killed while writing
         return parse_range(stored["seeds"], "seeds") if stored.get("seeds") else []
 
@@ -396,7 +434,36 @@ def _is_whole(path: Path) -> bool:
         return False
 
 
-def _save(picture: Image.Image, path: Path) -> Path:
+def _save(picture: Image.Image, path: Path, record: dict[str, Any] | None = None) -> Path:
+    about = PngInfo()
+    if record is not None:
+        about.add_text(RECORD, json.dumps(record))
     with files.atomic(path) as part:
-        picture.save(part, format="PNG")
+        picture.save(part, format="PNG", pnginfo=about)
     return path
+
+
+def is_ours(path: Path) -> bool:
+    """Whether a picture or an archive carries the record of what made it."""
+    with suppress(MsmdiffError), files.reading(path, "a picture or an archive"):
+        if not path.is_file():
+            return False
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                return f"{RECORD}.npy" in archive.namelist()
+        with Image.open(path) as picture:
+            return RECORD in picture.info
+    return False
+
+
+def _stored_record(path: Path) -> dict[str, Any] | None:
+    """What `Gallery` wrote into a folder, or None where there is nothing of it."""
+    if not path.is_file():
+        return None
+    with files.reading(path, "a record of samples"):
+        content = path.read_bytes()
+    with suppress(ValueError):
+        stored = json.loads(content)
+        if isinstance(stored, dict) and {"sha256", "sample", "seeds"} <= stored.keys():
+            return stored
+    return None

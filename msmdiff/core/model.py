@@ -110,6 +110,7 @@ class Model:
         options, device, schedule = self.config.sample, self.device, self.process.schedule
         y = self.condition.values(y)
         self._check_guidance()
+        self.codec.load(device)  # before the first step: what decodes the last one may be missing
         times = visited(schedule, options)
         entry = registry.find("sampler", options.sampler, "sample.sampler")
         network = torch.compile(self.backbone, dynamic=False) if options.compile else self.backbone

@@ -6,7 +6,7 @@ that was not, and a second process never needs the first one's generator.
 """
 
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 import torch
@@ -43,19 +43,30 @@ class SeedNoise:
     def __init__(
         self, seeds: Sequence[int], shape: tuple[int, ...], device: torch.device | str
     ) -> None:
-        # The seed itself, not a hash: the CPU generator keeps 32 bits, where hashes of 50,000 seeds
-        # may collide.
-        self._generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
+        self._draws = [_draw_of(int(seed)) for seed in seeds]
         self._shape = shape
         self._device = device
 
     def __call__(self) -> Tensor:
         # From pageable memory the copy would wait for the device.
         pinned = torch.device(self._device).type == "cuda"
-        noise = torch.empty(len(self._generators), *self._shape, pin_memory=pinned)
-        for row, generator in zip(noise, self._generators, strict=True):
-            row.normal_(generator=generator)
+        noise = torch.empty(len(self._draws), *self._shape, pin_memory=pinned)
+        for row, draw in zip(noise, self._draws, strict=True):
+            draw(row)
         return noise.to(self._device, non_blocking=True)
+
+
+def _draw_of(seed: int) -> Callable[[Tensor], object]:
+    """Fills a tensor with the next noise of a seed.
+
+    The seed itself, not a hash: hashes of 50,000 seeds may collide in the 32 bits that torch's CPU
+    generator keeps. Larger seeds would lose their upper bits there, and are keys of Philox.
+    """
+    if seed < 2**32:
+        generator = torch.Generator().manual_seed(seed)
+        return lambda row: row.normal_(generator=generator)
+    wide = np.random.Generator(np.random.Philox(key=seed))
+    return lambda row: row.copy_(torch.from_numpy(wide.standard_normal(row.shape, np.float32)))
 
 
 # ------------------------------------------------------------------ ranges as users write them

@@ -65,6 +65,9 @@ def test_pack_keeps_files_or_crops_them(cli, photos, tmp_path):
         assert len(archive.namelist()) == 13  # one caption
         assert archive.read("cat/1.png") == (photos / "cat" / "1.png").read_bytes()
     assert "is there already" in cli("data", "pack", "photos", "-o", "p.zip", code=2).stderr
+    (tmp_path / "p.zip").write_bytes(b"mine")
+    cli("data", "pack", "photos", "-o", "p.zip", "--overwrite")
+    assert zipfile.is_zipfile(tmp_path / "p.zip")
     for spec, size in ((str(photos), 8), ("digits", None)):
         packed = tmp_path / f"{size}.zip"
         inspection.pack(sources.open_source(spec), packed, size, lambda *_: None)

@@ -109,7 +109,7 @@ def test_straight_into_statistics(cli, tmp_path, model):
     assert got.count == 12
     np.testing.assert_allclose(got.pooled.mean, expected.pooled.mean, atol=1e-3)
     np.testing.assert_allclose(got.pooled.cov, expected.pooled.cov, atol=1e-3)
-    assert json.loads((tmp_path / "s.json").read_text())["seeds"] == "0-11"
+    assert json.loads(str(np.load(tmp_path / "s.npz")["sampled"]))["seeds"] == "0-11"
     cli("sample", model, "--n", "5", *FAST, "--no-png", "--npz", "n.npz", "--out", "none")
     assert (tmp_path / "n.grid.png").is_file()  # beside the file whose images it shows
     assert not (tmp_path / "none.grid.png").exists()
@@ -273,14 +273,14 @@ def test_pictures(cli, tmp_path, model):
         ),
         (
             ["--no-png", "--npz", "precious.npz"],
-            "precious.npz is there already and was not sampled here",
+            "precious.npz is there already, and was not written by msmdiff",
         ),
         (
             ["--no-png", "--features", "pixel", "--stats", "precious.npz"],
             "precious.npz is there already",
         ),
         (["--trajectory", "--out", "keep"], "keep.trajectory.png is there already"),
-        (["--out", "keep"], "keep.grid.png is there without its images"),
+        (["--out", "keep"], "keep.grid.png is there already"),
         (
             ["--inpaint", "image.png", "small.png"],
             "small.png is 16x9, and must be 16x16 like image.png",

@@ -9,6 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
 from msmdiff.core.config import section
 from msmdiff.core.data.sources import Digits
 from msmdiff.core.diffusion.codecs import build, to_uint8, to_unit
@@ -192,3 +194,28 @@ def test_a_vae_runs_in_bf16_and_in_tiles(vae):
     tiled = build(section("codec", name="vae", vae=str(vae), tile=True), 64).pack(packed)
     assert tiled.shape == expected.shape
     assert 0 < (tiled - expected).abs().mean() < expected.abs().mean()
+
+
+def test_numbers_that_are_not_finite_do_not_become_black_images():
+    codec = build(section("codec"), 8)
+    for bad in (float("nan"), float("inf")):
+        with pytest.raises(MsmdiffError, match="decoding gave numbers that are not finite"):
+            codec.decode(torch.full((1, 3, 8, 8), bad))
+
+
+def test_a_vae_that_encodes_to_nan_is_named(vae):
+    codec = vae_codec(vae)
+    codec.load()
+    codec._vae.quant_conv.weight.data.fill_(float("nan"))
+    with pytest.raises(MsmdiffError, match=r"codec.vae .*vae encodes images to numbers that are"):
+        codec.encode(images(1, 16))
+
+
+def test_thresholding_is_for_pixels():
+    layers = {"model": {"name": "tiny", "num_classes": 0}, "sample": {"threshold": 0.995}}
+    assert road.resolve(configuration.build(layers)).sample.threshold == 0.995
+    for codec in ("dwt", "vae"):
+        with pytest.raises(UsageError, match=f"threshold 0.995 is for pixels.* codec {codec}"):
+            road.resolve(
+                configuration.build(layers, {"codec": {"name": codec}, "data": {"image_size": 64}})
+            )

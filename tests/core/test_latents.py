@@ -8,7 +8,7 @@ import torch
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import section
-from msmdiff.core.data import encode, latents, loader, sources
+from msmdiff.core.data import encode, latents, loader, npy, sources
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -102,8 +102,8 @@ def test_another_set_or_other_files_are_not_overwritten(photos, tmp_path, monkey
         make(photos, photos)
     with pytest.raises(UsageError, match="encoded already"):
         make(tmp_path / "p", tmp_path / "q")
-    monkeypatch.setattr(encode.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
-    with pytest.raises(MsmdiffError, match=r"needs .* GiB, its disk has 0.0 GiB free"):
+    monkeypatch.setattr(npy.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 100}))
+    with pytest.raises(MsmdiffError, match=r"full needs .* MiB, its disk has 0.0 MiB free"):
         make(photos, tmp_path / "full")
 
 
@@ -249,10 +249,12 @@ def test_a_cache_with_other_pickles_is_refused_and_not_executed(tmp_path):
         header = {"descr": "|O", "fortran_order": False, "shape": ()}
         np.lib.format.write_array_header_1_0(file, header)
         pickle.dump(Evil(), file)
-    with pytest.raises(MsmdiffError, match=r"0.npy cannot be read: it asks for builtins.exec"):
+    with pytest.raises(
+        MsmdiffError, match=r"0.npy is not a .npy file .*: it asks for builtins.exec"
+    ):
         sources.open_source(str(root))
     (root / "0.npy").write_bytes(b"torn")
-    with pytest.raises(MsmdiffError, match=r"0.npy cannot be read"):
+    with pytest.raises(MsmdiffError, match=r"0.npy is not .*: it does not begin as one"):
         sources.open_source(str(root))
 
 
@@ -278,3 +280,120 @@ def test_pickles_of_older_numpy_are_read(tmp_path):
     entries, labels = sources.open_source(str(root)).gather(np.array([1]))
     assert torch.equal(entries, expected[0])
     assert labels.tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("3.npy", np.zeros((8, 3, 3), np.float32), r"3.npy holds \[8, 3, 3\], the first file of"),
+        (
+            "3.npy",
+            np.full((8, 2, 2), np.nan, np.float32),
+            "3.npy holds numbers that are not finite",
+        ),
+        ("3.npy", np.zeros((7, 2, 2), np.float32), r"3.npy is \[7, 2, 2\]: neither"),
+        ("3.npy", np.zeros(3, [("a", "f4")]), "it does not hold plain numbers"),
+    ],
+)
+def test_an_odd_file_of_a_cache_is_named(tmp_path, name, content, words):
+    root = u_vit(tmp_path / "u")
+    np.save(root / name, content)
+    with pytest.raises(MsmdiffError, match=words):
+        sources.open_source(str(root)).gather(np.array([3]))
+
+
+def test_a_label_that_no_network_has_a_row_for_is_refused(tmp_path):
+    root = fast_dit(tmp_path / "f")
+    np.save(root / "imagenet256_labels" / "1.npy", np.array([10**11]))
+    with pytest.raises(MsmdiffError, match=r"1.npy has the label 100000000000: classes are 0 to"):
+        sources.open_source(str(root)).gather(np.array([1]))
+
+
+@pytest.mark.parametrize(
+    ("file", "change", "words"),
+    [
+        ("packed.json", lambda d: {**d, "count": 10**12}, "is not finished"),
+        ("packed.json", lambda d: {**d, "shard": 0}, "its count cannot be"),
+        ("packed.json", lambda d: {**d, "codec": "vae"}, "its codec cannot be"),
+        ("packed.json", lambda d: {**d, "dtype": "float32"}, "entries.npy has not the shape"),
+        ("labels.npy", lambda a: a * 10**11, "labels.npy holds classes outside 0 to 1"),
+        ("labels.npy", lambda a: a[:3], r"labels.npy has the shape \[3\], not \[12\]"),
+        ("entries.npy", lambda a: a[:3], "entries.npy has not the shape"),
+        ("entries.npy", lambda a: a.astype(object), "it holds Python objects"),
+    ],
+)
+def test_a_damaged_packed_set_says_what_is_wrong(photos, tmp_path, file, change, words):
+    make(photos, tmp_path / "p")
+    path = tmp_path / "p" / file
+    if file == "packed.json":
+        path.write_text(json.dumps(change(json.loads(path.read_text()))))
+    else:
+        np.save(path, change(np.load(path)))
+    with pytest.raises(MsmdiffError, match=words):
+        sources.open_source(str(tmp_path / "p"))
+
+
+def big_vae(vae, folder, factor):
+    """The tiny VAE, whose means are this much larger."""
+    import diffusers
+
+    network = diffusers.AutoencoderKL.from_pretrained(vae)
+    network.quant_conv.weight.data[:4] *= factor
+    network.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("factor", "words"),
+    [
+        (1e7, r"latent of \S+1.png.* is beyond float16's 65,504: give --dtype float32"),
+        (float("nan"), r"latent of \S+1.png.* is not finite"),
+    ],
+)
+def test_latents_that_cannot_be_stored_stop_the_encoding_by_name(
+    photos, tmp_path, vae, factor, words
+):
+    with pytest.raises(MsmdiffError, match=words):
+        make(photos, tmp_path / "p", big_vae(vae, tmp_path / "big", factor))
+    assert latents.finished(tmp_path / "p") == set()
+
+
+def test_large_latents_fit_float32(photos, tmp_path, vae):
+    assert make(photos, tmp_path / "p", big_vae(vae, tmp_path / "big", 1e7), dtype="float32")[1]
+
+
+def test_one_process_at_a_time_encodes_into_a_folder(photos, tmp_path):
+    with (
+        encode._sole_launch(tmp_path / "p", rank=0),
+        pytest.raises(MsmdiffError, match=r"another process is encoding into .*p: wait for it"),
+    ):
+        make(photos, tmp_path / "p")
+    assert make(photos, tmp_path / "p")[1] == 12
+
+
+def test_files_of_the_user_in_the_folder_are_not_replaced(photos, tmp_path):
+    out = tmp_path / "p"
+    out.mkdir()
+    (out / "names.txt").write_text("mine")
+    with pytest.raises(UsageError, match=r"holds other things \(names.txt\)"):
+        make(photos, out)
+    assert (out / "names.txt").read_text() == "mine"
+
+
+def test_a_set_that_a_kill_left_half_made_is_made(photos, tmp_path):
+    make(photos, tmp_path / "whole")
+    make(photos, tmp_path / "p")
+    (tmp_path / "p" / "shards.txt").unlink()
+    (tmp_path / "p" / "labels.npy").write_bytes(b"\x93NUM")
+    (tmp_path / "p" / "names.txt").unlink()
+    assert make(photos, tmp_path / "p")[1] == 12
+    assert everything(tmp_path / "p") == everything(tmp_path / "whole")
+
+
+def test_names_that_are_no_utf8_are_kept(photos, tmp_path):
+    odd = photos / "cat" / "caf\udce9.png"
+    (photos / "cat" / "1.png").rename(odd)
+    make(photos, tmp_path / "p")
+    packed = sources.open_source(str(tmp_path / "p"))
+    assert len(packed) == 12
+    assert any("caf\udce9" in name for name in packed.names)

@@ -27,6 +27,18 @@ def test_a_seed_is_an_image_whatever_the_batch():
     assert abs(first.std() - 1) < 0.03
 
 
+def test_large_seeds_keep_all_their_bits_and_small_ones_their_noise():
+    seeds = [10, 2**32 - 1, 2**32, 2**32 + 10, 2**33 + 10, 2**63, 2**64 - 1]
+    draw = SeedNoise(seeds, (1, 16, 16), "cpu")
+    first, second = draw(), draw()
+    assert len(torch.cat([first, second]).flatten(1).unique(dim=0)) == 14
+    assert abs(first[2:].std() - 1) < 0.05
+    alone = SeedNoise([2**32 + 10], (1, 16, 16), "cpu")
+    assert torch.equal(torch.stack([first[3], second[3]]), torch.cat([alone(), alone()]))
+    expected = torch.randn(1, 16, 16, generator=torch.Generator().manual_seed(10))
+    assert torch.equal(first[0], expected)
+
+
 @given(count=st.integers(1, 50), epoch=st.integers(0, 5), seed=st.integers(0, 9))
 def test_an_epoch_is_a_permutation(count, epoch, seed):
     positions = range(epoch * count, (epoch + 1) * count)

@@ -3,22 +3,23 @@ where it stopped.
 """
 
 import hashlib
-import json
 import math
 import os
-import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from numpy.lib.format import open_memmap
 from torch import Tensor
 
+from msmdiff.core import files
 from msmdiff.core.config import flatten
+from msmdiff.core.data import npy
 from msmdiff.core.data.latents import FORMAT_VERSION, Cache, Latents, finished, read_header
 from msmdiff.core.data.loader import TrainingImages
 from msmdiff.core.data.source import Source
@@ -68,26 +69,106 @@ def encode(
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
     header = _header(source, reader, captions, dtype) | {"mirrored": mirror, "shard": shard}
     count = len(source)
-    names = [source.name(i) for i in range(count)]
-    _begin(out, header, names, captions=captions, rank=rank)
-    starts = np.cumsum([0, *(captions.counts if captions else [])])
-    todo = [s for s in range(rank, -(-count // shard), world) if s not in finished(out)]
-    spans = [range(s * shard, min((s + 1) * shard, count)) for s in todo]
-    done, total, started = 0, sum(map(len, spans)), time.perf_counter()
+    with _sole_launch(out, rank):
+        _begin(out, header, [source.name(i) for i in range(count)], captions=captions, rank=rank)
+        todo = [s for s in range(rank, -(-count // shard), world) if s not in finished(out)]
+        spans = {s: range(s * shard, min((s + 1) * shard, count)) for s in todo}
+        writer = _Writer(out, source, captions, header["dtype"])
+        _fill(spans, reader, writer, batch_size, progress)
+    return sum(map(len, spans.values()))
+
+
+def _fill(
+    spans: dict[int, range],
+    reader: "_Reader",
+    writer: "_Writer",
+    batch_size: int,
+    progress: Callable[[int, int, dict[str, Any]], None],
+) -> None:
+    """Encode shards, given by their numbers and their images."""
+    done, total, started = 0, sum(map(len, spans.values())), time.perf_counter()
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for number, span in zip(todo, spans, strict=True):
+        for number, span in spans.items():
             chunks = [span[i : i + batch_size] for i in range(0, len(span), batch_size)]
             for chunk, (images, labels) in zip(chunks, pool.map(reader.load, chunks), strict=True):
-                _write(out / "entries.npy", chunk.start, reader.pack(images))
-                if labels is not None:
-                    _write(out / "labels.npy", chunk.start, labels)
-                if captions is not None:
-                    _write(out / "captions.npy", int(starts[chunk.start]), captions.features(chunk))
+                writer.write(chunk, reader.pack(images), labels)
                 done += len(chunk)
                 progress(done, total, {"images_per_s": done / (time.perf_counter() - started)})
-            with (out / "shards.txt").open("a") as file:
-                file.write(f"\n{number} done\n")  # whole, also after a line that a kill cut short
-    return total
+            writer.finish(number)
+
+
+def require_free(out: Path) -> None:
+    """Raise UsageError where the folder `out` holds something else than a packed set."""
+    others = {p.name for p in out.iterdir()} - {".packed.json.part"} if out.is_dir() else set()
+    if others and "packed.json" not in others:
+        raise UsageError(f"{out} holds other things ({min(others)}): give an empty or a new folder")
+
+
+@contextmanager
+def _sole_launch(out: Path, rank: int) -> Iterator[None]:
+    """One encoding at a time in a folder, which is made; its first process stands for the others.
+
+    A second one would make the arrays anew under the first one's hands.
+    """
+    if rank:
+        yield
+        return
+    with files.writing(out):
+        out.mkdir(parents=True, exist_ok=True)
+        lock = files.Lock(out, f"another process is encoding into {out}: wait for it")
+    with lock:
+        yield
+
+
+@dataclass
+class _Writer:
+    """The files of a set."""
+
+    out: Path
+    source: Source
+    captions: Captions | None
+    dtype: str
+
+    def __post_init__(self) -> None:
+        self._starts = np.cumsum([0, *(self.captions.counts if self.captions else [])])
+
+    def write(self, chunk: range, entries: Tensor, labels: Tensor | None) -> None:
+        """Entries [B, ...], labels [B], and the captions' features, of these images."""
+        self._check("latent", entries, self.dtype, list(chunk))
+        self._put("entries", chunk.start, entries)
+        if labels is not None:
+            self._put("labels", chunk.start, labels)
+        if self.captions is not None:
+            counts = self.captions.counts
+            features = self.captions.features(chunk)
+            owners = [i for i in chunk for _ in range(counts[i])]
+            self._check("caption", features, "float16", owners)
+            self._put("captions", int(self._starts[chunk.start]), features)
+
+    def finish(self, shard: int) -> None:
+        """Note that all of a shard is on the disk."""
+        with files.writing(self.out / "shards.txt"), (self.out / "shards.txt").open("a") as file:
+            file.write(f"\n{shard} done\n")  # whole, also after a line that a kill cut short
+
+    def _put(self, name: str, row: int, values: Tensor) -> None:
+        rows = range(row, row + len(values))
+        npy.write_rows(self.out / f"{name}.npy", rows, values.cpu().numpy())
+
+    def _check(self, what: str, values: Tensor, dtype: str, owners: list[int]) -> None:
+        """Raise MsmdiffError, with the image's name, for numbers that cannot be stored."""
+        if dtype == "uint8":
+            return
+        most = np.finfo(dtype).max
+        wrong = ~(values.abs() <= float(most)).flatten(1).all(dim=1)  # NaN is wrong, too
+        for row in wrong.nonzero().flatten().tolist():
+            finite = values[row].isfinite().all()
+            problem = f"is beyond {dtype}'s {most:,.0f}" if finite else "is not finite"
+            advice = "--dtype float32" if finite else "--set codec.precision=fp32, or another VAE"
+            if what == "caption":
+                advice = "another --text"
+            raise MsmdiffError(
+                f"the {what} of {self.source.name(owners[row])} {problem}: give {advice}"
+            )
 
 
 class _Reader(Protocol):
@@ -159,7 +240,7 @@ def _header(
     first, labels = reader.load(range(1))
     sample = reader.pack(first)
     listing = "\n".join(source.describe(i) for i in range(len(source)))
-    digest = hashlib.sha256(listing.encode()).hexdigest()
+    digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()
     return {
         "msmdiff_packed": FORMAT_VERSION,
         "count": len(source),
@@ -177,30 +258,29 @@ def _header(
 def _begin(
     out: Path, header: dict[str, Any], names: list[str], captions: Captions | None, rank: int
 ) -> None:
-    """The first process makes the set's files, `packed.json` last; everyone checks that `out` is
-    this set.
+    """The first process makes the set's files; everyone checks that `out` is this set.
+
+    `packed.json` comes first, so that what a kill leaves is known as ours; `shards.txt` comes last
+    and says that the other files are there.
     """
-    place, deadline = out / "packed.json", time.monotonic() + 600
-    while rank and not place.is_file():
+    place, made, deadline = out / "packed.json", out / "shards.txt", time.monotonic() + 600
+    while rank and not made.is_file():
         if time.monotonic() > deadline:
-            raise MsmdiffError(f"{place} was not made by the first process within ten minutes")
+            raise MsmdiffError(f"{made} was not made by the first process within ten minutes")
         time.sleep(0.1)
+    require_free(out)
     if place.is_file():
         _check_same(out, header)
+    else:
+        files.write_json(place, header)
+    if made.is_file():
         return
-    made = ("entries.npy", "labels.npy", "captions.npy", "offsets.npy", "names.txt")
-    own = {*made, ".packed.json.part"}
-    if out.is_dir() and (others := {p.name for p in out.iterdir()} - own):
-        raise UsageError(f"{out} holds other things ({min(others)}): give an empty or a new folder")
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        _make_arrays(out, header, captions)
-        (out / "names.txt").write_text("".join(f"{name}\n" for name in names), encoding="utf-8")
-        part = out / ".packed.json.part"
-        part.write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
-        part.replace(place)
-    except OSError as error:
-        raise MsmdiffError(f"{out} cannot be written: {error.strerror or error}") from None
+    _make_arrays(out, header, captions)
+    lines = "".join(name.replace("\n", " ") + "\n" for name in names)
+    with files.writing(out / "names.txt"):
+        (out / "names.txt").write_bytes(lines.encode(errors="surrogateescape"))
+        files.fsync(out / "names.txt")
+    files.write_text(made, "")
 
 
 def _check_same(out: Path, header: dict[str, Any]) -> None:
@@ -223,31 +303,14 @@ def _make_arrays(out: Path, header: dict[str, Any], captions: Captions | None) -
         arrays["labels"] = ("int64", (header["count"],))
     if captions:
         arrays["captions"] = ("float16", (sum(captions.counts) + 1, *captions.null.shape))
+        arrays["offsets"] = ("int64", (header["count"] + 1,))
+    for name in arrays:
+        (out / f"{name}.npy").unlink(missing_ok=True)  # of a process that was killed here
     sizes = [math.prod(shape) * np.dtype(dtype).itemsize for dtype, shape in arrays.values()]
-    free = shutil.disk_usage(out).free
-    if sum(sizes) > free:
-        raise MsmdiffError(
-            f"{out} needs {sum(sizes) / 2**30:,.1f} GiB, its disk has {free / 2**30:,.1f} GiB free"
-        )
+    npy.require_room(out, sum(sizes))
     for name, (dtype, shape) in arrays.items():
-        open_memmap(out / f"{name}.npy", mode="w+", dtype=dtype, shape=shape)
+        npy.create(out / f"{name}.npy", dtype, shape)
     if captions:
-        np.save(out / "offsets.npy", np.cumsum([0, *captions.counts]))
-        _write(out / "captions.npy", sum(captions.counts), captions.null[None])
-
-
-def _write(path: Path, row: int, values: Tensor) -> None:
-    """Rows of a `.npy` file from `row` on, by plain writes: through a memory map a full disk would
-    kill the process.
-    """
-    target = np.load(path, mmap_mode="r")
-    try:
-        with path.open("r+b") as file:
-            file.seek(target.offset + row * target.strides[0])
-            file.write(np.ascontiguousarray(values.cpu().numpy().astype(target.dtype)).data)
-            file.flush()
-            os.fsync(file.fileno())
-    except OSError as error:
-        raise MsmdiffError(
-            f"{path} cannot be written: {error.strerror or error}; finished shards are kept"
-        ) from None
+        starts = np.cumsum([0, *captions.counts])
+        npy.write_rows(out / "offsets.npy", range(len(starts)), starts)
+        npy.write_rows(out / "captions.npy", [int(starts[-1])], captions.null[None].numpy())

@@ -3,6 +3,7 @@ into a zip.
 """
 
 import io
+import os
 import time
 import zipfile
 from collections import Counter
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from msmdiff.core import registry
+from msmdiff.core import files, registry
 from msmdiff.core.config import section
 from msmdiff.core.data import sources
 from msmdiff.core.data.images import UNREADABLE, center_crop, grid
@@ -102,34 +103,36 @@ def pack(
     out: Path,
     size: int | None,
     progress: Callable[[int, int, dict[str, Any]], None],
+    overwrite: bool = False,
 ) -> None:
     """Write images into a zip: a folder's files as they are, or all of them as PNGs cropped to
     `size`.
 
     Captions (`NAME.txt`) go with their images.
 
-    Raises UsageError when `out` exists or is no `.zip`, and MsmdiffError when it cannot be written.
+    Raises what `require_target` does, and MsmdiffError when `out` cannot be written.
     """
-    if out.suffix.lower() != ".zip" or out.exists():
-        raise UsageError(
-            f"-o {out}: {'is there already' if out.exists() else 'give a name that ends in .zip'}"
-        )
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            taken: set[str] = set()
-            for i in range(len(source)):
+    require_target(out, overwrite)
+    with files.atomic(out) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        taken: set[str] = set()
+        for i in range(len(source)):
+            with files.reading(source.name(i), "an image"):
                 name, content = _packed(source, i, size, taken)
-                taken.add(name)
-                # Of a fixed date: the same images, the same bytes.
-                archive.writestr(zipfile.ZipInfo(name), content)
-                _pack_caption(source=source, index=i, name=name, archive=archive, taken=taken)
-                progress(i + 1, len(source), {})
-        part.replace(out)
-    except (OSError, *UNREADABLE) as error:
-        part.unlink(missing_ok=True)
-        raise MsmdiffError(f"{out} cannot be written: {error}") from None
+            taken.add(name)
+            # Of a fixed date: the same images, the same bytes.
+            archive.writestr(zipfile.ZipInfo(name), content)
+            _pack_caption(source=source, index=i, name=name, archive=archive, taken=taken)
+            progress(i + 1, len(source), {})
+
+
+def require_target(out: Path, overwrite: bool = False) -> None:
+    """Raise UsageError where `out` is no `.zip`, or is there already: nothing tells our archives
+    from others.
+    """
+    if out.suffix.lower() != ".zip":
+        raise UsageError(f"-o {out}: give a name that ends in .zip")
+    if os.path.lexists(out) and not overwrite:
+        raise UsageError(f"-o {out} is there already: give another name, or --overwrite")
 
 
 def _packed(source: Source, index: int, size: int | None, taken: set[str]) -> tuple[str, bytes]:

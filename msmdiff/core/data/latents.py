@@ -9,7 +9,6 @@ line per finished shard, so that a killed encoding goes on where it was.
 """
 
 import json
-import pickle
 import re
 from pathlib import Path
 from typing import Any
@@ -19,14 +18,29 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from msmdiff.core import registry
+from msmdiff.core import files, registry
 from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
+from msmdiff.core.data import npy
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
 
 FORMAT_VERSION = 1
+
+HEADER = {
+    "count": int,
+    "shard": int,
+    "shape": list,
+    "dtype": str,
+    "codec": dict,
+    "image_size": int | None,
+    "labelled": bool,
+    "class_names": list,
+    "text": dict | None,
+    "mirrored": bool,
+}
+"""What packed.json says beside its version and its `source`."""
 
 
 class Latents(Source):
@@ -128,36 +142,54 @@ class Packed(Latents):
     def __init__(self, spec: str, labels: str = "auto") -> None:
         self.spec, path = spec, Path(spec)
         header = read_header(path)
-        done, shards = len(finished(path)), -(-header["count"] // header["shard"])
+        shards = -(-header["count"] // header["shard"])
+        done = sum(number < shards for number in finished(path))
         if done < shards:
             raise UsageError(
                 f"{spec} is not finished ({done} of {shards} shards): run the same `data "
                 "encode` again"
             )
-        try:
-            self._entries, self._labels = _mapped(path / "entries.npy"), None
-            if header["labelled"] and labels != "none":
-                self.labels = np.load(path / "labels.npy")
-                self.class_names = header["class_names"] or [
-                    str(i) for i in range(int(self.labels.max()) + 1)
-                ]
-                self._labels = torch.from_numpy(self.labels)
-            self.text = header["text"]
-            if self.text:
-                self._captions, self._offsets = (
-                    _mapped(path / "captions.npy"),
-                    np.load(path / "offsets.npy"),
-                )
-                self.null_context = self._captions[-1].float()
-            self.names = (path / "names.txt").read_text(encoding="utf-8").splitlines()
-        except (OSError, ValueError, EOFError) as error:
-            raise MsmdiffError(f"{spec} is damaged: {error}") from None
         self.shape, self.mirrored = tuple(header["shape"]), header["mirrored"]
         self.codec, self.image_size, self.header = header["codec"], header["image_size"], header
-        if tuple(self._entries.shape) != (header["count"], *self.shape):
-            raise MsmdiffError(
-                f"{spec} is damaged: entries.npy has not the shape that packed.json says"
-            )
+        self._entries = torch.from_numpy(npy.mapped(path / "entries.npy"))
+        self._labels = None
+        if header["labelled"] and labels != "none":
+            self.labels = npy.load(path / "labels.npy").astype(np.int64)
+            self._labels = torch.from_numpy(self.labels)
+        self.text = header["text"]
+        if self.text:
+            self._captions = torch.from_numpy(npy.mapped(path / "captions.npy"))
+            self._offsets = npy.load(path / "offsets.npy").astype(np.int64)
+            self.null_context = self._captions[-1].float()
+        with files.reading(path / "names.txt", "a list of names"):
+            text = (path / "names.txt").read_bytes().decode(errors="surrogateescape")
+            self.names = text.removesuffix("\n").split("\n")
+        if wrong := self._inconsistent():
+            raise MsmdiffError(f"{spec} is damaged: {wrong}: encode it again")
+        if self.labels is not None:
+            most = int(self.labels.max()) + 1
+            self.class_names = header["class_names"] or [str(i) for i in range(most)]
+
+    def _inconsistent(self) -> str | None:
+        """What the files of the set say against each other. Before anything is sized by them."""
+        count = self.header["count"]
+        kept = (tuple(self._entries.shape), f"{self._entries.dtype}")
+        if kept != ((count, *self.shape), f"torch.{self.header['dtype']}"):
+            return "entries.npy has not the shape that packed.json says"
+        if self.labels is not None:
+            most = len(self.header["class_names"]) or MOST_CLASSES
+            if self.labels.shape != (count,):
+                return f"labels.npy has the shape {list(self.labels.shape)}, not [{count}]"
+            if not 0 <= self.labels.min() <= self.labels.max() < most:
+                return f"labels.npy holds classes outside 0 to {most - 1}"
+        if self.text:
+            steps = np.diff(self._offsets, prepend=0, append=len(self._captions) - 1)
+            fits = tuple(self._captions.shape[1:]) == tuple(self.text["shape"])
+            if not fits or len(self._offsets) != count + 1 or steps.min() < 0:
+                return "captions.npy and offsets.npy do not belong together"
+        if len(self.names) != count:
+            return f"names.txt has {len(self.names)} lines for {count} entries"
+        return None
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -180,11 +212,12 @@ def read_header(path: Path) -> dict[str, Any]:
     """The content of a set's packed.json. Raises MsmdiffError when it is damaged or from a newer
     version.
     """
-    try:
+    with files.reading(path / "packed.json", "the description of a packed set"):
         header = json.loads((path / "packed.json").read_text(encoding="utf-8"))
         version = int(header["msmdiff_packed"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise MsmdiffError(f"{path / 'packed.json'} cannot be read: {error}") from None
+        wrong = [key for key, kind in HEADER.items() if not isinstance(header.get(key, ...), kind)]
+        if version <= FORMAT_VERSION and (wrong or min(header["count"], header["shard"]) < 1):
+            raise ValueError(f"its {' and '.join(wrong) or 'count'} cannot be")
     if version > FORMAT_VERSION:
         raise MsmdiffError(
             f"{path} was packed by a newer msmdiff; this one reads format "
@@ -196,22 +229,16 @@ def read_header(path: Path) -> dict[str, Any]:
 def finished(path: Path) -> set[int]:
     """A set's finished shards; a line of shards.txt that a kill cut short does not count."""
     place = path / "shards.txt"
-    return {
-        int(n)
-        for n in re.findall(
-            r"^(\d+) done$", place.read_text() if place.is_file() else "", re.MULTILINE
-        )
-    }
-
-
-def _mapped(path: Path) -> Tensor:
-    # Copy-on-write, since torch wants memory that it could write; nothing here does.
-    return torch.from_numpy(np.load(path, mmap_mode="c"))
+    text = place.read_text(encoding="utf-8", errors="replace") if place.is_file() else ""
+    return {int(n) for n in re.findall(r"^(\d{1,12}) done$", text, re.MULTILINE)}
 
 
 # ------------------------------------------------------------------ one file per image: the caches
 
 FAST_DIT_SCALE = 0.18215
+
+MOST_CLASSES = 1_000_000
+"""A label beyond is damage: a network has a row for every class."""
 
 
 @register("source", "cache", summary="latents of fast-DiT, EDT or U-ViT, a file each")
@@ -221,7 +248,7 @@ class Cache(Latents):
 
     fast-DiT and EDT: `*_features/I.npy` (1, C, h, w), one posterior sample times 0.18215,
     `*_labels/I.npy`, in the order of the sorted names. U-ViT: `I.npy` (2C, h, w), mean and
-    log-variance, alone or as a pickled pair with the label (nothing but arrays is unpickled); with
+    log-variance, alone or as a pickled pair with the label (which is decoded, not unpickled); with
     captions `I_J.npy` beside it, and the empty one in `empty_context.npy` there or one folder up.
     """
 
@@ -229,16 +256,15 @@ class Cache(Latents):
 
     @classmethod
     def opens(cls, spec: str) -> bool:
-        path = Path(spec)
-        return any((folder / "0.npy").is_file() for folder in (path, *path.glob("*_features")))
+        return bool(_folders(Path(spec)))
 
     def __init__(self, spec: str, rule: str = "auto") -> None:
         self.spec, root = spec, Path(spec)
-        self._features = next(iter(sorted(root.glob("*_features"))), root)
+        self._features = _folders(root)[0]
         self._labels = (
             next(iter(sorted(root.glob("*_labels"))), None) if self._features != root else None
         )
-        names = {p.name for p in self._features.glob("*.npy")} - {"empty_context.npy"}
+        names = {p.name for p in self._features.glob("[!.]*.npy")} - {"empty_context.npy"}
         captions = [m for name in names if (m := re.fullmatch(r"(\d+)_\d+\.npy", name))]
         self.names = sorted(
             names - {m.string for m in captions}, key=lambda n: n if self._labels else (len(n), n)
@@ -254,6 +280,7 @@ class Cache(Latents):
         for match in captions:
             self._captions.setdefault(f"{match[1]}.npy", []).append(match.string)
         self._classes = 0
+        self.shape = ()
         entry, label = self._entry(0)
         self.shape, self._labelled = tuple(entry.shape), label is not None and rule != "none"
         if self._captions:
@@ -262,7 +289,7 @@ class Cache(Latents):
                 raise UsageError(
                     f"{spec} has captions but no empty_context.npy, here or one folder up"
                 )
-            self.null_context = torch.from_numpy(_load(empty[0])).float().squeeze(0)
+            self.null_context = self._alike(empty[0], _features(empty[0]), ())
             self.text = {"encoder": None, "sha256": None, "shape": list(self.null_context.shape)}
 
     def __len__(self) -> int:
@@ -305,63 +332,52 @@ class Cache(Latents):
     def caption(self, index: int, number: int) -> Tensor:
         """The features of one of an entry's captions: float32 [tokens, width]."""
         path = self._features / f"{self.names[index].removesuffix('.npy')}_{number}.npy"
-        return torch.from_numpy(_load(path)).float()
+        assert self.text is not None
+        return self._alike(path, _features(path), tuple(self.text["shape"]))
 
     def _entry(self, index: int) -> tuple[Tensor, int | None]:
         """One entry's moments, and its label where the file or its neighbour has one."""
         path = self._features / self.names[index]
-        array, label = _load(path), None
-        if array.dtype == object and len(array) == 2:
-            array, label = np.asarray(array[0]), int(array[1])
-        values = torch.from_numpy(array.astype(np.float32))
+        array, label = npy.load_pair(path)
         if self._labels is not None:
-            label = int(_load(self._labels / self.names[index]).item())
+            label = npy.load_whole(self._labels / self.names[index])
+        if label is not None and not 0 <= label < MOST_CLASSES:
+            raise MsmdiffError(f"{path} has the label {label}: classes are 0 to {MOST_CLASSES - 1}")
+        values = torch.from_numpy(array.astype(np.float32))
         if values.ndim == 4 and len(values) == 1:
             mean = values[0] / FAST_DIT_SCALE
-            return torch.cat([mean, torch.zeros_like(mean)]), label
-        if values.ndim != 3 or len(values) % 2:
+            moments = torch.cat([mean, torch.zeros_like(mean)])
+        elif values.ndim == 3 and len(values) and len(values) % 2 == 0:
+            mean, logvar = values.chunk(2)
+            moments = torch.cat([mean, torch.exp(0.5 * logvar.clamp(-30, 20))])
+        else:
             raise MsmdiffError(
                 f"{path} is {list(array.shape)}: neither (1, C, h, w) latents nor (2C, "
                 "h, w) moments"
             )
-        mean, logvar = values.chunk(2)
-        return torch.cat([mean, torch.exp(0.5 * logvar.clamp(-30, 20))]), label
+        return self._alike(path, moments, self.shape), label
 
-
-class _ArraysOnly(pickle.Unpickler):
-    """Unpickles NumPy arrays and numbers, and refuses everything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if module.split(".")[0] == "numpy" and name in (
-            "_reconstruct",
-            "ndarray",
-            "dtype",
-            "scalar",
-            "_frombuffer",
-        ):
-            return super().find_class(module.replace("numpy.core", "numpy._core"), name)
-        raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-
-
-def _load(path: Path) -> np.ndarray:
-    try:
-        with path.open("rb") as file:
-            version = np.lib.format.read_magic(file)
-            reader = (
-                np.lib.format.read_array_header_1_0
-                if version == (1, 0)
-                else np.lib.format.read_array_header_2_0
+    def _alike(self, path: Path, values: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Values of this shape, where one is known, which are numbers."""
+        if shape and tuple(values.shape) != shape:
+            raise MsmdiffError(
+                f"{path} holds {list(values.shape)}, the first file of {self.spec} {list(shape)}"
             )
-            if reader(file)[2].hasobject:
-                return _ArraysOnly(file).load()
-            file.seek(0)
-            return np.load(file, allow_pickle=False)
-    except (
-        OSError,
-        ValueError,
-        EOFError,
-        pickle.UnpicklingError,
-        AttributeError,
-        TypeError,
-    ) as error:
-        raise MsmdiffError(f"{path} cannot be read: {error}") from None
+        if not values.isfinite().all():
+            raise MsmdiffError(f"{path} holds numbers that are not finite: encode it again")
+        return values
+
+
+def _folders(root: Path) -> list[Path]:
+    """Where a cache's entries may lie: folders with a first one."""
+    return [f for f in (*sorted(root.glob("*_features")), root) if (f / "0.npy").is_file()]
+
+
+def _features(path: Path) -> Tensor:
+    """A caption's features in a file: float32 [tokens, width]."""
+    features = torch.from_numpy(npy.load(path).astype(np.float32))
+    if features.ndim == 3 and len(features) == 1:
+        features = features[0]
+    if features.ndim != 2:
+        raise MsmdiffError(f"{path} is {list(features.shape)}: not (tokens, width) features")
+    return features

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from msmdiff.core import registry
+from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.sections import CodecConfig
 
 
@@ -23,12 +24,14 @@ class Codec(ABC):
         factor: pixels per position, along a side.
         packs: what a packed data set holds: `pixel` uint8 images, or the name of the codec whose
             `pack` made it.
+        bounded: whether x0 lies in -1..1, to which `sample.threshold` scales it.
         measures: the options that may be measured of the data, where they are not given.
     """
 
     shape: tuple[int, int, int]
     factor: int = 1
     packs: ClassVar[str] = "pixel"
+    bounded: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = ()
 
     @classmethod
@@ -46,6 +49,12 @@ class Codec(ABC):
         has, what it needs).
         """
         return {}
+
+    def load(self, device: torch.device | str = "cpu") -> None:  # noqa: B027
+        """Load what encoding and decoding need, before anything costly is done.
+
+        Raises MsmdiffError or UsageError where it cannot be had.
+        """
 
     def pack(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> what a data set stores."""
@@ -89,8 +98,16 @@ def to_unit(images: Tensor) -> Tensor:
 def to_uint8(x: Tensor, rounding: str = "half_even") -> Tensor:
     """-1..1 -> uint8 0..255, clamped; `half_even`, `half_up` (DiT, U-ViT, MaskDM) or `truncate`
     (MDT).
+
+    Raises MsmdiffError for numbers that are not finite: as uint8, NaN would be black.
     """
-    x = x.float().add(1).mul(127.5)
+    x = x.float()
+    if not x.isfinite().all():
+        raise MsmdiffError(
+            "decoding gave numbers that are not finite: try fp32 (sample.precision, "
+            "codec.precision), or another codec.vae"
+        )
+    x = x.add(1).mul(127.5)
     if rounding != "truncate":
         x = x.round() if rounding == "half_even" else x.add(0.5).floor()
     return x.clamp(0, 255).to(torch.uint8)

@@ -11,6 +11,8 @@ from msmdiff.core.registry import register
 class PixelCodec(Codec):
     """Pixels in -1..1."""
 
+    bounded = True
+
     def __init__(self, image_size: int) -> None:
         self.shape = (3, image_size, image_size)
 

@@ -94,6 +94,9 @@ class VaeCodec(Codec):
         self._scale = config.scale / deviation
         self._vae: Any = None
 
+    def load(self, device: torch.device | str = "cpu") -> None:
+        self._network(torch.device(device))
+
     def pack(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> mean and standard deviation of the posterior, float32 [B, 2C, H/f,
         W/f].
@@ -107,6 +110,11 @@ class VaeCodec(Codec):
         """A fresh draw from the posterior; images (uint8) are packed first."""
         if packed.dtype == torch.uint8:
             packed = self.pack(packed)
+            if not packed.isfinite().all():
+                raise MsmdiffError(
+                    f"codec.vae {self.config.vae} encodes images to numbers that are not finite: "
+                    "set codec.precision=fp32, or give another VAE"
+                )
         mean, std = packed.float().chunk(2, dim=1)
         noise = torch.randn(mean.shape, generator=generator, device=mean.device)
         self._to(mean.device)
