@@ -151,10 +151,10 @@ def test_files_that_are_no_checkpoint(tmp_path):
     torch.save(exported("dit"), whole)
     contents = {
         "page.pt": (b"\n<!DOCTYPE html><html>", "is a web page"),
-        "cut.pt": (whole.read_bytes()[:3000], "truncated or damaged"),
-        "empty.pt": (b"", "truncated or damaged"),
-        "noise.pt": (b"\x00\x01\x02 not a checkpoint", "damaged"),
-        "cut.safetensors": (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "truncated or damaged"),
+        "cut.pt": (whole.read_bytes()[:3000], "not a checkpoint of torch's that can be read"),
+        "empty.pt": (b"", "not a checkpoint of torch's that can be read"),
+        "noise.pt": (b"\x00\x01\x02 not a checkpoint", "not a checkpoint of torch's"),
+        "cut.safetensors": (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "not a safetensors file that can"),
     }
     for name, (content, message) in contents.items():
         (tmp_path / name).write_bytes(content)
