@@ -14,7 +14,7 @@ import torch
 
 import msmdiff
 from msmdiff.core import config as configuration
-from msmdiff.core import files, presets
+from msmdiff.core import files, presets, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint
@@ -69,12 +69,17 @@ class Run:
             ) from None
 
     def stored_config(self) -> Config | None:
-        """The configuration this run was started with, or None for a new run."""
+        """The configuration this run was started with, or None for a new run.
+
+        Where `config.yaml` is lost or empty, its newest checkpoint tells: weights carry it too.
+        """
         path = self.path / "config.yaml"
-        if not path.is_file():
-            return None
-        content = presets.parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        return configuration.build(configuration.stored(content, str(self.path)))
+        text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        if text.strip(" \n\0"):  # what a power cut leaves may be zeros
+            content = presets.parse_yaml(text, str(path))
+            return configuration.build(configuration.stored(content, str(self.path)))
+        newest = checkpoint.newest(self.path)
+        return weights.stored_config(newest / "model.safetensors") if newest else None
 
     def begun(self) -> Config | None:
         """The configuration of a run that has a whole checkpoint to go on from, else None."""
