@@ -129,10 +129,13 @@ def convert(
         list[str] | None,
         typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that msmdiff did not write.")
+    ] = False,
 ) -> None:
     """Convert a published checkpoint into one self-describing weights file."""
     from msmdiff.cli.console import Console
-    from msmdiff.core import weights
+    from msmdiff.core import files, weights
     from msmdiff.core.errors import UsageError
 
     path = Path(file)
@@ -143,6 +146,7 @@ def convert(
     target = out or path.with_suffix(".safetensors")
     if target.exists() and target.samefile(path):
         raise UsageError(f"{target} would replace the file it is read from: give another --out")
+    files.require_ours(target, weights.is_conversion(target), overwrite)
     stored = weights.read(path, model_fields(sets), ema, family)
     weights.save(target, stored.tensors, stored.config, **stored.notes)
     size = stored.notes["size"] or "no published size"
@@ -172,32 +176,32 @@ def export(
         list[str] | None,
         typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write weights in a published layout: a torch file, or diffusers' folder of a DiT."""
-
-    import torch
-    from safetensors.torch import save_file
-
     from msmdiff.cli.console import Console
     from msmdiff.core import build as road
-    from msmdiff.core import files, weights
+    from msmdiff.core import files, tensor_files, weights
     from msmdiff.core.weights import diffusers, published
 
     path = weights.locate(source)
+    stem = path.parent.name if path.name == "weights.safetensors" else path.stem
+    target = out or Path(f"{stem}.{layout}" + ("" if layout == "diffusers" else ".pt"))
+    settings, numbers = target / "config.json", target / "diffusion_pytorch_model.safetensors"
+    for output in (settings, numbers) if layout == "diffusers" else (target,):
+        # A published layout has no place for the mark of who wrote it.
+        files.require_ours(output, ours=False, overwrite=overwrite)
     stored = weights.read(path, model_fields(sets))
     config = road.resolve(stored.config)
     parts = road.build(config)
-    stem = path.parent.name if path.name == "weights.safetensors" else path.stem
-    target = out or Path(f"{stem}.{layout}" + ("" if layout == "diffusers" else ".pt"))
     if layout == "diffusers":
         about, state = diffusers.export(stored.tensors, config.model, parts.codec.shape)
-        files.write_json(target / "config.json", about)
-        with files.atomic(target / "diffusion_pytorch_model.safetensors") as part:
-            save_file(state, part, {"format": "pt"})
+        files.write_json(settings, about)
+        tensor_files.write(numbers, state, {"format": "pt"})
     else:
         state = published.export(stored.tensors, config.model, parts.codec.shape, layout)
-        with files.atomic(target) as part:
-            torch.save(published.file_content(state, parts.process, layout), part)
+        content = published.file_content(state, parts.process, layout)
+        tensor_files.write_torch(target, content)
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
     if layout == "diffusers":
         Console().note(f"note: {diffusers.CAVEAT}")
