@@ -85,6 +85,7 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
     if counted.kept < counted.tokens:
         seen = f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen"
     gmacs = f"{counted.forward_flops / 2e9:,.2f} G multiply-adds"
+    images = f", images of {config.data.image_size} pixels"
     noise = f"{config.process.schedule}, {config.process.timesteps} steps"
     rows = [
         ("file", f"{stored.path} ({megabytes:.1f} MiB)"),
@@ -93,15 +94,15 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
         ("forward", f"{gmacs}, {counted.tokens} tokens{seen}"),
         ("dimensions", ", ".join(f"{key} {value}" for key, value in fields.items())),
         ("classes", str(config.model.num_classes or "unconditional")),
-        ("space", f"{codec.describe()}, images of {config.data.image_size} pixels"),
+        ("space", f"{codec.describe()}, {' x '.join(map(str, codec.shape))}{images}"),
         ("noise", f"{noise}, predicts {config.process.prediction}"),
     ]
     if "layout" in notes:
         rows.append(("trained", f"published by {notes['layout']}, {notes['weights']}"))
         return rows
-    images = f"{int(notes.get('images_seen', 0)):,} images ({notes.get('weights', 'model')})"
+    trained = f"{int(notes.get('images_seen', 0)):,} images ({notes.get('weights', 'model')})"
     mask = f"mask {config.mask.ratio:g} {config.mask.kind}"
-    rows.append(("trained", f"{images}, {config.objective.name}, {mask}"))
+    rows.append(("trained", f"{trained}, {config.objective.name}, {mask}"))
     rows.append(("data", config.data.source))
     return rows
 

@@ -316,11 +316,32 @@ def write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -
 
 def write_torch(path: Path, content: Any) -> None:
     """A file of torch's, whole or not there. Raises MsmdiffError where it cannot be written."""
-    with files.atomic(path) as part:
+    with files.atomic(path) as part, part.open("wb") as file:
+        watched = _Watched(file)
         try:
-            torch.save(content, part)
-        except RuntimeError as error:  # its words for a full disk
-            raise MsmdiffError(f"{path} cannot be written: {files.brief(error)}") from None
+            torch.save(content, watched)  # type: ignore[arg-type]
+        except RuntimeError:
+            if watched.failure is None:
+                raise
+            raise watched.failure from None
+
+
+class _Watched:
+    """A file that remembers why it could not be written: torch's own words do not tell."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.failure: OSError | None = None
+
+    def write(self, data: bytes) -> int:
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.failure = error
+            raise
+
+    def flush(self) -> None:
+        self._file.flush()
 
 
 CODES = {

@@ -173,7 +173,9 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(MsmdiffError, match=r"w.safetensors is not a safetensors file that can be read"):
+    with pytest.raises(
+        MsmdiffError, match=r"w.safetensors is not a safetensors file that can be read"
+    ):
         weights.read(path)
     from safetensors.torch import save_file
 

@@ -127,12 +127,14 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
     try:
         recorded = _recorded(path)
         for name, identity in recorded.items():
-            if identity.get("sha256", wanted := files.checksum(path / name)) != wanted:
+            if "sha256" in identity and files.checksum(path / name) != identity["sha256"]:
                 raise MsmdiffError(f"{name} has changed since it was written")
+        if lacking := {"state.pt", "model.safetensors"} - recorded.keys():
+            raise MsmdiffError(f"it lacks {min(lacking)}")
         state = tensor_files.read(path / "state.pt")
-        stems = [name for name in recorded if name.endswith(".safetensors")]
-        return state, {Path(name).stem: tensor_files.read(path / name) for name in stems}
-    except (OSError, MsmdiffError) as error:
+        networks = [name for name in recorded if name.endswith(".safetensors")]
+        return state, {Path(name).stem: tensor_files.read(path / name) for name in networks}
+    except (OSError, ValueError, MsmdiffError) as error:
         raise MsmdiffError(
             f"checkpoint {path} cannot be read ({error}); remove it to go on from an earlier one"
         ) from None

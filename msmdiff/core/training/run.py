@@ -73,13 +73,22 @@ class Run:
 
         Where `config.yaml` is lost or empty, its newest checkpoint tells: weights carry it too.
         """
-        path = self.path / "config.yaml"
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if text.strip(" \n\0"):  # what a power cut leaves may be zeros
-            content = presets.parse_yaml(text, str(path))
+        if text := self._config_text():
+            content = presets.parse_yaml(text, str(self.path / "config.yaml"))
             return configuration.build(configuration.stored(content, str(self.path)))
         newest = checkpoint.newest(self.path)
         return weights.stored_config(newest / "model.safetensors") if newest else None
+
+    def lost_config(self) -> bool:
+        """Whether the run has checkpoints, but its `config.yaml` is lost or empty."""
+        return not self._config_text() and checkpoint.newest(self.path) is not None
+
+    def _config_text(self) -> str:
+        path = self.path / "config.yaml"
+        with files.reading(path, "a configuration"):
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # A power cut may leave an empty file, or zeros.
+        return text.strip("\0\n ")
 
     def begun(self) -> Config | None:
         """The configuration of a run that has a whole checkpoint to go on from, else None."""

@@ -144,8 +144,11 @@ def latent_sections(shape: tuple[int, int, int]) -> dict[str, Any]:
     autoencoder, four of them Stable Diffusion's.
 
     Of another autoencoder its scale and its factor are not known here: they are the user's to set.
+    Raises MsmdiffError for one channel, which no codec makes.
     """
     channels, _, side = shape
+    if channels == 1:
+        raise MsmdiffError("its images have one channel, and this tool's have three")
     if channels == PIXELS:
         return {"data": {"image_size": side}, "codec": {"name": "pixel"}}
     codec = {"name": "vae"} | ({} if channels == STABLE_DIFFUSION else {"channels": channels})

@@ -154,7 +154,10 @@ def test_files_that_are_no_checkpoint(tmp_path):
         "cut.pt": (whole.read_bytes()[:3000], "not a checkpoint of torch's that can be read"),
         "empty.pt": (b"", "not a checkpoint of torch's that can be read"),
         "noise.pt": (b"\x00\x01\x02 not a checkpoint", "not a checkpoint of torch's"),
-        "cut.safetensors": (b"\x10\x00\x00\x00\x00\x00\x00\x00{", "not a safetensors file that can"),
+        "cut.safetensors": (
+            b"\x10\x00\x00\x00\x00\x00\x00\x00{",
+            "not a safetensors file that can",
+        ),
     }
     for name, (content, message) in contents.items():
         (tmp_path / name).write_bytes(content)
