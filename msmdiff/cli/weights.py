@@ -114,7 +114,7 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
 )
 def convert(
     file: Annotated[
-        str, typer.Argument(help="A checkpoint that DiT, MDT, EDT, U-ViT or MaskDM wrote.")
+        str, typer.Argument(help="A checkpoint that DiT, SiT, MDT, EDT, U-ViT or MaskDM wrote.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")

@@ -1,4 +1,4 @@
-"""Opens the checkpoints that DiT, MDT, EDT, U-ViT and MaskDM published, and writes their layouts
+"""Opens the checkpoints that DiT, SiT, MDT, EDT, U-ViT and MaskDM published, and writes their layouts
 back.
 """
 
