@@ -197,7 +197,10 @@ def _load_vae(config: VaeOptions) -> Any:
             )
             vae = AutoencoderKL.from_config(settings)
             tensors = tensor_files.read(source)
-            tensors = tensors.get("state_dict", tensors)
+            held = tensors.get("state_dict", tensors)
+            tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+            if not tensors:
+                raise ValueError("it holds no tensors")
             if any(
                 "mid.block_1." in name for name in tensors
             ):  # the layout of Stable Diffusion's own code
