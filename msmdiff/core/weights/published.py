@@ -1,5 +1,5 @@
-"""Opens the checkpoints that DiT, SiT, MDT, EDT, U-ViT and MaskDM published, and writes their layouts
-back.
+"""Opens the checkpoints that DiT, SiT, MDT, EDT, U-ViT and MaskDM published, and writes their
+layouts back.
 """
 
 import re
