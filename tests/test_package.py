@@ -9,7 +9,7 @@ ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "machine"},
     {"seeding", "registry", "sections", "files"},
-    {"layers"},
+    {"layers", "tensor_files"},
     {"presets"},
     {"config", "condition"},
     {"backbones"},

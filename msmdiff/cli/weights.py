@@ -85,6 +85,7 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
     if counted.kept < counted.tokens:
         seen = f", {counted.masked_flops / 2e9:,.2f} with {counted.kept} seen"
     gmacs = f"{counted.forward_flops / 2e9:,.2f} G multiply-adds"
+    images = f", images of {config.data.image_size} pixels"
     noise = f"{config.process.schedule}, {config.process.timesteps} steps"
     rows = [
         ("file", f"{stored.path} ({megabytes:.1f} MiB)"),
@@ -93,15 +94,15 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
         ("forward", f"{gmacs}, {counted.tokens} tokens{seen}"),
         ("dimensions", ", ".join(f"{key} {value}" for key, value in fields.items())),
         ("classes", str(config.model.num_classes or "unconditional")),
-        ("space", f"{codec.describe()}, images of {config.data.image_size} pixels"),
+        ("space", f"{codec.describe()}, {' x '.join(map(str, codec.shape))}{images}"),
         ("noise", f"{noise}, predicts {config.process.prediction}"),
     ]
     if "layout" in notes:
         rows.append(("trained", f"published by {notes['layout']}, {notes['weights']}"))
         return rows
-    images = f"{int(notes.get('images_seen', 0)):,} images ({notes.get('weights', 'model')})"
+    trained = f"{int(notes.get('images_seen', 0)):,} images ({notes.get('weights', 'model')})"
     mask = f"mask {config.mask.ratio:g} {config.mask.kind}"
-    rows.append(("trained", f"{images}, {config.objective.name}, {mask}"))
+    rows.append(("trained", f"{trained}, {config.objective.name}, {mask}"))
     rows.append(("data", config.data.source))
     return rows
 
@@ -113,7 +114,7 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
 )
 def convert(
     file: Annotated[
-        str, typer.Argument(help="A checkpoint that DiT, MDT, EDT, U-ViT or MaskDM wrote.")
+        str, typer.Argument(help="A checkpoint that DiT, SiT, MDT, EDT, U-ViT or MaskDM wrote.")
     ],
     out: Annotated[
         Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")
@@ -129,10 +130,13 @@ def convert(
         list[str] | None,
         typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that msmdiff did not write.")
+    ] = False,
 ) -> None:
     """Convert a published checkpoint into one self-describing weights file."""
     from msmdiff.cli.console import Console
-    from msmdiff.core import weights
+    from msmdiff.core import files, weights
     from msmdiff.core.errors import UsageError
 
     path = Path(file)
@@ -143,6 +147,7 @@ def convert(
     target = out or path.with_suffix(".safetensors")
     if target.exists() and target.samefile(path):
         raise UsageError(f"{target} would replace the file it is read from: give another --out")
+    files.require_ours(target, weights.is_conversion(target), overwrite)
     stored = weights.read(path, model_fields(sets), ema, family)
     weights.save(target, stored.tensors, stored.config, **stored.notes)
     size = stored.notes["size"] or "no published size"
@@ -172,32 +177,32 @@ def export(
         list[str] | None,
         typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Write weights in a published layout: a torch file, or diffusers' folder of a DiT."""
-
-    import torch
-    from safetensors.torch import save_file
-
     from msmdiff.cli.console import Console
     from msmdiff.core import build as road
-    from msmdiff.core import files, weights
+    from msmdiff.core import files, tensor_files, weights
     from msmdiff.core.weights import diffusers, published
 
     path = weights.locate(source)
+    stem = path.parent.name if path.name == "weights.safetensors" else path.stem
+    target = out or Path(f"{stem}.{layout}" + ("" if layout == "diffusers" else ".pt"))
+    settings, numbers = target / "config.json", target / "diffusion_pytorch_model.safetensors"
+    for output in (settings, numbers) if layout == "diffusers" else (target,):
+        # A published layout has no place for the mark of who wrote it.
+        files.require_ours(output, ours=False, overwrite=overwrite)
     stored = weights.read(path, model_fields(sets))
     config = road.resolve(stored.config)
     parts = road.build(config)
-    stem = path.parent.name if path.name == "weights.safetensors" else path.stem
-    target = out or Path(f"{stem}.{layout}" + ("" if layout == "diffusers" else ".pt"))
     if layout == "diffusers":
         about, state = diffusers.export(stored.tensors, config.model, parts.codec.shape)
-        files.write_json(target / "config.json", about)
-        with files.atomic(target / "diffusion_pytorch_model.safetensors") as part:
-            save_file(state, part, {"format": "pt"})
+        files.write_json(settings, about)
+        tensor_files.write(numbers, state, {"format": "pt"})
     else:
         state = published.export(stored.tensors, config.model, parts.codec.shape, layout)
-        with files.atomic(target) as part:
-            torch.save(published.file_content(state, parts.process, layout), part)
+        content = published.file_content(state, parts.process, layout)
+        tensor_files.write_torch(target, content)
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
     if layout == "diffusers":
         Console().note(f"note: {diffusers.CAVEAT}")

@@ -200,7 +200,7 @@ def test_bench_names_what_scripts_rely_on(cli):
         (
             ["weights", "show", "broken.safetensors"],
             1,
-            "broken.safetensors is truncated or damaged",
+            "broken.safetensors is not a safetensors file that can be read",
         ),
     ],
 )

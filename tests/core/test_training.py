@@ -272,6 +272,44 @@ def test_checkpoints_are_whole_or_passed_over(tmp_path, quiet):
     assert final_state(tmp_path)[0] == 64
 
 
+@pytest.mark.parametrize("name", ["model.safetensors", "ema-0.999.safetensors", "state.pt"])
+def test_a_checkpoint_that_was_changed_is_not_resumed(tmp_path, quiet, name):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    path = checkpoint.newest(tmp_path) / name
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1  # within the last number, or the end of the zip's table
+    path.unlink()  # weights.safetensors is a link to one of them
+    path.write_bytes(content)
+    with pytest.raises(MsmdiffError, match=rf"{name} has changed since it was written.*remove it"):
+        train(small(), tmp_path, quiet)
+
+
+def test_a_checkpoint_of_before_checksums_is_resumed(tmp_path, quiet):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    done = checkpoint.newest(tmp_path) / "DONE"
+    recorded = json.loads(done.read_text())
+    assert {len(file["sha256"]) for file in recorded.values()} == {64}
+    done.write_text(json.dumps({name: file["bytes"] for name, file in recorded.items()}))
+    train(small(), tmp_path, quiet)
+    assert "at image 16" in " ".join(quiet.notes)
+    assert final_state(tmp_path)[0] == 64
+
+
+@pytest.mark.parametrize("left", [None, b"", b"\0\0\0"])
+def test_a_lost_configuration_is_taken_from_the_newest_checkpoint(tmp_path, quiet, left):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    path = tmp_path / "config.yaml"
+    before = path.read_text()
+    path.unlink()
+    if left is not None:
+        path.write_bytes(left)
+    with pytest.raises(UsageError, match="was trained with another configuration"):
+        train(small({"train": {"steps": 2, "seed": 99}}), tmp_path, quiet)
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    assert "config.yaml is lost or empty: the configuration is taken" in " ".join(quiet.notes)
+    assert path.read_text() == before
+
+
 def test_a_full_disk_leaves_the_older_checkpoint(tmp_path, quiet, monkeypatch):
     train(small({"train": {"steps": 2}}), tmp_path, quiet)
     before = final_state(tmp_path)

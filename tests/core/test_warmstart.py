@@ -2,6 +2,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
@@ -173,10 +174,10 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
     path = tmp_path / "w.safetensors"
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(MsmdiffError, match=r"w.safetensors is truncated or damaged"):
+    with pytest.raises(
+        MsmdiffError, match=r"w.safetensors is not a safetensors file that can be read"
+    ):
         weights.read(path)
-    from safetensors.torch import save_file
-
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(MsmdiffError, match="is no checkpoint of"):
         weights.read(path)
@@ -192,6 +193,48 @@ def test_damaged_and_foreign_files_are_refused(tmp_path):
         weights.load(path)
     with pytest.raises(UsageError, match="neither a weights file nor a run"):
         weights.locate(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_half_precision_is_resized_as_the_same_numbers_in_single(tmp_path, kind):
+    origin = stored(tmp_path)
+    origin.tensors = {name: tensor.to(kind).float() for name, tensor in origin.tensors.items()}
+    larger = resolved({"data": {"image_size": 32}})
+    whole = network(larger, seed=1)
+    warmstart.start_from(whole, origin)
+    origin.tensors = {name: tensor.to(kind) for name, tensor in origin.tensors.items()}
+    half = network(larger, seed=1)
+    report = warmstart.start_from(half, origin)
+    assert report.resized == ["pos_embed"]
+    assert torch.equal(half.pos_embed, whole.pos_embed)
+
+
+@pytest.mark.parametrize(
+    "claim",
+    [
+        {"model": {"depth": 10**6 + 1}},
+        {"model": {"hidden_size": 2**20, "num_heads": 2}},
+        {"model": {"num_classes": 10**11}},
+        {"data": {"image_size": 2**20}},
+    ],
+)
+def test_a_file_that_claims_a_huge_network_is_refused_before_one_is_made(tmp_path, claim):
+    origin = stored(tmp_path)
+    config = origin.config.as_dict()
+    for section, fields in claim.items():
+        config[section] |= fields
+    about = {"msmdiff": json.dumps({"version": 2, "config": config})}
+    save_file(origin.tensors, tmp_path / "w.safetensors", about)
+    with pytest.raises(MsmdiffError, match="does not hold the network that it describes"):
+        weights.read(tmp_path / "w.safetensors")
+
+
+def test_weights_that_are_not_finite_are_refused(tmp_path):
+    origin = stored(tmp_path)
+    origin.tensors["pos_embed"][0, 0, 0] = float("inf")
+    weights.save(tmp_path / "w.safetensors", origin.tensors, origin.config)
+    with pytest.raises(MsmdiffError, match=r"w\.safetensors holds numbers that are not finite"):
+        weights.read(tmp_path / "w.safetensors")
 
 
 def test_the_null_row_is_nobody_elses(tmp_path):

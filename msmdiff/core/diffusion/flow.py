@@ -51,3 +51,19 @@ class Velocity(Direct):
     def snr_weight(self, snr: Tensor) -> Tensor:
         """On the flow: the output's error is that of x0 over t = 1 / (1 + sqrt(SNR))."""
         return (1 + snr.sqrt()) ** 2
+
+
+@register("prediction", "velocity_to_image")
+class VelocityToImage(Velocity):
+    """SiT's (Ma et al. 2024): the velocity the other way, from the noise, where its clock shows 0,
+    to the image, where it shows 1.
+    """
+
+    def inputs(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return x_t, 1 - t.float()
+
+    def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
+        return -super().target(x0, eps, t)
+
+    def split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        return super().split(-output, x_t, t)

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from msmdiff.core import files, registry
+from msmdiff.core import files, registry, tensor_files
 from msmdiff.core.data.loader import cache_folder
 from msmdiff.core.diffusion.codecs import to_unit
 from msmdiff.core.errors import MsmdiffError, UsageError, nearest
@@ -180,7 +180,7 @@ class InceptionFeatures(Features):
         )
         self.title = f"Fréchet Inception distance{self.suffix}" if self.suffix else "FID"
         try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = tensor_files.read(path)
             network: Any = _pytorch_fid_network(state)
         except Exception as error:  # a damaged file, or other tensors, can raise nearly anything
             raise MsmdiffError(
@@ -246,12 +246,8 @@ class DinoFeatures(Features):
         try:
             if weights is None:
                 state = timm.create_model(model, pretrained=True, num_classes=0).state_dict()
-            elif weights.suffix == ".safetensors":
-                from safetensors.torch import load_file
-
-                state = load_file(weights)
             else:
-                state = torch.load(weights, map_location="cpu", weights_only=True)
+                state = tensor_files.read(weights)
             state.pop("mask_token", None)
             state["pos_embed"] = _positions(state["pos_embed"], 16)
             network: Any = timm.create_model(model, num_classes=0, img_size=224)

@@ -50,6 +50,17 @@ SAMPLINGS: dict[str, dict[str, Any]] = {
         "rounding": "half_up",
     },  # image_generator.py
     "edt-nocfg": {**_FIRST3, "cfg_scale": 1.0, "amm": "default", "rounding": "half_up"},
+    # SiT's SDE, Euler's steps: linspace(1, 0.04, 250), and a last one without noise.
+    "sit": {
+        "sampler": "euler_maruyama",
+        "steps": 250,
+        "times": "uniform",
+        "end": 0.04,
+        "clip": False,
+        "cfg_scale": 1.5,
+        "cfg_channels": "first3",
+        "rounding": "half_up",
+    },
     # U-ViT's latent models without a convolution: DPM-Solver++ on a discrete schedule.
     "uvit": {**_UVIT, "sampler": "dpm_solver++", "times": "uniform", "cfg_scale": 1.4},
     "uvit-512": {**_UVIT, "sampler": "dpm_solver++", "times": "uniform", "cfg_scale": 1.7},

@@ -6,12 +6,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from msmdiff.core import files, weights
+from msmdiff.core import files, tensor_files, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError
 
@@ -51,20 +48,13 @@ def save(
             weights.save(
                 part / f"{name}.safetensors", tensors, config, images_seen=images_seen, weights=name
             )
-        torch.save(state, part / "state.pt")
-        sizes = {p.name: p.stat().st_size for p in part.iterdir()}
-        (part / "DONE").write_text(json.dumps(sizes))
-        for path in [*part.iterdir(), part]:
-            files.fsync(path)
+        tensor_files.write_torch(part / "state.pt", state)
+        files.write_json(part / "DONE", {p.name: _identity(p) for p in part.iterdir()})
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         files.fsync(folder)
         publish(final, run, (averages or ["model"])[0])
-    except (
-        OSError,
-        RuntimeError,
-        SafetensorError,
-    ) as error:  # torch and safetensors wrap a full disk in their own
+    except (OSError, MsmdiffError) as error:
         shutil.rmtree(part, ignore_errors=True)
         raise MsmdiffError(
             f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
@@ -86,7 +76,7 @@ def _best(run: Path) -> Path | None:
 
 def newest(run: Path) -> Path | None:
     """The newest whole checkpoint of a run, or None: one whose files all have the sizes that DONE
-    recorded.
+    recorded. `load` checks what is in them.
     """
     return next((path for path in reversed(_all(run)) if _is_whole(path)), None)
 
@@ -130,13 +120,21 @@ def publish(path: Path, run: Path, stem: str) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """The state and the networks of a checkpoint, on the CPU. Raises MsmdiffError when it cannot be
-    read.
+    """The state and the networks of a checkpoint, on the CPU.
+
+    Raises MsmdiffError when it cannot be read, or a file is not the one that was written.
     """
     try:
-        state = torch.load(path / "state.pt", map_location="cpu", weights_only=True)
-        return state, {p.stem: load_file(p) for p in path.glob("*.safetensors")}
-    except Exception as error:  # a damaged pickle can raise nearly anything
+        recorded = _recorded(path)
+        for name, identity in recorded.items():
+            if "sha256" in identity and files.checksum(path / name) != identity["sha256"]:
+                raise MsmdiffError(f"{name} has changed since it was written")
+        if lacking := {"state.pt", "model.safetensors"} - recorded.keys():
+            raise MsmdiffError(f"it lacks {min(lacking)}")
+        state = tensor_files.read(path / "state.pt")
+        networks = [name for name in recorded if name.endswith(".safetensors")]
+        return state, {Path(name).stem: tensor_files.read(path / name) for name in networks}
+    except (OSError, ValueError, MsmdiffError) as error:
         raise MsmdiffError(
             f"checkpoint {path} cannot be read ({error}); remove it to go on from an earlier one"
         ) from None
@@ -151,9 +149,23 @@ def _images(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
+def _identity(path: Path) -> dict[str, Any]:
+    return {"bytes": path.stat().st_size, "sha256": files.checksum(path)}
+
+
+def _recorded(path: Path) -> dict[str, dict[str, Any]]:
+    """What DONE says of each file of a checkpoint: `bytes`, and `sha256` unless it is of an older
+    version. Raises OSError or ValueError where it does not say.
+    """
+    content = json.loads((path / "DONE").read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError("DONE lists no files")
+    return {k: v if isinstance(v, dict) else {"bytes": v} for k, v in content.items()}
+
+
 def _is_whole(path: Path) -> bool:
     try:
-        sizes = json.loads((path / "DONE").read_text())
-        return all((path / name).stat().st_size == size for name, size in sizes.items())
-    except (OSError, ValueError):
+        recorded = _recorded(path)
+        return all((path / name).stat().st_size == v["bytes"] for name, v in recorded.items())
+    except (OSError, ValueError, KeyError):
         return False

@@ -14,7 +14,7 @@ import torch
 
 import msmdiff
 from msmdiff.core import config as configuration
-from msmdiff.core import files, presets
+from msmdiff.core import files, presets, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint
@@ -69,12 +69,26 @@ class Run:
             ) from None
 
     def stored_config(self) -> Config | None:
-        """The configuration this run was started with, or None for a new run."""
+        """The configuration this run was started with, or None for a new run.
+
+        Where `config.yaml` is lost or empty, its newest checkpoint tells: weights carry it too.
+        """
+        if text := self._config_text():
+            content = presets.parse_yaml(text, str(self.path / "config.yaml"))
+            return configuration.build(configuration.stored(content, str(self.path)))
+        newest = checkpoint.newest(self.path)
+        return weights.stored_config(newest / "model.safetensors") if newest else None
+
+    def lost_config(self) -> bool:
+        """Whether the run has checkpoints, but its `config.yaml` is lost or empty."""
+        return not self._config_text() and checkpoint.newest(self.path) is not None
+
+    def _config_text(self) -> str:
         path = self.path / "config.yaml"
-        if not path.is_file():
-            return None
-        content = presets.parse_yaml(path.read_text(encoding="utf-8"), str(path))
-        return configuration.build(configuration.stored(content, str(self.path)))
+        with files.reading(path, "a configuration"):
+            text = path.read_text(encoding="utf-8") if path.is_file() else ""
+        # A power cut may leave an empty file, or zeros.
+        return text.strip("\0\n ")
 
     def begun(self) -> Config | None:
         """The configuration of a run that has a whole checkpoint to go on from, else None."""

@@ -92,6 +92,11 @@ class Trainer:
 
     def _prepare(self, config: Config, allow_partial: bool, command: str) -> None:
         config = self._measured(config)
+        if self.run.lost_config():
+            self._note(
+                f"{self.run.path}/config.yaml is lost or empty: the configuration is taken from "
+                "the newest checkpoint"
+            )
         self.run.admit(config)
         self.config = config
         launch.shares(config.train, self.accelerator.num_processes)

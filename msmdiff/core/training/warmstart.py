@@ -56,6 +56,8 @@ def start_from(backbone: Any, stored: Stored, allow_partial: bool = False) -> Re
     loaded = 0
     for name, target in own.items():
         source = stored.tensors.get(name)
+        if source is not None:  # half precision has no interpolation on a CPU
+            source = source.to(target.dtype)
         fitted = None
         if source is not None and source.shape == target.shape:
             fitted = None if _moved(name, origin, backbone) else source

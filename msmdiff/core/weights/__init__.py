@@ -1,23 +1,22 @@
 """Weights files: one self-describing `.safetensors` per network, to sample or to start from."""
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from msmdiff.core import backbones, files, tensor_files
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.model import Model
-from msmdiff.core.weights import published
+from msmdiff.core.weights import checks, published
 
 FORMAT_VERSION = 2
 
@@ -45,14 +44,7 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -
         "config": config.as_dict(),
         **{k: str(v) for k, v in notes.items()},
     }
-    metadata = {
-        "msmdiff": json.dumps(about)
-    }  # one entry: safetensors writes several in no particular order
-    part = path.with_name(f".{path.name}.part")
-    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, part, metadata)
-    with part.open("rb") as file:
-        os.fsync(file.fileno())
-    part.replace(path)
+    tensor_files.write(path, tensors, {"msmdiff": json.dumps(about)})
 
 
 def read(
@@ -70,13 +62,10 @@ def read(
     from a newer version. Nothing in it is executed.
     """
     if is_ours(path):
-        about = _about(path)
-        layer = configuration.stored(about.pop("config"), str(path))
-        config = configuration.build(layer)
-        try:
-            return Stored(path, load_file(path), config, about)
-        except (SafetensorError, OSError) as error:
-            raise MsmdiffError(f"{path} is truncated or damaged: {error}") from None
+        about, config = _described(path)
+        tensors = tensor_files.read(path)
+        _check(path, tensors, config)
+        return Stored(path, tensors, config, about)
     found = published.read(path, given, average, family)
     config = road.resolve(
         configuration.build({**found.sections, "model": found.model.model_dump()})
@@ -89,26 +78,48 @@ def is_ours(path: Path) -> bool:
     if path.suffix != ".safetensors" or not path.is_file():
         return False
     try:
-        with safe_open(path, "pt") as file:
-            return "msmdiff" in (file.metadata() or {})
-    except (SafetensorError, OSError):
+        return "msmdiff" in tensor_files.metadata(path)
+    except MsmdiffError:
         return False
 
 
-def _about(path: Path) -> dict[str, Any]:
-    """What `save` wrote beside the tensors: `config` as a dictionary, and the notes."""
-    try:
-        with safe_open(path, "pt") as file:
-            about = dict(json.loads(file.metadata()["msmdiff"]))
-            version = int(about.pop("version"))
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
-        raise MsmdiffError(f"{path} has damaged metadata: {error}") from None
+def is_conversion(path: Path) -> bool:
+    """Whether a file is what `weights convert` wrote, which it may write again."""
+    return is_ours(path) and "layout" in _described(path)[0]
+
+
+def stored_config(path: Path) -> Config:
+    """The configuration in a weights file of ours. Raises MsmdiffError where it is damaged."""
+    return _described(path)[1]
+
+
+def _described(path: Path) -> tuple[dict[str, Any], Config]:
+    """What `save` wrote beside the tensors: the notes, and the configuration."""
+    with files.reading(path, "a weights file with whole metadata"):
+        about = dict(json.loads(tensor_files.metadata(path)["msmdiff"]))
+        version, content = int(about.pop("version")), about.pop("config")
     if version > FORMAT_VERSION:
         raise MsmdiffError(
             f"{path} was written by a newer msmdiff; this one reads format "
             f"{FORMAT_VERSION}: upgrade it"
         )
-    return about
+    return about, configuration.build(configuration.stored(content, str(path)))
+
+
+def _check(path: Path, tensors: dict[str, Tensor], config: Config) -> None:
+    """Raises MsmdiffError unless the tensors are exactly the network of the configuration, before
+    anything of the size that it claims is made.
+    """
+    checks.numbers(path, tensors, path.stat().st_size)
+    shape = codecs.build(config.codec, config.data.image_size).shape
+    try:
+        expected = checks.expected(tensors, backbones.resolve(config.model), shape)
+        checks.network(path, tensors, expected)
+    except MsmdiffError as error:
+        reason = str(error).removeprefix(f"{path} ")
+        raise MsmdiffError(
+            f"{path} does not hold the network that it describes: {reason}"
+        ) from None
 
 
 def load(

@@ -135,11 +135,21 @@ def no_label_dropout(network: Network) -> dict[str, Any]:
     )
 
 
+PIXELS, STABLE_DIFFUSION = 3, 4
+"""Channels of images, and of Stable Diffusion's latents."""
+
+
 def latent_sections(shape: tuple[int, int, int]) -> dict[str, Any]:
-    """Configuration of data and codec: four channels are Stable Diffusion's latents, three are
-    pixels.
+    """Configuration of data and codec: three channels are pixels, others are latents of an
+    autoencoder, four of them Stable Diffusion's.
+
+    Of another autoencoder its scale and its factor are not known here: they are the user's to set.
+    Raises MsmdiffError for one channel, which no codec makes.
     """
     channels, _, side = shape
-    if channels == 4:
-        return {"data": {"image_size": 8 * side}, "codec": {"name": "vae"}}
-    return {"data": {"image_size": side}, "codec": {"name": "pixel"}}
+    if channels == 1:
+        raise MsmdiffError("its images have one channel, and this tool's have three")
+    if channels == PIXELS:
+        return {"data": {"image_size": side}, "codec": {"name": "pixel"}}
+    codec = {"name": "vae"} | ({} if channels == STABLE_DIFFUSION else {"channels": channels})
+    return {"data": {"image_size": 8 * side}, "codec": codec}

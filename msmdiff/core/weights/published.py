@@ -1,32 +1,30 @@
-"""Opens the checkpoints that DiT, MDT, EDT, U-ViT and MaskDM published, and writes their layouts
-back.
+"""Opens the checkpoints that DiT, SiT, MDT, EDT, U-ViT and MaskDM published, and writes their
+layouts back.
 """
 
-import argparse
-import pickle
 import re
-import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
-from msmdiff.core import backbones, registry
+from msmdiff.core import backbones, registry, tensor_files
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.sections import ModelConfig
+from msmdiff.core.weights import checks
 from msmdiff.core.weights.layout import Network, Tensors
 
 
 class Format(Protocol):
     """One published project's layout: a module of this package, or of a plugin.
 
-    `HOLDS` are our families that it can hold.
+    `HOLDS` are our families that it can hold. A layout may also have `file_content(state,
+    process)`, what its project's code expects around the tensors; `claims(file name, arguments)`,
+    whether a file whose keys are also another layout's is this one's; and `admit(arguments)`, which
+    raises UsageError where the training's arguments say that it is not to be read.
     """
 
     HOLDS: frozenset[str]
@@ -95,31 +93,33 @@ def read(
     given = dict(given or {})
     content, file = load(path, average)
     state, buffers, which = unwrap(content, average)
-    name = recognise(path, set(state), family)
+    told = arguments(content)
+    name = recognise(path, set(state), family, told)
+    checks.numbers(path, state, file.stat().st_size)
     layout = formats()[name]
     try:
         network = layout.describe(state, given)
         num_classes = given.pop("num_classes", network.num_classes)
+        fields = network.fields | given
         model = backbones.resolve(
-            ModelConfig(
-                name=None, family=network.family, num_classes=num_classes, **network.fields | given
-            )
+            ModelConfig(name=None, family=network.family, num_classes=num_classes, **fields)
         )
-        with torch.device("meta"):
-            expected = backbones.build(model, network.shape).state_dict()
+        expected = checks.expected(state, model, network.shape)
         tensors = layout.to_ours(state, network)
         sections = layout.sections(network, buffers)
+        if hasattr(layout, "admit"):
+            layout.admit(told)
     except KeyError as error:
         raise MsmdiffError(
             f"{path} looks like a {name} checkpoint, but lacks the tensor {error}"
         ) from None
     except (UsageError, MsmdiffError) as error:
         raise type(error)(f"{path}: {error}") from None
-    except (ValueError, IndexError, RuntimeError):
+    except Exception:  # shapes that fit no network: maps index, divide and reshape by them
         raise MsmdiffError(
             f"{path} looks like a {name} checkpoint, but its tensors have other shapes"
         ) from None
-    check(path, tensors, expected)
+    checks.network(path, tensors, expected)
     notes = {"layout": name, "weights": which or file.name, "size": size_of(model)}
     return Published(
         path=path, tensors=tensors, model=model, shape=network.shape, sections=sections, notes=notes
@@ -159,8 +159,7 @@ def load(path: Path, average: bool = True) -> tuple[Any, Path]:
     """What lies in a file, and which file it was (a folder of U-ViT has two). Never executes
     anything.
 
-    Raises UsageError where there is none, and MsmdiffError for anything but a safetensors file or a
-    torch file of plain values.
+    Raises what `tensor_files.read` does.
     """
     if path.is_dir():
         names = ("nnet_ema.pth", "nnet.pth") if average else ("nnet.pth",)
@@ -170,103 +169,83 @@ def load(path: Path, average: bool = True) -> tuple[Any, Path]:
                 f"{path} is a folder without {' or '.join(names)}: name a checkpoint file"
             )
         path = found[0]
-    if not path.is_file():
-        raise UsageError(f"{path} does not exist")
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path), path
-        with path.open("rb") as file:
-            start = file.read(512).lstrip().lower()
-        if start.startswith((b"<!doctype", b"<html", b"<?xml")):
-            raise MsmdiffError(f"{path} is a web page, not a checkpoint: download the file itself")
-        # DiT and EDT keep their command line beside the weights.
-        with torch.serialization.safe_globals([argparse.Namespace]):
-            return torch.load(path, map_location="cpu", weights_only=True), path
-    except pickle.UnpicklingError as error:
-        if wanted := re.search(r"GLOBAL ([\w.]+)", str(error)):
-            raise MsmdiffError(
-                f"{path} asks to run code ({wanted[1]}), so it was not opened; nothing was executed"
-            ) from None
-        raise MsmdiffError(f"{path} is not a checkpoint that torch wrote, or is damaged") from None
-    except (
-        SafetensorError,
-        RuntimeError,
-        EOFError,
-        OSError,
-        ValueError,
-        KeyError,
-        zipfile.BadZipFile,
-    ) as error:
-        reason = str(error).strip().splitlines()[:1] or [type(error).__name__]
-        raise MsmdiffError(f"{path} is truncated or damaged: {reason[0]}") from None
+    return tensor_files.read(path), path
+
+
+AVERAGES = ("ema", "model_ema", "ema_model", "ema_state_dict", "model_ema_state_dict")
+LAST = ("model", "model_state_dict", "state_dict", "module")
+"""Under which keys training checkpoints keep their networks."""
+
+WRAPPERS = ("module.", "ema_model.", "model.")
+"""Prefixes of a network inside another module."""
+
+INNER = re.compile(r"(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
+"""What torch.compile, FSDP and checkpointing put into names, at any depth."""
 
 
 def unwrap(content: Any, average: bool = True) -> tuple[Tensors, Tensors, str]:
     """A checkpoint's content -> the network's tensors, the buffers saved beside them, and which
     weights they are.
 
-    Training checkpoints hold `model` and `ema`; MaskDM's hold the network inside its diffusion
-    (`model.`), and its average inside ema_pytorch's (`ema_model.`). The name is "" for a bare state
-    dict.
+    Training checkpoints hold a network under one of LAST, and its average under one of AVERAGES;
+    MaskDM's hold the network inside its diffusion (`model.`), and its average inside ema_pytorch's
+    (`ema_model.`). The name is "" for a bare state dict.
     """
-    which = ""
-    if isinstance(content, Mapping):
-        for key in ("ema", "model", "state_dict") if average else ("model", "state_dict"):
-            if isinstance(content.get(key), Mapping):
-                content, which = content[key], key
-                break
+    held, which = _held(content, (*AVERAGES, *LAST) if average else LAST)
+    state = {INNER.sub("", name): tensor for name, tensor in held.items()}
+    buffers: Tensors = {}
+    while prefix := next((p for p in WRAPPERS if any(n.startswith(p) for n in state)), None):
+        inside = {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+        if prefix == "model.":
+            buffers = {name: t for name, t in state.items() if not name.startswith(prefix)}
+        state = inside
+    return state, buffers, which
+
+
+def _held(content: Any, keys: Sequence[str]) -> tuple[Tensors, str]:
+    """The tensors under the first of the keys that holds any (`model_ema.module` has two levels),
+    else those of the content itself; and that key.
+    """
     if not isinstance(content, Mapping):
-        return {}, {}, which
-    state = {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}
-    for prefix in ("module.", "ema_model.", "model."):
-        if any(name.startswith(prefix) for name in state):
-            inner = {name[len(prefix) :]: t for name, t in state.items() if name.startswith(prefix)}
-            if prefix == "model.":
-                return (
-                    inner,
-                    {name: t for name, t in state.items() if not name.startswith(prefix)},
-                    which,
-                )
-            state = inner
-    return state, {}, which
+        return {}, ""
+    for key in keys:
+        if found := _held(content.get(key), LAST if keys is not LAST else ())[0]:
+            return found, key
+    return {str(k): v.detach() for k, v in content.items() if isinstance(v, Tensor)}, ""
 
 
-def recognise(path: Path, names: set[str], family: str = "auto") -> str:
-    """The layout (a name in `formats`) of a state dict with these keys. Raises when it is none, or
-    not the one forced.
+def arguments(content: Any) -> dict[str, Any]:
+    """What a training was started with, where its checkpoint tells (`args`)."""
+    given = content.get("args") if isinstance(content, Mapping) else None
+    told = given.state if isinstance(given, tensor_files.Shell) else given
+    return {str(k): v for k, v in told.items()} if isinstance(told, Mapping) else {}
+
+
+def recognise(
+    path: Path, names: set[str], family: str = "auto", told: Mapping[str, Any] | None = None
+) -> str:
+    """The layout (a name in `formats`) of a state dict with these keys.
+
+    `told`: the arguments of its training, where the file has them. Raises when it is none, or not
+    the one forced.
     """
-    found = next((name for name, layout in formats().items() if layout.matches(names)), None)
     if family != "auto" and family not in formats():
         raise UsageError(f"--family {family}: the families are auto, {', '.join(formats())}")
-    if found is None:
+    found = [name for name, layout in formats().items() if layout.matches(names)]
+    if not found:
         some = ", ".join(sorted(names)[:3]) or "no tensors"
         raise MsmdiffError(f"{path} is no checkpoint of {', '.join(formats())}: it holds {some}")
-    if family not in ("auto", found):
-        raise UsageError(f"{path} is a {found} checkpoint, not {family} as --family says")
-    return found
+    # Of several with the same keys, the one that the file or its name tells of.
+    claims = (name for name in found if _claimed(formats()[name], path, told or {}))
+    likely = next(claims, found[0])
+    if family not in ("auto", *found):
+        raise UsageError(f"{path} is a {likely} checkpoint, not {family} as --family says")
+    return likely if family == "auto" else family
 
 
-def check(path: Path, tensors: Tensors, expected: Mapping[str, Tensor]) -> None:
-    """Raises MsmdiffError unless the tensors are exactly a network's, by name and shape."""
-    problems = []
-    for what, names in (
-        ("lacks", expected.keys() - tensors.keys()),
-        ("has", tensors.keys() - expected.keys()),
-    ):
-        if names:
-            more = f" and {len(names) - 1} more" if len(names) > 1 else ""
-            problems.append(
-                f"{what} {'the tensor' if what == 'lacks' else 'an unknown tensor'} "
-                f"{min(names)}{more}"
-            )
-    for name in sorted(expected.keys() & tensors.keys()):
-        if tensors[name].shape != expected[name].shape:
-            problems.append(
-                f"has {name} of shape {list(tensors[name].shape)}, not {list(expected[name].shape)}"
-            )
-            break
-    if problems:
-        raise MsmdiffError(f"{path} {' and '.join(problems)} (in msmdiff's names)")
+def _claimed(layout: Format, path: Path, told: Mapping[str, Any]) -> bool:
+    claims = getattr(layout, "claims", None)
+    return claims is not None and bool(claims(path.name, told))
 
 
 def size_of(model: ModelConfig) -> str:

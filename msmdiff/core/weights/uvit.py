@@ -8,6 +8,7 @@ from msmdiff.core.backbones import maskdwt, uvit
 from msmdiff.core.registry import register
 from msmdiff.core.samplers.papers import SAMPLINGS
 from msmdiff.core.weights.layout import (
+    PIXELS,
     Network,
     Pairs,
     Tensors,
@@ -74,7 +75,7 @@ def sections(network: Network, buffers: Tensors) -> dict[str, Any]:
     continuous in time.
     """
     text = bool(network.fields.get("context_tokens"))
-    latent = network.shape[0] == 4
+    latent = network.shape[0] != PIXELS
     discrete = text or (latent and not network.fields["final_conv"])
     common = latent_sections(network.shape)
     if text:

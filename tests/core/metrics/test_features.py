@@ -146,7 +146,7 @@ def test_dino_reads_the_published_layout_and_shrinks_its_positions(tmp_path):
         MsmdiffError, match=r"part.pth cannot be used as vit_small.*norm.weight.*--dinov2-weights"
     ):
         DinoFeatures(tmp_path / "part.pth", model=SMALL)
-    with pytest.raises(MsmdiffError, match=r"none.pth cannot be used.*No such file"):
+    with pytest.raises(MsmdiffError, match=r"none.pth cannot be used.*does not exist"):
         DinoFeatures(tmp_path / "none.pth", model=SMALL)
 
 

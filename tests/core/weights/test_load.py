@@ -398,3 +398,26 @@ def test_a_run_is_sampled_from_the_average_it_names(tmp_path):
     loaded = msmdiff.load(tmp_path / "r")
     assert loaded.path == folder / "ema-0.99.safetensors"
     assert torch.equal(loaded.backbone.pos_embed, tensors["pos_embed"])
+
+
+def test_no_output_replaces_what_msmdiff_did_not_write(golden, cli, tmp_path):
+    source = str(golden / "mdtv2" / "checkpoint.pt")
+    mine = tmp_path / "mine.safetensors"
+    mine.write_text("MINE")
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "config.json").write_text("MINE")
+    for arguments in (
+        ("convert", source, "-o", "mine.safetensors"),
+        ("export", source, "--format", "mdt", "-o", "mine.safetensors"),
+        ("export", source, "--format", "diffusers", "-o", "folder"),
+    ):
+        done = cli("weights", *arguments, code=2)
+        assert "is there already" in done.stderr
+        assert "--overwrite" in done.stderr
+    assert mine.read_text() == "MINE"
+    assert (tmp_path / "folder" / "config.json").read_text() == "MINE"
+    cli("weights", "convert", source, "-o", "mine.safetensors", "--overwrite")
+    # What it wrote, it writes again, also into a folder that is new.
+    cli("weights", "convert", source, "-o", "mine.safetensors")
+    cli("weights", "convert", source, "-o", "new/mdt.safetensors")
+    assert (tmp_path / "new" / "mdt.safetensors").read_bytes() == mine.read_bytes()

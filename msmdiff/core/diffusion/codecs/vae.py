@@ -2,15 +2,13 @@
 
 import hashlib
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Literal
 
 import torch
 from pydantic import Field, StrictBool
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from msmdiff.core import tensor_files
 from msmdiff.core.diffusion.codecs import Codec, to_uint8, to_unit
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import Options, register
@@ -206,25 +204,17 @@ def _load_vae(config: VaeOptions) -> Any:
                 else STABLE_DIFFUSION_VAE
             )
             vae = AutoencoderKL.from_config(settings)
-            if source.endswith(".safetensors"):
-                tensors = load_file(source)
-            else:
-                tensors = torch.load(source, map_location="cpu", weights_only=True)
-                tensors = tensors.get("state_dict", tensors)
+            tensors = tensor_files.read(source)
+            held = tensors.get("state_dict", tensors)
+            tensors = {name: value for name, value in held.items() if isinstance(value, Tensor)}
+            if not tensors:
+                raise ValueError("it holds no tensors")
             if any(
                 "mid.block_1." in name for name in tensors
             ):  # the layout of Stable Diffusion's own code
                 tensors = convert_ldm_vae_checkpoint(tensors, settings)
             missing = vae.load_state_dict(tensors, strict=False).missing_keys
-    except (
-        OSError,
-        ValueError,
-        RuntimeError,
-        KeyError,
-        AttributeError,
-        SafetensorError,
-        UnpicklingError,
-    ) as error:
+    except Exception as error:  # a library's own words, nearly anything
         reason = " ".join(str(error).split())[:200]
         raise MsmdiffError(
             f"codec.vae {source} cannot be loaded as an AutoencoderKL: {reason}"
