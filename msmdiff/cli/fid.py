@@ -36,7 +36,8 @@ Crop = Annotated[
     typer.Option(min=8, help="Centre-crop images to this side first, as training does."),
 ]
 N = Annotated[
-    int | None, typer.Option(min=2, help="Images to draw, seeds from 0; default: 10,000.")
+    int | None,
+    typer.Option(min=2, max=10_000_000, help="Images to draw, seeds from 0; default: 10,000."),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -49,7 +50,8 @@ EveryCheckpoint = Annotated[
     bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")
 ]
 Bootstrap = Annotated[
-    int, typer.Option(min=0, help="Bootstrap resamples for a 95 % interval; 0 means none.")
+    int,
+    typer.Option(min=0, max=10_000, help="Bootstrap resamples for a 95 % interval; 0 means none."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="PNG: samples beside their nearest references.")]
 AllowMismatch = Annotated[

@@ -122,7 +122,7 @@ class InceptionScore(Metric):
 
 
 class KidOptions(Options):
-    kid_subsets: int = Field(100, ge=1, description="random subsets that are compared")
+    kid_subsets: int = Field(100, ge=1, le=10_000, description="random subsets that are compared")
     kid_size: int = Field(1000, ge=2, description="images of a subset, at most the smaller set's")
 
 
