@@ -289,7 +289,7 @@ def _show(console: Any, sides: _Sides, results: list[Any], passes: list[Any]) ->
         counts = [
             f"{n:,} images" if n else "unknown number" for n in (first.count_a, first.count_b)
         ]
-        rows = [(s.title, f"{s.value:.4f}", _spread(s), s.features) for s in scores]
+        rows = [(s.title, f"{s.value:z.4f}", _spread(s), s.features) for s in scores]
         title = f"{spec} ({counts[0]}) against {sides.reference} ({counts[1]})"
         console.table(title, ("metric", "value", "", "features"), rows)
     for each in passes:
@@ -335,7 +335,12 @@ def _told(settings: Any) -> dict[str, Any]:
     for entry in registry.entries("metric").values():
         options |= entry.options().model_dump()
     options |= settings.metric_options
-    known = {"is_splits": "splits", "prdc_k": "k", "prdc_k_density": "k_density"}
+    known = {
+        "is_splits": "splits",
+        "is_order": "order",
+        "prdc_k": "k",
+        "prdc_k_density": "k_density",
+    }
     return told | {known.get(name, name): value for name, value in options.items()}
 
 

@@ -53,7 +53,7 @@ def test_every_inception_metric_with_settings_and_a_picture(
     rng = np.random.default_rng(1)
     np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (9, 24, 40, 3), np.uint8))
     weights = ["--weights", str(random_inception)]
-    metrics = ["--metrics", "fid,sfid,is,kid,prdc"]
+    metrics = ["--metrics", "fid,sfid,is,kid,prdc", "--set", "metric.is_splits=3"]
     done = cli(
         "fid", "samples.npz", "photos", *weights, *metrics, "--json", "s.json", "--plot", "p.png"
     )
@@ -207,6 +207,11 @@ def test_distances_along_a_run(cli, tmp_path):
             "--metrics 'nope' is none of the metrics; there are fid",
         ),
         (["photos", "photos", "--metrics", "is"], 2, "features inception: pixel has no classes"),
+        (
+            ["photos", "photos", "--metrics", "is", "--features", "inception"],
+            2,
+            "12 images cannot be cut into metric.is_splits 10 parts of two or more, give at most 6",
+        ),
         (["photos", "photos", "--resize", "clean"], 2, "no effect on --features pixel"),
         (
             ["photos", "photos", "--bootstrap", "1"],
