@@ -1,5 +1,6 @@
 """`fid`: the distance between two sets of images, and what else tells them apart."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError
 
 SetA = Annotated[
     str | None, typer.Argument(help="Folder, zip, `.npz`, or a run or weights to sample from.")
@@ -70,6 +71,10 @@ JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write scores and settings; - for stdout.")
 ]
 
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace outputs that msmdiff did not write.")
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the command."""
@@ -104,6 +109,7 @@ def fid(
     workers: Workers = None,
     save_stats: SaveStats = None,
     json_file: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare two sets of images: FID, sFID, Inception Score, KID, precision/recall,
     density/coverage, FD-DINOv2.
@@ -113,6 +119,8 @@ def fid(
     """
     from msmdiff.core.metrics.evaluate import Settings
 
+    outputs = _Outputs(save_stats, json_file, plot)
+    outputs.check(overwrite)
     chosen = _split_sets(sets)
     if resize is not None:
         chosen.features["resize"] = resize
@@ -140,14 +148,56 @@ def fid(
         keep_rows=plot is not None,
     )
     opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
-    _compare(sides, settings, {**opening, "layers": [chosen.layers]}, (save_stats, json_file, plot))
+    _compare(sides, settings, {**opening, "layers": [chosen.layers]}, outputs)
+
+
+@dataclass
+class _Outputs:
+    """The files to write, where they are wanted; `-` as the JSON is standard output."""
+
+    statistics: Path | None
+    json: Path | None
+    plot: Path | None
+
+    def check(self, overwrite: bool) -> None:
+        """Refuse what cannot or must not be written, before anything is measured.
+
+        Raises UsageError for a file that this tool did not write, and MsmdiffError for a place that
+        cannot be written.
+        """
+        from msmdiff.core import files
+        from msmdiff.core.metrics import sheet, statistics
+
+        wanted: list[tuple[Path | None, Callable[[Path], bool]]] = [
+            (self.statistics, statistics.ours),
+            (None if str(self.json) == "-" else self.json, _is_record),
+            (self.plot, sheet.ours),
+        ]
+        for path, ours in wanted:
+            if path is None:
+                continue
+            files.require_writable(path)
+            files.require_ours(path, os.path.lexists(path) and ours(path), overwrite)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether `--json` wrote a file."""
+    from msmdiff.core import files
+
+    try:
+        files.require_regular(path)
+        with files.reading(path, "JSON"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except MsmdiffError:
+        return False
+    return isinstance(content, dict) and {"settings", "measured", "versions"} <= set(content)
 
 
 def _compare(
     sides: "_Sides",
     settings: Any,
     opening: dict[str, Any],
-    outputs: tuple[Path | None, Path | None, Path | None],
+    outputs: _Outputs,
 ) -> None:
     """Measure, show, and write statistics, JSON and a picture where they are wanted."""
     from msmdiff.cli.console import Console, print_json
@@ -155,7 +205,7 @@ def _compare(
     from msmdiff.core.metrics import evaluate, sheet, statistics
     from msmdiff.core.training import launch
 
-    save_stats, json_file, plot = outputs
+    save_stats, json_file, plot = outputs.statistics, outputs.json, outputs.plot
     settings.device, main = launch.process()
     console = Console(to_stderr=str(json_file) == "-")
     if main:
@@ -213,8 +263,6 @@ class _Sides:
 
 def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
     """Which sets are compared. Raises UsageError where that is not said."""
-    from msmdiff.core.data.sources import holds_images
-    from msmdiff.core.metrics import statistics
     from msmdiff.core.training import evaluation
 
     a, b = wish.a, wish.b
@@ -240,12 +288,6 @@ def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
             "fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the statistics of "
             "one"
         )
-    if save_stats and save_stats.exists():
-        ours = statistics.load(save_stats) and not holds_images(save_stats)
-        if not ours:
-            raise UsageError(
-                f"{save_stats} holds other things than statistics: give another name, or remove it"
-            )
     return sides
 
 

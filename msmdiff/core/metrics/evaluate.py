@@ -173,10 +173,10 @@ def evaluate(
     sets = [open_input(spec, device=how.device, **opening) for spec in specs]
     if how.keep_rows and (bare := [images.spec for images in sets if not len(images)]):
         raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
+    passes = _passes(metrics, sets, how)
     for metric in metrics:
         for images in sets[:-1] if b is not None else []:
             metric.check(_count(images), _count(sets[-1]))
-    passes = _passes(metrics, sets, how)
     for each in passes:
         for images in sets:
             keep_rows = each.keep_rows[images is sets[-1]]

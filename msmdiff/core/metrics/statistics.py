@@ -207,6 +207,7 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
 def ours(path: Path) -> bool:
     """Whether `save` wrote a file."""
     try:
+        files.require_regular(path)
         with files.reading(path, "a NumPy archive"), np.load(path, allow_pickle=False) as content:
             return {"mu", "sigma", "msmdiff"} <= set(content)
     except MsmdiffError:

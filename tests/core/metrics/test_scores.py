@@ -102,6 +102,13 @@ def test_the_order_of_class_folders_does_not_make_the_inception_score():
     assert shuffled.value == inception_score(rows[torch.from_numpy(order)], 10)[0]
 
 
+def test_an_inception_score_of_too_few_images_is_refused_before_they_are_measured():
+    made = registry.find("metric", "is", "metrics").make(is_splits=10)
+    with pytest.raises(UsageError, match=r"12 images .* metric.is_splits 10 parts .* at most 6"):
+        made.check(12, 12)
+    made.check(0, 12)  # not known yet
+
+
 def test_kid_says_where_its_subsets_are_smaller_or_all_the_same():
     few = scored("kid", normal(20, 4), kid_size=1000, kid_subsets=3)
     assert few.title == "KID of subsets of 20, for want of 1,000"
