@@ -1,5 +1,6 @@
 """`fid`: the distance between two sets of images, and what else tells them apart."""
 
+import json
 import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError
 
 SetA = Annotated[
     str | None, typer.Argument(help="Folder, zip, `.npz`, or a run or weights to sample from.")
@@ -36,7 +37,8 @@ Crop = Annotated[
     typer.Option(min=8, help="Centre-crop images to this side first, as training does."),
 ]
 N = Annotated[
-    int | None, typer.Option(min=2, help="Images to draw, seeds from 0; default: 10,000.")
+    int | None,
+    typer.Option(min=2, max=10_000_000, help="Images to draw, seeds from 0; default: 10,000."),
 ]
 Sets = Annotated[
     list[str] | None,
@@ -49,7 +51,8 @@ EveryCheckpoint = Annotated[
     bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")
 ]
 Bootstrap = Annotated[
-    int, typer.Option(min=0, help="Bootstrap resamples for a 95 % interval; 0 means none.")
+    int,
+    typer.Option(min=0, max=10_000, help="Bootstrap resamples for a 95 % interval; 0 means none."),
 ]
 Plot = Annotated[Path | None, typer.Option(help="PNG: samples beside their nearest references.")]
 AllowMismatch = Annotated[
@@ -66,6 +69,10 @@ SaveStats = Annotated[
 ]
 JsonFile = Annotated[
     Path | None, typer.Option("--json", help="Write scores and settings; - for stdout.")
+]
+
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace outputs that msmdiff did not write.")
 ]
 
 
@@ -102,6 +109,7 @@ def fid(
     workers: Workers = None,
     save_stats: SaveStats = None,
     json_file: JsonFile = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Compare two sets of images: FID, sFID, Inception Score, KID, precision/recall,
     density/coverage, FD-DINOv2.
@@ -111,6 +119,8 @@ def fid(
     """
     from msmdiff.core.metrics.evaluate import Settings
 
+    outputs = _Outputs(save_stats, json_file, plot)
+    outputs.check(overwrite)
     chosen = _split_sets(sets)
     if resize is not None:
         chosen.features["resize"] = resize
@@ -138,14 +148,56 @@ def fid(
         keep_rows=plot is not None,
     )
     opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
-    _compare(sides, settings, {**opening, "layers": [chosen.layers]}, (save_stats, json_file, plot))
+    _compare(sides, settings, {**opening, "layers": [chosen.layers]}, outputs)
+
+
+@dataclass
+class _Outputs:
+    """The files to write, where they are wanted; `-` as the JSON is standard output."""
+
+    statistics: Path | None
+    json: Path | None
+    plot: Path | None
+
+    def check(self, overwrite: bool) -> None:
+        """Refuse what cannot or must not be written, before anything is measured.
+
+        Raises UsageError for a file that this tool did not write, and MsmdiffError for a place that
+        cannot be written.
+        """
+        from msmdiff.core import files
+        from msmdiff.core.metrics import sheet, statistics
+
+        wanted: list[tuple[Path | None, Callable[[Path], bool]]] = [
+            (self.statistics, statistics.ours),
+            (None if str(self.json) == "-" else self.json, _is_record),
+            (self.plot, sheet.ours),
+        ]
+        for path, ours in wanted:
+            if path is None:
+                continue
+            files.require_writable(path)
+            files.require_ours(path, os.path.lexists(path) and ours(path), overwrite)
+
+
+def _is_record(path: Path) -> bool:
+    """Whether `--json` wrote a file."""
+    from msmdiff.core import files
+
+    try:
+        files.require_regular(path)
+        with files.reading(path, "JSON"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except MsmdiffError:
+        return False
+    return isinstance(content, dict) and {"settings", "measured", "versions"} <= set(content)
 
 
 def _compare(
     sides: "_Sides",
     settings: Any,
     opening: dict[str, Any],
-    outputs: tuple[Path | None, Path | None, Path | None],
+    outputs: _Outputs,
 ) -> None:
     """Measure, show, and write statistics, JSON and a picture where they are wanted."""
     from msmdiff.cli.console import Console, print_json
@@ -153,7 +205,7 @@ def _compare(
     from msmdiff.core.metrics import evaluate, sheet, statistics
     from msmdiff.core.training import launch
 
-    save_stats, json_file, plot = outputs
+    save_stats, json_file, plot = outputs.statistics, outputs.json, outputs.plot
     settings.device, main = launch.process()
     console = Console(to_stderr=str(json_file) == "-")
     if main:
@@ -211,8 +263,6 @@ class _Sides:
 
 def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
     """Which sets are compared. Raises UsageError where that is not said."""
-    from msmdiff.core.data.sources import holds_images
-    from msmdiff.core.metrics import statistics
     from msmdiff.core.training import evaluation
 
     a, b = wish.a, wish.b
@@ -238,12 +288,6 @@ def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
             "fid compares two sets: give A and B, or `stats SRC -o FILE` to keep the statistics of "
             "one"
         )
-    if save_stats and save_stats.exists():
-        ours = statistics.load(save_stats) and not holds_images(save_stats)
-        if not ours:
-            raise UsageError(
-                f"{save_stats} holds other things than statistics: give another name, or remove it"
-            )
     return sides
 
 
@@ -287,7 +331,7 @@ def _show(console: Any, sides: _Sides, results: list[Any], passes: list[Any]) ->
         counts = [
             f"{n:,} images" if n else "unknown number" for n in (first.count_a, first.count_b)
         ]
-        rows = [(s.title, f"{s.value:.4f}", _spread(s), s.features) for s in scores]
+        rows = [(s.title, f"{s.value:z.4f}", _spread(s), s.features) for s in scores]
         title = f"{spec} ({counts[0]}) against {sides.reference} ({counts[1]})"
         console.table(title, ("metric", "value", "", "features"), rows)
     for each in passes:
@@ -333,7 +377,12 @@ def _told(settings: Any) -> dict[str, Any]:
     for entry in registry.entries("metric").values():
         options |= entry.options().model_dump()
     options |= settings.metric_options
-    known = {"is_splits": "splits", "prdc_k": "k", "prdc_k_density": "k_density"}
+    known = {
+        "is_splits": "splits",
+        "is_order": "order",
+        "prdc_k": "k",
+        "prdc_k_density": "k_density",
+    }
     return told | {known.get(name, name): value for name, value in options.items()}
 
 

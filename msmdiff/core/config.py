@@ -266,7 +266,8 @@ def _explain(name: str, fields: dict[str, Any], problem: Any) -> str:
             return _no_effect(name, fields, key, takers[key])
         known = [*SECTIONS[name].model_fields, *takers]
         return f"unknown configuration key '{where}'{nearest(key, known)}"
-    message = problem["msg"][0].lower() + problem["msg"][1:]
+    message = problem["msg"].removeprefix("Value error, ")
+    message = message[0].lower() + message[1:]
     return f"{where} = {problem['input']!r}: {message}"
 
 

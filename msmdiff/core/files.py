@@ -158,6 +158,23 @@ def require_ours(path: Path, ours: bool, overwrite: bool = False) -> None:
         )
 
 
+def require_writable(path: Path) -> None:
+    """Refuse, before costly work, an output for which there is no place: a folder, a name below a
+    file, or what may not be written. What shows only while writing is for `writing`.
+
+    Raises MsmdiffError.
+    """
+    if path.is_dir():
+        raise MsmdiffError(f"{path} is a folder: name a file")
+    folder = path.parent
+    while not os.path.lexists(folder) and folder != folder.parent:
+        folder = folder.parent
+    if not folder.is_dir():
+        raise MsmdiffError(f"{path} cannot be written: {folder} is not a folder")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise MsmdiffError(f"{path} cannot be written: {folder} is read-only")
+
+
 # Who writes
 
 

@@ -155,6 +155,8 @@ class Model:
         def denoise(x_t: Tensor, t: Tensor) -> Estimate:
             at = strength(t)
             scale = at.item() if t.ndim == 0 else at
+            if options.cfg_scale == 1:  # one pass, also where the network has no null to ask
+                scale = 1.0
             guided = guidance.Guided(
                 network=network or self.backbone,
                 condition=self.condition,

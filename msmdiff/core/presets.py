@@ -33,14 +33,21 @@ CORE_SCHEMA: list[tuple[re.Pattern[str], Callable[[str], Scalar]]] = [
     (re.compile(r"true|True|TRUE"), lambda text: True),
     (re.compile(r"false|False|FALSE"), lambda text: False),
     (re.compile(r"[-+]?[0-9]+"), int),
-    (re.compile(r"0o[0-7]+"), lambda text: int(text, 8)),
-    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: int(text, 16)),
+    (re.compile(r"0o[0-7]+"), lambda text: _integer(text, 8)),
+    (re.compile(r"0x[0-9a-fA-F]+"), lambda text: _integer(text, 16)),
     (re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?"), float),
     (
         re.compile(r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"),
         lambda text: float(text.replace(".", "")),
     ),
 ]
+
+
+def _integer(text: str, base: int) -> int:
+    # Python reads, but then cannot show, longer ones.
+    if len(text) > 100:
+        raise ValueError(f"{text[:20]}... has too many digits")
+    return int(text, base)
 
 
 def parse_yaml(text: str, where: str) -> Any:

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 from msmdiff.core.errors import MsmdiffError, UsageError, nearest
 
@@ -30,10 +30,24 @@ ENTRY_POINTS = "msmdiff.plugins"
 T = TypeVar("T")
 
 
-class Options(BaseModel):
-    """What one choice takes beside the keys that all of its kind have; by itself: nothing."""
+class Checked(BaseModel):
+    """Unknown keys are refused, and so are numbers that no computation has a use for: infinite
+    ones, NaN, and integers of more than 63 bits. Keys whose cost grows have bounds of their own.
+    """
 
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+    model_config = ConfigDict(extra="forbid", validate_assignment=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _of_63_bits(cls, value: Any) -> Any:
+        for number in value if isinstance(value, list) else [value]:
+            if isinstance(number, int) and abs(number) >= 2**63:
+                raise ValueError("the number is too large: give one below 2^63")
+        return value
+
+
+class Options(Checked):
+    """What one choice takes beside the keys that all of its kind have; by itself: nothing."""
 
 
 @dataclass(frozen=True)

@@ -5,18 +5,18 @@ is declared where it is defined, and `config` puts the two together.
 """
 
 import re
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StrictBool, field_validator
+from pydantic import ConfigDict, Field, StrictBool, field_validator
+
+from msmdiff.core.registry import Checked
 
 AUTO = "auto"
 """A choice that is settled when the configuration is resolved."""
 
 
-class Section(BaseModel):
+class Section(Checked):
     """One section; subclasses are completed by the options of what they choose."""
-
-    model_config = ConfigDict(extra="forbid", validate_assignment=True)
 
     CHOICES: ClassVar[dict[str, str]] = {}
     """Keys that choose something registered: key -> kind."""
@@ -34,7 +34,7 @@ class DataConfig(Section):
         "digits", description="`digits[:train|:test]`, or any folder or file of docs/data.md"
     )
     kind: str = Field(AUTO, description="which kind of source it is; auto: by its look")
-    image_size: int = Field(16, ge=2, description="side of the square images, in pixels")
+    image_size: int = Field(16, ge=2, le=16_384, description="side of the square images, in pixels")
     labels: Literal["auto", "folders", "adm", "none"] = Field(
         "auto",
         description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none",
@@ -47,7 +47,9 @@ class DataConfig(Section):
     skip_unreadable: StrictBool = Field(
         False, description="leave unreadable images out instead of stopping"
     )
-    workers: int | None = Field(None, ge=0, description="loader processes; null: as many as help")
+    workers: int | None = Field(
+        None, ge=0, le=1024, description="loader processes; null: as many as help"
+    )
 
 
 class CodecConfig(Section):
@@ -66,11 +68,11 @@ class ModelConfig(Section):
     overrides the size.
     """
 
-    model_config = ConfigDict(extra="allow", validate_assignment=True)
+    model_config = ConfigDict(extra="allow")
 
     name: str | None = Field("tiny", description="a published size; null: by family and its keys")
     family: str | None = Field(None, description="the backbone; null: the size's")
-    num_classes: int | Literal["auto"] = Field(
+    num_classes: Annotated[int, Field(le=10_000_000)] | Literal["auto"] = Field(
         0, description="0: unconditional; auto: as many as the data has"
     )
 
@@ -84,7 +86,9 @@ class ProcessConfig(Section):
     }
 
     schedule: str = Field("cosine", description="how much signal and noise there is at each time")
-    timesteps: int = Field(1000, ge=2, description="training steps, or how finely samplers step")
+    timesteps: int = Field(
+        1000, ge=2, le=100_000, description="training steps, or how finely samplers step"
+    )
     prediction: str = Field("eps", description="what the network's output means")
     weighting: str = Field("uniform", description="how much each time counts in the loss")
     time_sampling: str = Field("uniform", description="how training times are drawn")
@@ -180,9 +184,11 @@ class TrainConfig(Section):
     max_seconds: float | None = Field(
         None, gt=0, description="stop after this much time spent in training steps"
     )
-    batch_size: int = Field(128, ge=1, description="images per optimiser step, over all processes")
+    batch_size: int = Field(
+        128, ge=1, le=1_000_000, description="images per optimiser step, over all processes"
+    )
     micro_batch_size: int | None = Field(
-        None, ge=1, description="images per forward pass and process"
+        None, ge=1, le=1_000_000, description="images per forward pass and process"
     )
     seed: int = Field(0, ge=0, description="of everything random")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -206,7 +212,7 @@ class TrainConfig(Section):
         default=[], description="where metrics are shown as well"
     )
     threads: int | None = Field(
-        None, ge=1, description="CPU threads of a process; null: its share of the cores"
+        None, ge=1, le=4096, description="CPU threads of a process; null: its share of the cores"
     )
 
 
@@ -232,7 +238,7 @@ class SampleConfig(Section):
         "predicted (MaskDM)",
     )
     cfg_scale: float = Field(
-        1.0, ge=0, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance"
+        1.0, ge=0, le=10_000, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance"
     )
     cfg_against: Literal["null", "route", "path"] = Field(
         "null",
@@ -284,11 +290,12 @@ class SampleConfig(Section):
     @field_validator("steps", mode="before")
     @classmethod
     def _steps_or_spacing(cls, steps: Any) -> Any:
-        if isinstance(steps, str) and steps.strip().isdigit():
+        if isinstance(steps, str) and re.fullmatch(r"[0-9]{1,9}", steps.strip()):
             steps = int(steps)
-        if isinstance(steps, bool) or (isinstance(steps, int) and steps < 1):
-            raise ValueError("give at least one step")
-        if isinstance(steps, str) and not re.fullmatch(r"ddim\d+|\d+(,\d+)*", steps):
+        if isinstance(steps, bool) or (isinstance(steps, int) and not 1 <= steps <= 100_000):
+            raise ValueError("give 1 to 100,000 steps")
+        spacing = r"ddim[0-9]{1,6}|[0-9]{1,6}(,[0-9]{1,6})*"
+        if isinstance(steps, str) and not re.fullmatch(spacing, steps):
             raise ValueError("give a number, or ADM's spacing such as ddim25 or 10,20,30")
         return steps
 

@@ -71,6 +71,9 @@ def _draw_of(seed: int) -> Callable[[Tensor], object]:
 
 # ------------------------------------------------------------------ ranges as users write them
 
+MOST = 10_000_000
+"""Numbers that a range may stand for: they are written out."""
+
 
 def parse_range(text: str, option: str) -> list[int]:
     """`7`, `0-9`, `0,4,7` or a mixture -> integers. Raises UsageError naming the option."""
@@ -81,6 +84,10 @@ def parse_range(text: str, option: str) -> list[int]:
             span = range(int(first), int(last if dash else first) + 1)
             if not span:
                 raise ValueError
+            if span.stop > 2**63 or span.stop - span.start > MOST - len(numbers):
+                raise UsageError(
+                    f"{option} {part[:60]}: give numbers below 2^63, and at most {MOST:,} of them"
+                )
             numbers.extend(span)
     except ValueError:
         problem = "write a number, a rising range such as 0-9, or a list such as 0,4,7"

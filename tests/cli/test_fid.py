@@ -53,7 +53,7 @@ def test_every_inception_metric_with_settings_and_a_picture(
     rng = np.random.default_rng(1)
     np.savez(tmp_path / "samples.npz", rng.integers(0, 255, (9, 24, 40, 3), np.uint8))
     weights = ["--weights", str(random_inception)]
-    metrics = ["--metrics", "fid,sfid,is,kid,prdc"]
+    metrics = ["--metrics", "fid,sfid,is,kid,prdc", "--set", "metric.is_splits=3"]
     done = cli(
         "fid", "samples.npz", "photos", *weights, *metrics, "--json", "s.json", "--plot", "p.png"
     )
@@ -235,7 +235,7 @@ def test_distances_along_a_run(cli, tmp_path):
         (
             ["stats", "photos", "-o", "images.npz"],
             2,
-            "images.npz holds other things than statistics",
+            "images.npz is there already, and was not written by msmdiff",
         ),
         (["weights.safetensors", "photos"], 2, "neither a weights file nor a run"),
     ],
@@ -246,3 +246,26 @@ def test_mistakes_get_one_sentence(cli, tmp_path, photos, arguments, code, messa
     done = cli("fid", *arguments, *PIXEL, code=code)
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_outputs_never_replace_what_is_not_ours(cli, tmp_path, photos):
+    """Nor is anything measured before an output is refused: of these sets there are none."""
+    (tmp_path / "mine.json").write_text('{"settings": "mine"}')
+    np.savez(tmp_path / "theirs.npz", mu=np.zeros(2048), sigma=np.eye(2048))
+    Image.new("RGB", (2, 2)).save(tmp_path / "mine.png")
+    before = {name: (tmp_path / name).read_bytes() for name in ("theirs.npz", "mine.png")}
+    outputs = {"--json": "mine.json", "-o": "theirs.npz", "--plot": "mine.png"}
+    for option, name in outputs.items():
+        done = cli("fid", "none", "neither", option, name, *PIXEL, code=2)
+        assert f"{name} is there already, and was not written by msmdiff" in done.stderr
+    for name, words in (
+        ("mine.json/s.json", "mine.json is not a folder"),
+        ("photos", "photos is a folder: name a file"),
+    ):
+        done = cli("fid", "none", "neither", "--json", name, *PIXEL, code=1)
+        assert words in done.stderr
+    assert {name: (tmp_path / name).read_bytes() for name in before} == before
+    given = [text for pair in outputs.items() for text in pair]
+    cli("fid", "photos", "photos", *given, *PIXEL, "--overwrite")
+    cli("fid", "photos", "photos", *given, *PIXEL)  # ours now
+    assert json.loads((tmp_path / "mine.json").read_text())["count_b"] == 12

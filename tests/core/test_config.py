@@ -1,3 +1,4 @@
+import contextlib
 import re
 from pathlib import Path
 
@@ -5,8 +6,9 @@ import pytest
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core import presets
+from msmdiff.core import presets, registry
 from msmdiff.core.errors import UsageError
+from msmdiff.core.layers import SECTIONS
 
 
 def test_precedence_defaults_preset_flags_sets():
@@ -111,6 +113,58 @@ def test_resolve_reports_every_problem():
 def test_cross_checks(layers, message):
     with pytest.raises(UsageError, match=message):
         road.resolve(configuration.build(layers))
+
+
+LARGE = [-1, 0, 1e308, 10**30, float("nan"), float("inf"), 2**62]
+FAMILIES = ["DiT-S/8", "MDT-S/2", "EDT-S/2", "U-ViT-S/2", "tiny"]
+
+
+def every_key():
+    """(a layer that makes a choice, section, key) of every key that there is."""
+    for name, kind in SECTIONS.items():
+        yield from (({}, name, key) for key in kind.model_fields)
+        for choice, registered in kind.CHOICES.items():
+            for entry in registry.entries(registered).values():
+                made = {name: {choice: entry.name}}
+                yield from ((made, name, key) for key in entry.options.model_fields)
+    for size in FAMILIES:
+        family = registry.entries("size")[size].make["family"]
+        options = registry.entries("backbone")[family].options
+        yield from (({"model": {"name": size}}, "model", key) for key in options.model_fields)
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+@pytest.mark.parametrize("section", SECTIONS)
+def test_no_number_is_too_large_for_a_sentence(section):
+    """Every key with useless numbers, alone and in a list: accepted, or refused with its name."""
+    for made, name, key in every_key():
+        if name != section:
+            continue
+        for number in LARGE:
+            for value in (number, [number, number]):
+                layer = {**made, name: {**made.get(name, {}), key: value}}
+                with contextlib.suppress(UsageError):
+                    road.resolve(configuration.build(layer))
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        ({"model": {"depth": 10**6}}, "model.depth = 1000000: input should be less than or equal"),
+        ({"model": {"num_heads": 0}}, "model.num_heads = 0: input should be greater than or equal"),
+        ({"model": {"mlp_ratio": -1}}, "model.mlp_ratio = -1: input should be greater"),
+        ({"data": {"image_size": 4 * 10**6}}, "data.image_size = 4000000: input should be less"),
+        ({"process": {"timesteps": 10**11}}, "process.timesteps = 100000000000: input should be"),
+        ({"codec": {"name": "dwt", "level": 10**10}}, "codec.level = 10000000000: input should"),
+        ({"train": {"seed": 2**64}}, "train.seed = 18446744073709551616: the number is too large"),
+        ({"sample": {"cfg_scale": 1e308}}, r"sample.cfg_scale = 1e\+308: input should be less"),
+        ({"optim": {"lr": float("inf")}}, "optim.lr = inf: input should be a finite number"),
+        ({"sample": {"steps": "9" * 5000}}, "sample.steps = .*: give a number, or ADM's spacing"),
+    ],
+)
+def test_numbers_out_of_bounds_are_named(layer, message):
+    with pytest.raises(UsageError, match=message):
+        road.resolve(configuration.build(layer))
 
 
 def test_another_size_drops_the_old_dimensions():

@@ -294,10 +294,22 @@ def tiny(num_classes=0, **layers):
     return parts
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "ddpm", "dpm_solver++", "heun", "euler_maruyama"])
-def test_a_seed_is_the_same_image_at_any_batch_size(sampler):
-    own = {"eta": 1.0} if sampler == "ddim" else {}
-    parts, options = tiny(10), section("sample", sampler=sampler, steps=5, cfg_scale=1.5, **own)
+@pytest.mark.parametrize("cfg_scale", [1.0, 1.5])
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"sampler": "ddim", "eta": 1.0},
+        *[{"sampler": name} for name in ("ddpm", "dpm_solver++", "heun", "euler_maruyama")],
+        *[
+            {"sampler": name, "method": "adaptive", "order": order, "clip": False}
+            for name in ("dpm_solver", "dpm_solver++")
+            for order in (2, 3)
+        ],
+    ],
+    ids=lambda own: " ".join(map(str, own.values())),
+)
+def test_a_seed_is_the_same_image_at_any_batch_size(own, cfg_scale):
+    parts, options = tiny(10), section("sample", steps=5, cfg_scale=cfg_scale, **own)
     model = model_of(parts, options)
     sets = [model.draw(range(3, 11), batch_size=size).int() for size in (1, 3, 8)]
     assert (sets[0] - sets[1]).abs().max() <= 1
@@ -509,6 +521,37 @@ def test_dynamic_thresholds_clip_at_the_quantile_and_rescale():
     torch.testing.assert_close(got[0, 0, 0, 120], torch.tensor(0.8 / 2), atol=0.02, rtol=0)
     small = torch.rand(2, 1, 3, 3)
     assert torch.equal(dynamic_threshold(small, 0.9), small)
+
+
+@pytest.mark.parametrize("order", [2, 3])
+def test_adaptive_steps_are_each_images_own(order):
+    """Easy and hard images in one batch: each takes times of its own, and stops at the end."""
+    process = build(section("process", schedule="vp_sde"))
+    options = section("sample", sampler="dpm_solver++", method="adaptive", order=order, end=1e-3)
+    times = visited(process.schedule, options)
+    spreads = torch.tensor([1.0, 0.02, 0.3]).view(-1, 1, 1, 1)
+    x = torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+    taken = []
+
+    def drawn(rows):
+        met = []
+
+        def denoise(x, t):
+            met.append(t.clone())
+            t = t.double().expand(len(x))
+            alpha, sigma = (v.view(-1, 1, 1, 1).float() for v in process.schedule.alpha_sigma(t))
+            x0 = alpha * spreads[rows] / (alpha**2 * spreads[rows] + sigma**2) * x
+            return Estimate(x0, (x - alpha * x0) / sigma)
+
+        out = run(options, process, denoise, x[rows], times)
+        taken.append(len(met))
+        return out
+
+    together = drawn([0, 1, 2])
+    alone = torch.cat([drawn([i]) for i in range(3)])
+    torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
+    assert taken[0] == max(taken[1:])
+    assert len(set(taken[1:])) > 1
 
 
 def test_numbers_that_are_not_finite_are_refused():

@@ -1,10 +1,12 @@
 import numpy as np
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from msmdiff.core.data.order import Chunks, images_at
-from msmdiff.core.seeding import SeedNoise, key, stream
+from msmdiff.core.errors import UsageError
+from msmdiff.core.seeding import SeedNoise, key, parse_range, stream
 
 
 def test_streams_depend_on_every_key():
@@ -71,3 +73,11 @@ def test_order_differs_between_epochs_and_seeds():
     ]
     assert len(set(orders)) == 4
     assert np.mean([a == b for a, b in zip(orders[0], orders[1], strict=True)]) < 0.1
+
+
+@pytest.mark.parametrize(
+    "text", ["0-99999999999999", "9223372036854775808", "0-5000000,0-5000000", "1" * 4000]
+)
+def test_ranges_are_not_written_out_without_end(text):
+    with pytest.raises(UsageError, match=r"--seeds .*numbers below 2\^63, and at most 10,000,000"):
+        parse_range(text, "--seeds")

@@ -112,6 +112,7 @@ def test_what_set_reads(text, value):
         ("a: 1\n---\nb: 2", "several documents"),
         ("'x", "is not valid YAML"),
         ("9" * 5000, "is not valid YAML"),
+        ("0x" + "f" * 5000, "too many digits"),
         ("[" * 5000, "is not valid YAML"),
     ],
 )

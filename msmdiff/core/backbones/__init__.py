@@ -55,7 +55,11 @@ def resolve(config: ModelConfig) -> ModelConfig:
 
 
 def _explain(problem: Any) -> str:
-    return f"model.{problem['loc'][0]}: {problem['msg'][0].lower()}{problem['msg'][1:]}"
+    message = problem["msg"].removeprefix("Value error, ")
+    where = f"model.{problem['loc'][0]}"
+    # What is missing has no value: there the library gives all the others.
+    value = "" if problem["type"] == "missing" else f" = {problem['input']!r}"
+    return f"{where}{value}: {message[0].lower()}{message[1:]}"
 
 
 def network_class(config: ModelConfig) -> Any:

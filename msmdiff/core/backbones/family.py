@@ -4,7 +4,7 @@ its published sizes.
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, Protocol, TypeVar
+from typing import Annotated, Any, ClassVar, Protocol, TypeVar
 
 from pydantic import Field, create_model
 from torch import Tensor
@@ -63,9 +63,24 @@ def _options(network: type) -> type[Options]:
     for parameter in inspect.signature(network).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
-            text = about.get(parameter.name)
-            fields[parameter.name] = (parameter.annotation, Field(default, description=text))
+            kind, text = _bounded(parameter), about.get(parameter.name)
+            fields[parameter.name] = (kind, Field(default, description=text))
     return create_model(network.__name__, __base__=Options, **fields)
+
+
+def _bounded(parameter: inspect.Parameter) -> Any:
+    """The annotation of an argument; where it is a bare number, with bounds within which a network
+    can be laid out: numbers of blocks to 1,000, widths and all else to 65,536; 0 only where it is
+    the default.
+    """
+    most = 1000 if "depth" in parameter.name or "layers" in parameter.name else 65_536
+    whole = Annotated[int, Field(ge=0 if parameter.default == 0 else 1, le=most)]
+    known: dict[Any, Any] = {
+        int: whole,
+        float: Annotated[float, Field(ge=0, le=1024)],
+        list[int]: list[whole],
+    }
+    return known.get(parameter.annotation, parameter.annotation)
 
 
 def _described(docstring: str) -> dict[str, str]:

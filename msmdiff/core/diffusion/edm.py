@@ -11,7 +11,7 @@ from msmdiff.core.registry import Options, register
 class EdmOptions(Options):
     sigma_min: float = Field(0.002, gt=0, description="noise at t = 0, where solvers stop")
     sigma_max: float = Field(80.0, gt=0, description="noise at t = 1, where sampling starts")
-    rho: float = Field(7.0, gt=0, description="even times are even in sigma^(1/rho)")
+    rho: float = Field(7.0, ge=0.1, le=1000, description="even times are even in sigma^(1/rho)")
 
 
 @register("schedule", "edm", EdmOptions)

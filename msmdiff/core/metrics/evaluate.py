@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from msmdiff.core import registry
-from msmdiff.core.errors import UsageError, nearest
+from msmdiff.core.errors import MsmdiffError, UsageError, nearest
 from msmdiff.core.metrics import features as extractors
 from msmdiff.core.metrics import statistics
 from msmdiff.core.metrics.features import Features, validated
@@ -71,16 +71,25 @@ def of_images(
     progress: Callable[[int], None] = lambda done: None,
     settings: dict[str, str] | None = None,
     keep_rows: bool = False,
+    name: Callable[[int], str] = "image {}".format,
 ) -> Statistics:
     """The statistics of uint8 batches [B, 3, H, W]; `progress` is told how many images are done.
 
     Where there are several processes, each gives its own batches, and all get the statistics of
-    all.
+    all. Raises MsmdiffError for features that are not finite, with the `name` of the image by its
+    place.
     """
     pooled = Moments(features.width, features.device, keep_rows)
     spatial = Moments(features.spatial_width, features.device) if features.spatial_width else None
     for batch in batches:
         vectors, second = features(batch)
+        every = vectors if second is None else torch.cat([vectors, second], dim=1)
+        if not (finite := every.isfinite().all(1)).all():
+            bad = name(pooled.count + int((~finite).nonzero()[0]))
+            raise MsmdiffError(
+                f"{features.name} features of {bad} are not finite numbers: look at that image, or "
+                "at the weights"
+            )
         pooled.add(vectors)
         if spatial is not None and second is not None:
             spatial.add(second)
@@ -125,6 +134,7 @@ def of_input(
         progress=lambda done: progress(done, len(share)),
         settings=images.settings,
         keep_rows=keep_rows,
+        name=lambda place: _name_of(images, share, place),
     )
     if world > 1:
         every: list[Any] = [None] * world
@@ -132,6 +142,13 @@ def of_input(
         images.bad = {index: reason for bad in every for index, reason in bad.items()}
         images.unreadable()
     return found if stored is None else replace(stored, rows=found.rows)
+
+
+def _name_of(images: Images, share: Sequence[int], place: int) -> str:
+    """What the image is called that is so many readable ones into a share."""
+    index = [i for i in share if i not in images.bad][place]
+    source = getattr(images, "source", None)  # of files; what is drawn goes by its seed
+    return f"{images.spec}, " + (f"seed {index}" if source is None else source.name(index))
 
 
 def evaluate(
@@ -157,6 +174,9 @@ def evaluate(
     if how.keep_rows and (bare := [images.spec for images in sets if not len(images)]):
         raise UsageError(f"--plot shows images: {bare[0]} holds statistics only")
     passes = _passes(metrics, sets, how)
+    for metric in metrics:
+        for images in sets[:-1] if b is not None else []:
+            metric.check(_count(images), _count(sets[-1]))
     for each in passes:
         for images in sets:
             keep_rows = each.keep_rows[images is sets[-1]]
@@ -177,6 +197,11 @@ def evaluate(
         return [], sets, passes
     results = [_scores(i, passes, how.bootstrap) for i in range(len(a))]
     return results, sets, passes
+
+
+def _count(images: Images) -> int:
+    """How many images a set has, 0 where it is not known."""
+    return len(images) or (images.stored.count if images.stored else 0)
 
 
 def choose(how: Settings) -> list[Metric]:
@@ -243,19 +268,34 @@ def _features(kind: str, over: Sequence[Metric], sets: Sequence[Images], how: Se
     if kind == "dinov2":
         weights = how.dinov2_weights or weights
     options = dict(how.feature_options)
+    known = sets[-1].stored
+    measured = any(len(images) for images in sets) or weights is not None or "classes" in needs
+    if known is not None and not measured and _kind(known) == kind:
+        # Where the reference has no spatial features they are asked for all the same, and missed.
+        widths = (known.width, len(known.spatial.mean) if known.spatial is not None else 1)
+        return extractors.recorded(kind, known.settings, widths, how.device, needs=needs, **options)
     if options.get("resize") is None and kind == "inception":
         stored = [s.stored.settings for s in sets if s.stored and "resize" in s.stored.settings]
         options["resize"] = stored[-1]["resize"] if stored else None
     return extractors.build(kind, weights, how.device, needs=needs, **options)
 
 
+def _kind(stored: Statistics) -> str | None:
+    """Which feature network statistics are of, by its registered name."""
+    return extractors.kind_of(stored.settings.get("features", ""))
+
+
 def _check_stored(sets: Sequence[Images], how: Settings) -> None:
     """Raises UsageError for statistics of other features than the chosen ones."""
     for images in sets:
-        if images.stored is None or len(images):
+        if images.stored is None:
             continue
         name = images.stored.settings.get("features", "")
-        kind = extractors.kind_of(name) or how.features
+        if len(images):
+            # Statistics of unknown features: the images say what they are.
+            images.stored = images.stored if name else None
+            continue
+        kind = _kind(images.stored) or how.features
         if kind != how.features:
             raise UsageError(
                 f"{images.spec} holds statistics of {name}: it needs --features {kind}, not "
@@ -323,6 +363,12 @@ def check(
             f"{images.spec} holds statistics of {bare.width} {known.get('features', 'unnamed')} "
             f"features, which do not compare with {features.name} ({features.width}): choose "
             "--features and --weights to suit"
+        )
+    if bare is not None and "features" not in bare.settings and not allow:
+        raise UsageError(
+            f"{images.spec} holds statistics of {bare.width} unnamed features, which may be others "
+            f"than {features.name}: measure the images again, or --allow-mismatch takes them for "
+            "these"
         )
     if differ and not allow:
         raise UsageError(

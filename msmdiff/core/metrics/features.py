@@ -52,6 +52,11 @@ class Features:
         """[N, width] -> [N, classes] float64, for the Inception Score."""
         raise NotImplementedError
 
+    @classmethod
+    def titles(cls, name: str) -> tuple[str, str]:
+        """`title` and `suffix` of the features that statistics call `name`."""
+        return cls.title, cls.suffix
+
     def settings(self) -> dict[str, str]:
         """What statistics must share to be compared."""
         return {"features": self.name, "resize": self.resize, "precision": self.precision}
@@ -173,12 +178,7 @@ class InceptionFeatures(Features):
                 "right file with --weights"
             )
         self.name = f"inception-2048/{checksum}"
-        self.suffix = (
-            ""
-            if checksum == INCEPTION_SHA256
-            else f" with weights {checksum} (not the published ones)"
-        )
-        self.title = f"Fréchet Inception distance{self.suffix}" if self.suffix else "FID"
+        self.title, self.suffix = self.titles(self.name)
         try:
             state = tensor_files.read(path)
             network: Any = _pytorch_fid_network(state)
@@ -216,6 +216,14 @@ class InceptionFeatures(Features):
     def probabilities(self, features: Tensor) -> Tensor:
         # Published Inception Scores have no bias here.
         return (features.double() @ self._classes).softmax(1)
+
+    @classmethod
+    def titles(cls, name: str) -> tuple[str, str]:
+        checksum = name.rpartition("/")[2]
+        if checksum == INCEPTION_SHA256:
+            return "FID", ""
+        suffix = f" with weights {checksum} (not the published ones)"
+        return f"Fréchet Inception distance{suffix}", suffix
 
 
 @register("features", "dinov2")
@@ -282,6 +290,13 @@ class DinoFeatures(Features):
     def __call__(self, images: Tensor) -> tuple[Tensor, None]:
         x = (clean(images.to(self.device), 224) / 255 - self._mean) / self._deviation
         return self._network.forward_features(x)[:, 0].float(), None
+
+    @classmethod
+    def titles(cls, name: str) -> tuple[str, str]:
+        model = name.rpartition("/")[0]
+        return (
+            "FD-DINOv2" if model == cls.prefix else f"Fréchet distance over {model}"
+        ), cls.suffix
 
 
 MIXED = ("5b", "5c", "5d", "6a", "6b", "6c", "6d", "6e", "7a", "7b", "7c")
@@ -366,6 +381,41 @@ def build(
 
     Raises UsageError for what it does not have, and for an option that it does not take.
     """
+    entry, complete = _asked(kind, needs, options)
+    return entry.make(weights, device, spatial="spatial" in needs, **complete)
+
+
+def recorded(
+    kind: str,
+    known: Mapping[str, str],
+    widths: tuple[int, int],
+    device: torch.device | str = "cpu",
+    *,
+    needs: frozenset[str] = frozenset(),
+    **options: Any,
+) -> Features:
+    """What is known of the features that statistics are of, without the network, whose weights are
+    not looked for.
+
+    `known` are the statistics' settings, `widths` those of the features and of the spatial ones.
+    Raises what `build` raises.
+    """
+    entry, complete = _asked(kind, needs, options)
+    made = Features()
+    made.name = known["features"]
+    made.title, made.suffix = entry.make.titles(made.name)
+    made.metric, made.width = entry.make.metric, widths[0]
+    made.resize = known.get("resize", complete.get("resize", ""))
+    made.precision = known.get("precision", complete.get("precision", made.precision))
+    made.spatial_width = widths[1] if "spatial" in needs else 0
+    made.device = torch.device(device)
+    return made
+
+
+def _asked(
+    kind: str, needs: frozenset[str], options: Mapping[str, Any]
+) -> tuple[registry.Entry, dict[str, Any]]:
+    """A feature network's entry and its options, complete; raises UsageError as `build` says."""
     entry = registry.find("features", kind, "--features")
     given = {name: value for name, value in options.items() if value is not None}
     if missing := needs - entry.make.offers:
@@ -378,8 +428,7 @@ def build(
         raise UsageError(
             f"features.{name} = {given[name]} has no effect on --features {kind}{near}"
         )
-    complete = validated(entry, given, "features")
-    return entry.make(weights, device, spatial="spatial" in needs, **complete)
+    return entry, validated(entry, given, "features")
 
 
 def validated(entry: registry.Entry, given: Mapping[str, Any], section: str) -> dict[str, Any]:

@@ -4,13 +4,14 @@ A new one is one class here or in a plugin, registered with its options.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from pydantic import Field
 from torch import Tensor
 
+from msmdiff.core.errors import UsageError
 from msmdiff.core.metrics.features import Features
 from msmdiff.core.metrics.frechet import Gaussian, frechet_distance
 from msmdiff.core.metrics.prdc import prdc
@@ -50,8 +51,13 @@ class Metric:
     rows_of: ClassVar[str] = ""
     needs: ClassVar[str] = ""
 
-    def __init__(self, **options: int) -> None:
+    def __init__(self, **options: Any) -> None:
         self.options = options
+
+    def check(self, count_a: int, count_b: int) -> None:
+        """Refuse, before anything is measured, sets of so many images (0: not known). Raises
+        UsageError.
+        """
 
     def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
         """What it says of the set a, with b as the reference."""
@@ -102,7 +108,10 @@ class Sfid(Metric):
 
 
 class InceptionScoreOptions(Options):
-    is_splits: int = Field(10, ge=1, description="parts that the images are cut into, in order")
+    is_splits: int = Field(10, ge=1, description="parts that the images are cut into")
+    is_order: Literal["shuffled", "files"] = Field(
+        "shuffled", description="as torch-fidelity does; files: in file order, as ADM's evaluator"
+    )
 
 
 @register("metric", "is", InceptionScoreOptions)
@@ -112,17 +121,26 @@ class InceptionScore(Metric):
     rows_of = "a"
     needs = "classes"
 
+    def check(self, count_a: int, count_b: int) -> None:
+        if count_a:
+            _check_splits(count_a, self.options["is_splits"])
+
     def scores(self, a: Statistics, b: Statistics, features: Features) -> list[Score]:
         if a.rows is None:
             return []
         probabilities = features.probabilities(a.rows)
+        title = "Inception Score, in file order"
+        if self.options["is_order"] == "shuffled":
+            # In file order, class folders make every part one of few classes. The seed and the
+            # generator are torch-fidelity's.
+            order = np.random.RandomState(2020).permutation(len(probabilities))
+            probabilities, title = probabilities[torch.from_numpy(order)], "Inception Score"
         value, deviation = inception_score(probabilities, self.options["is_splits"])
-        title = "Inception Score"
         return [score("is", title, value, sets=(a, b), features=features, deviation=deviation)]
 
 
 class KidOptions(Options):
-    kid_subsets: int = Field(100, ge=1, description="random subsets that are compared")
+    kid_subsets: int = Field(100, ge=1, le=10_000, description="random subsets that are compared")
     kid_size: int = Field(1000, ge=2, description="images of a subset, at most the smaller set's")
 
 
@@ -137,7 +155,11 @@ class Kid(Metric):
             return []
         subsets, size = self.options["kid_subsets"], self.options["kid_size"]
         value, deviation = kid(a.rows, b.rows, subsets=subsets, size=size, device=features.device)
-        return [score("kid", "KID", value, sets=(a, b), features=features, deviation=deviation)]
+        smaller, larger = sorted([len(a.rows), len(b.rows)])
+        title = f"KID of subsets of {smaller:,}, for want of {size:,}" if smaller < size else "KID"
+        # Subsets that are all the same, the whole of both sets, have no spread to tell of.
+        spread = None if larger <= size and smaller == larger else deviation
+        return [score("kid", title, value, sets=(a, b), features=features, deviation=spread)]
 
 
 class PrdcOptions(Options):
@@ -211,14 +233,16 @@ def inception_score(
     """exp of the mean KL divergence from the mean class distribution, per split: mean and
     population deviation.
 
-    `probabilities` are [N, classes] in the order of the images; `splits` nearly equal parts
+    `probabilities` are [N, classes], cut in their order: into `splits` nearly equal parts
     (Salimans et al. 2016), or parts of `split_size`, the last one shorter (ADM's evaluator: 5000).
+    Raises UsageError for splits of a single image.
     """
     p = probabilities.double()
-    n, splits = len(p), min(splits, len(p))
+    n = len(p)
     if split_size:
         parts = list(p.split(split_size))
     else:
+        _check_splits(n, splits)
         parts = [p[i * n // splits : (i + 1) * n // splits] for i in range(splits)]
     divergence = []
     for part in parts:
@@ -228,6 +252,14 @@ def inception_score(
         divergence.append(within - torch.xlogy(mean, mean).sum())
     scores = torch.stack(divergence).exp()
     return float(scores.mean()), float(scores.std(correction=0))
+
+
+def _check_splits(count: int, splits: int) -> None:
+    if count < 2 * splits:
+        raise UsageError(
+            f"the Inception Score of one image is always 1: {count} images cannot be cut into "
+            f"metric.is_splits {splits} parts of two or more, give at most {count // 2}"
+        )
 
 
 def polynomial_mmd(x: Tensor, y: Tensor) -> float:

@@ -3,10 +3,17 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
+from msmdiff.core import files
+from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.metrics.evaluate import Pass
 from msmdiff.core.metrics.inputs import Images
 from msmdiff.core.metrics.prdc import nearest
 from msmdiff.core.metrics.scores import Score
+
+MADE_BY = "msmdiff fid"
+"""Stands in the PNG, which by it is known for one that may be replaced."""
 
 
 def save(
@@ -18,8 +25,8 @@ def save(
     rows: int = 8,
     columns: int = 5,
 ) -> None:
-    """A PNG of the samples that lie nearest to any reference, each with its nearest ones and their
-    distances.
+    """Write a PNG of the samples that lie nearest to any reference, each with its nearest ones and
+    their distances.
 
     Memorised images come first. Distances are Euclidean, over the features of the pass; the scores
     stand above.
@@ -56,5 +63,15 @@ def save(
         *(", ".join(named[i : i + 4]) for i in range(0, len(named), 4)),
     ]
     figure.suptitle("\n".join(lines), fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=110)
+    with files.atomic(path) as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": MADE_BY})
+
+
+def ours(path: Path) -> bool:
+    """Whether `save` made a picture."""
+    try:
+        files.require_regular(path)
+        with files.reading(path, "an image"), Image.open(path) as picture:
+            return picture.info.get("Software") == MADE_BY
+    except MsmdiffError:
+        return False

@@ -1,7 +1,5 @@
 """Mean and covariance of features, gathered batch by batch in float64, and their `.npz` files."""
 
-import zipfile
-import zlib
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +19,6 @@ SETTINGS = ("features", "resize", "precision", "image_size", "crop")
 """What two sets must share to be compared: network and weights, resizing rule, arithmetic, images'
 size, crop.
 """
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What NumPy raises for damaged archives."""
 
 
 @dataclass
@@ -166,23 +153,25 @@ def save(path: Path, statistics: Statistics) -> None:
 def load(path: Path) -> Statistics | None:
     """Read `mu` and `sigma` from an `.npz`, or None when it holds none (but, say, images).
 
-    A file that does not say how it was made is taken for ADM's where it holds `mu_s`, else for
-    pytorch-fid's. Raises MsmdiffError for a file that is not a NumPy archive, and UsageError for
-    shapes that do not belong together.
+    A file of 2048 features that does not say how it was made is taken for ADM's where it holds
+    `mu_s`, else for pytorch-fid's. Raises MsmdiffError for a file that is not a NumPy archive, and
+    UsageError for numbers that are not a mean and a covariance.
     """
-    found = _read(path)
+    with files.reading(path, "a NumPy archive"):
+        found = _read(path)
     if found is None:
         return None
     gaussians = [_gaussian(path, found[f"mu{s}"], found[f"sigma{s}"]) for s in _suffixes(found)]
     pooled = gaussians[0]
     spatial = gaussians[1] if len(gaussians) > 1 else None
-    count = int(found["count"]) if "count" in found else 0
+    with files.reading(path, "an archive of statistics"):
+        count = int(found["count"]) if "count" in found else 0
     settings = {name: str(found[name]) for name in SETTINGS if name in found}
     assumed = "features" not in settings and len(pooled.mean) == 2048
     if assumed:
         rule = "adm" if spatial is not None else "pytorch-fid"
         settings |= {"features": f"inception-2048/{INCEPTION_SHA256}", "resize": rule}
-    rows = torch.from_numpy(found["rows"]) if "rows" in found else None
+    rows = _rows(path, found["rows"], len(pooled.mean)) if "rows" in found else None
     if rows is not None and len(rows) <= rows.shape[1]:
         pooled = Gaussian.fit(rows)
     return Statistics(
@@ -202,20 +191,27 @@ def _suffixes(names: Container[str]) -> tuple[str, ...]:
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays that statistics consist of, without the images that may lie beside them."""
+    with np.load(path, allow_pickle=False) as content:
+        if "mu" not in content or "sigma" not in content:
+            return None
+        found = {}
+        for suffix in _suffixes(content):
+            for name in (f"mu{suffix}", f"sigma{suffix}"):
+                found[name] = content[name].astype(np.float64)
+        for name in ("count", "rows", *SETTINGS):
+            if name in content:
+                found[name] = content[name]
+        return found
+
+
+def ours(path: Path) -> bool:
+    """Whether `save` wrote a file."""
     try:
-        with np.load(path, allow_pickle=False) as content:
-            if "mu" not in content or "sigma" not in content:
-                return None
-            found = {}
-            for suffix in _suffixes(content):
-                for name in (f"mu{suffix}", f"sigma{suffix}"):
-                    found[name] = content[name].astype(np.float64)
-            for name in ("count", "rows", *SETTINGS):
-                if name in content:
-                    found[name] = content[name]
-            return found
-    except UNREADABLE as error:
-        raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
+        files.require_regular(path)
+        with files.reading(path, "a NumPy archive"), np.load(path, allow_pickle=False) as content:
+            return {"mu", "sigma", "msmdiff"} <= set(content)
+    except MsmdiffError:
+        return False
 
 
 def _gaussian(path: Path, mean: np.ndarray, cov: np.ndarray) -> Gaussian:
@@ -225,4 +221,22 @@ def _gaussian(path: Path, mean: np.ndarray, cov: np.ndarray) -> Gaussian:
         )
     if not (np.isfinite(mean).all() and np.isfinite(cov).all()):
         raise UsageError(f"{path} holds numbers that are not finite")
+    # Files in single precision are symmetric and positive to seven digits only.
+    if np.abs(cov - cov.T).max(initial=0) > 1e-4 * np.abs(cov).max(initial=0):
+        raise UsageError(f"{path}: sigma is not symmetric, as a covariance is")
+    slack = 1e-6 * abs(cov.trace()) + 1e-12
+    raised = torch.from_numpy(cov + slack * np.eye(len(cov)))
+    if torch.linalg.cholesky_ex(raised).info:
+        raise UsageError(f"{path}: sigma has negative variances, which no covariance has")
     return Gaussian(torch.from_numpy(mean), torch.from_numpy(cov))
+
+
+def _rows(path: Path, rows: np.ndarray, width: int) -> Tensor:
+    if rows.dtype != np.float32 or rows.ndim != 2 or rows.shape[1] != width or len(rows) < 2:
+        raise UsageError(
+            f"{path}: rows {list(rows.shape)} of {rows.dtype} are not two or more features of "
+            f"{width} float32 each"
+        )
+    if not np.isfinite(rows).all():
+        raise UsageError(f"{path} holds numbers that are not finite")
+    return torch.from_numpy(rows)

@@ -3,8 +3,8 @@
 With the half log-SNR l = log(alpha / sigma), the probability-flow ODE from s to t has the exact
 solution
 
-    x_t = sigma_t / sigma_s x_s + alpha_t  int_0^h e^(u - h) x0(l_s + u) du      (DPM-Solver++,
-    UniPC) x_t = alpha_t / alpha_s x_s - sigma_t  int_0^h e^(h - u) eps(l_s + u) du     (DPM-Solver)
+    x_t = sigma_t / sigma_s x_s + alpha_t int_0^h e^(u - h) x0(l_s + u) du   (DPM-Solver++, UniPC)
+    x_t = alpha_t / alpha_s x_s - sigma_t int_0^h e^(h - u) eps(l_s + u) du  (DPM-Solver)
 
 where h = l_t - l_s. The second is the first with l, alpha, sigma and x0 replaced by -l, sigma,
 alpha and eps, so that one code serves both. A method of order p puts a polynomial through p values
@@ -32,7 +32,8 @@ from msmdiff.core.sections import SampleConfig
 class MultistepOptions(Options):
     order: Literal[1, 2, 3] = Field(2, description="of the method")
     lower_order_final: StrictBool = Field(
-        True, description="multistep: lower the order at the end of under 10 steps"
+        True,
+        description="multistep: lower the order at the end (DPM-Solver: of under 10 steps)",
     )
     denoise_to_zero: StrictBool = Field(False, description="one more evaluation gives x0")
 
@@ -87,9 +88,13 @@ def interpolate(h: float, places: list[float], curvature: float = 1.0) -> list[f
 
 
 def _midpoint(h: float, places: list[float]) -> list[float]:
-    """The published second-order rule: the slope counts half of the whole integral."""
+    """The published rule of two values, one of them at the start: the slope counts half of the
+    whole integral.
+    """
     (whole,) = interpolate(h, [0.0])
-    return [whole - whole / (2 * places[1]), whole / (2 * places[1])]
+    # The start stands second beside the value at the end, with which UniPC corrects.
+    slope = whole / (2 * (places[0] + places[1]))
+    return [whole - slope, slope] if places[0] == 0 else [slope, whole - slope]
 
 
 def _single(h: float, places: list[float], taylor: bool) -> list[float]:
@@ -112,6 +117,13 @@ def _multi(h: float, places: list[float], taylor: bool) -> list[float]:
         if len(places) == 2 and not taylor
         else interpolate(h, places, curvature=0.5)
     )
+
+
+def _unified(h: float, places: list[float]) -> list[float]:
+    """UniPC's published rule, for its predictor and its corrector: a single unknown coefficient is
+    1/2, several are solved for (its B(h) = e^h - 1, `bh2`).
+    """
+    return _midpoint(h, places) if len(places) == 2 else interpolate(h, places)
 
 
 def solver_orders(method: str, evaluations: int, order: int) -> list[int]:
@@ -181,7 +193,9 @@ def _integrate(
             )
         elif options.method == "multistep":
             rule = partial(_multi, taylor=options.taylor)
-            x = _multistep(evaluate, line, x, _Multistep(rule, options, len(visited) - 1))
+            steps = len(visited) - 1
+            lowers = options.lower_order_final and steps < 10
+            x = _multistep(evaluate, line, x, _Multistep(rule, options.order, steps, lowers))
         else:
             x = _singlestep(
                 evaluate=evaluate, line=line, x=x, evaluations=len(visited) - 1, options=options
@@ -232,7 +246,13 @@ def unipc(
     visited = times[:-1] if to_zero else times
     if len(visited) > 1:
         line = _Line(schedule, visited, "x0")
-        plan = _Multistep(interpolate, given, len(visited) - 1, corrects=True)
+        plan = _Multistep(
+            rule=_unified,
+            order=given.order,
+            steps=len(visited) - 1,
+            lowers=given.lower_order_final,
+            corrects=True,
+        )
         x = _multistep(lambda x, at: denoise(x, visited[at]).x0, line, x, plan)
     return denoise(x, visited[-1]).x0 if to_zero else x
 
@@ -280,31 +300,33 @@ class _Multistep:
     """How a multistep method goes.
 
     Attributes:
-        rule: weights of the values at hand for the next step.
-        options: order, and whether the last steps lower it.
+        rule: weights of the values at hand for a step.
+        order: of the method.
         steps: how many there are.
+        lowers: the last steps are of lower order.
         corrects: go each step once more with the value at its end (UniC).
     """
 
     rule: Callable[[float, list[float]], list[float]]
-    options: MultistepOptions
+    order: int
     steps: int
+    lowers: bool
     corrects: bool = False
 
 
 def _multistep(
     evaluate: Callable[[Tensor, int], Tensor], line: _Line, x: Tensor, plan: _Multistep
 ) -> Tensor:
-    options, steps = plan.options, plan.steps
-    if steps < options.order:
-        raise UsageError(f"sample.steps {steps} are fewer than sample.order {options.order}")
+    order, steps = plan.order, plan.steps
+    if steps < order:
+        raise UsageError(f"sample.steps {steps} are fewer than sample.order {order}")
     predictions: list[list[float]] = []
     corrections: list[list[float]] = [[0.0]]
     for i in range(steps):
-        final = steps - i if options.lower_order_final and steps < 10 else 3
-        past = list(range(i, i - min(options.order, i + 1, final), -1))
+        final = steps - i if plan.lowers else order
+        past = list(range(i, i - min(order, i + 1, final), -1))
         predictions.append(line.step(i, i + 1, past, plan.rule))
-        corrections.append(line.step(i, i + 1, [i + 1, *past], interpolate))
+        corrections.append(line.step(i, i + 1, [i + 1, *past], plan.rule))
     values: list[Tensor] = []
     before = x
     for i, factors in enumerate(predictions):
@@ -312,7 +334,7 @@ def _multistep(
         if i and plan.corrects:
             x = _combine(corrections[i], before, values[: len(corrections[i]) - 1])
         before, x = x, _combine(factors, x, values[: len(factors) - 1])
-        del values[options.order :]
+        del values[order:]
     return x
 
 
@@ -327,51 +349,70 @@ def _adaptive(
     """DPM-Solver-12 and -23 (Lu et al. 2022, appendix C): the difference of two orders sets the
     step.
 
-    Reading that difference makes the host wait at every step, and couples the images of a batch.
+    Each image of x [B, C, H, W] goes at a pace of its own, so that it is the same in any batch. The
+    published code's points [B, D] share one pace, which the largest difference sets. Reading the
+    differences makes the host wait at every step.
     """
     if order == 1:
         raise UsageError("sample.method adaptive compares two orders: set sample.order to 2 or 3")
-    line = _Anywhere(schedule, predicts, x.dtype)
-    time, end = times[0].to(x.dtype), times[-1].to(x.dtype)
+    line = _Anywhere(schedule, predicts, x)
+    paces = len(x) if x.ndim == 4 else 1
+    time, end = times[0].to(x.dtype).expand(paces), times[-1].to(x.dtype)
     absolute, relative, safety = 0.0078, 0.05, 0.9
-    lower, h = x, torch.tensor(0.05, dtype=x.dtype)
-    while abs((time - end).item()) > 1e-5:
+    lower, h = x, torch.full((paces,), 0.05, dtype=x.dtype)
+    active = (time - end).abs() > 1e-5
+    while active.any():
         ahead = line.time_at(line.half(time) + h)
         tried, better = _two_orders(
             denoise=denoise, line=line, x=x, span=(time, ahead), order=order
         )
         size = (relative * torch.maximum(tried.abs(), lower.abs())).clamp(min=absolute)
-        error = ((better - tried) / size).flatten(1).square().mean(1).sqrt().max().cpu()
-        if not error.isfinite():
+        error = ((better - tried) / size).flatten(1).square().mean(1).sqrt().cpu()
+        error = error if paces > 1 else error.max()[None]
+        if not error[active].isfinite().all():
             raise MsmdiffError(
                 "sampling gave numbers that are not finite: try a method of fixed steps, or fp32"
             )
-        if error <= 1:
-            x, lower, time = better, tried, ahead
+        taken = active & (error <= 1)
+        x = torch.where(line.wide(taken), better, x)
+        lower = torch.where(line.wide(taken), tried, lower)
+        active = active & ~(taken & ((ahead - end).abs() <= 1e-5))
+        # An image that is there goes through its last step again and again, unheeded: a step of
+        # length 0 would divide by 0.
+        time = torch.where(taken & active, ahead, time)
         wanted = safety * h * error.clamp(min=1e-30) ** (-1 / order)
-        h = torch.minimum(wanted, line.half(end) - line.half(time))
+        h = torch.where(active, torch.minimum(wanted, line.half(end) - line.half(time)), h)
     return x
 
 
 class _Anywhere:
-    """The coordinates of one prediction at any time, in x's precision as published."""
+    """The coordinates of one prediction at any times [K], K being 1 or the B of x, in x's precision
+    as published.
+    """
 
-    def __init__(
-        self, schedule: Schedule, predicts: Literal["eps", "x0"], dtype: torch.dtype
-    ) -> None:
-        self.schedule, self.predicts, self.dtype = schedule, predicts, dtype
+    def __init__(self, schedule: Schedule, predicts: Literal["eps", "x0"], x: Tensor) -> None:
+        self.schedule, self.predicts, self.x = schedule, predicts, x
         self.data = predicts == "x0"
 
     def half(self, t: Tensor) -> Tensor:
         return self.schedule.log_snr(t) / 2
 
     def time_at(self, half_log_snr: Tensor) -> Tensor:
-        return self.schedule.time_at(2 * half_log_snr).to(self.dtype)
+        return self.schedule.time_at(2 * half_log_snr).to(self.x.dtype)
 
     def scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
         """The prediction's own scale, and the other one."""
         alpha, sigma = self.schedule.alpha_sigma(t)
         return (alpha, sigma) if self.data else (sigma, alpha)
+
+    def wide(self, values: Tensor) -> Tensor:
+        """[K] -> [K, 1, ...], to stand beside x."""
+        return values.view(-1, *[1] * (self.x.ndim - 1)).to(self.x.device)
+
+    def evaluate(self, denoise: Denoiser, x: Tensor, t: Tensor) -> Tensor:
+        """The network's value, at one number for all where there is one."""
+        at = t[0] if len(t) == 1 else t.to(x.device)
+        return getattr(denoise(x, at), self.predicts)
 
 
 def _two_orders(
@@ -382,17 +423,18 @@ def _two_orders(
     width = line.half(ahead) - line.half(time)
     step = width if line.data else -width
     other, own_end, other_end = line.scales(time)[1], *line.scales(ahead)
-    first = getattr(denoise(x, time), line.predicts)
+    first = line.evaluate(denoise, x, time)
     slopes: list[Tensor] = []
     for k in range(1, order):
         inner, part = line.time_at(line.half(time) + k / order * width), k / order * step
         own, other_inner = line.scales(inner)
-        guess = other_inner / other * x - own * torch.expm1(-part) * first
+        guess = line.wide(other_inner / other) * x - line.wide(own * torch.expm1(-part)) * first
         if k == 2:
-            guess = guess + 2 * own * (torch.expm1(-part) / part + 1) * slopes[0]
-        slopes.append(getattr(denoise(guess, inner), line.predicts) - first)
+            curve = 2 * own * (torch.expm1(-part) / part + 1)
+            guess = guess + line.wide(curve) * slopes[0]
+        slopes.append(line.evaluate(denoise, guess, inner) - first)
     whole = -torch.expm1(-step)
-    plain = other_end / other * x + own_end * whole * first
-    tried = plain if order == 2 else plain + 1.5 * whole * own_end * slopes[0]
+    plain = line.wide(other_end / other) * x + line.wide(own_end * whole) * first
+    tried = plain if order == 2 else plain + line.wide(1.5 * whole * own_end) * slopes[0]
     curve = whole if order == 2 else 1.5 * (1 - whole / step)
-    return tried, plain + own_end * curve * slopes[-1]
+    return tried, plain + line.wide(own_end * curve) * slopes[-1]

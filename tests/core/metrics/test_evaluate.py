@@ -12,10 +12,10 @@ from PIL import Image
 from msmdiff.core import registry
 from msmdiff.core.data.sources import Files
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.metrics import evaluate, inputs, statistics
+from msmdiff.core.metrics import evaluate, features, inputs, statistics
 from msmdiff.core.metrics.evaluate import Settings
 from msmdiff.core.metrics.features import PixelFeatures
-from msmdiff.core.metrics.frechet import Gaussian
+from msmdiff.core.metrics.frechet import Gaussian, frechet_distance
 from msmdiff.core.metrics.statistics import Moments, Statistics
 
 RNG = np.random.default_rng(0)
@@ -181,6 +181,57 @@ def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path
     monkeypatch.setattr(evaluate, "of_input", None)
     with pytest.raises(UsageError, match=r"--plot shows images: .*b\.npz holds statistics only"):
         evaluate.evaluate([a], str(tmp_path / "b.npz"), Settings(features="pixel", keep_rows=True))
+
+
+def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch):
+    """Neither its weights, nor a place to look for them."""
+    monkeypatch.setattr(features, "_published_weights", lambda: pytest.fail("looked for weights"))
+    rng = np.random.default_rng(0)
+    for name in ("a", "b"):
+        root = rng.normal(size=(8, 2048))
+        np.savez(tmp_path / f"{name}.npz", mu=rng.normal(size=2048), sigma=root.T @ root)
+    a, b = str(tmp_path / "a.npz"), str(tmp_path / "b.npz")
+    (scores,), _, passes = evaluate.evaluate([a], b)
+    one, two = (statistics.load(Path(spec)).pooled for spec in (a, b))
+    assert scores[0].value == frechet_distance(one, two)
+    assert (scores[0].name, scores[0].title) == ("fid", "FID")
+    assert passes[0].features.settings()["resize"] == "pytorch-fid"
+    with pytest.raises(UsageError, match="holds no spatial statistics"):
+        evaluate.evaluate([a], b, Settings(metrics=["fid", "sfid"]))
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ({"sigma": np.triu(np.ones((192, 192)))}, "sigma is not symmetric"),
+        ({"sigma": np.diag([-1.0, *[1.0] * 191])}, "sigma has negative variances"),
+        ({"sigma": np.full((192, 192), np.nan)}, "holds numbers that are not finite"),
+        ({"rows": np.full((3, 192), np.nan, np.float32)}, "holds numbers that are not finite"),
+        ({"rows": np.zeros((3, 5), np.float32)}, r"rows \[3, 5\] of float32 are not"),
+        ({"count": np.array("many")}, "not an archive of statistics that can be read"),
+        ({}, "192 unnamed features, which may be others than pixel-8x8"),
+    ],
+)
+def test_statistics_that_are_none_are_named(tmp_path, content, words):
+    np.savez(tmp_path / "a.npz", **{"mu": np.zeros(192), "sigma": np.eye(192), **content})
+    spec = str(tmp_path / "a.npz")
+    with pytest.raises(MsmdiffError, match=rf"a.npz.*{words}"):
+        evaluate.evaluate([spec], spec, Settings(features="pixel"))
+
+
+def test_an_image_whose_features_are_not_finite_is_named(tmp_path, monkeypatch):
+    path = pictures(tmp_path / "a", 4)
+    measure = PixelFeatures.__call__
+
+    def broken(self, images):
+        vectors, _ = measure(self, images)
+        vectors[2, 5] = torch.nan
+        return vectors, None
+
+    monkeypatch.setattr(PixelFeatures, "__call__", broken)
+    names = [p.name for p in sorted((tmp_path / "a").iterdir())]
+    with pytest.raises(MsmdiffError, match=rf"pixel-8x8 features of .*{names[2]} are not finite"):
+        evaluate.evaluate([str(path)], str(path), Settings(features="pixel"))
 
 
 def test_the_rule_of_given_statistics_is_taken_over(tmp_path, random_inception):

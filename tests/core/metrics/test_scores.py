@@ -5,10 +5,14 @@ import pytest
 import scipy.linalg
 import torch
 
+from msmdiff.core import registry
+from msmdiff.core.errors import UsageError
 from msmdiff.core.metrics import prdc as module
+from msmdiff.core.metrics.features import Features
 from msmdiff.core.metrics.frechet import Gaussian, frechet_distance
 from msmdiff.core.metrics.prdc import nearest, prdc
 from msmdiff.core.metrics.scores import inception_score, kid, polynomial_mmd
+from msmdiff.core.metrics.statistics import Statistics
 
 
 def normal(*shape, seed=0):
@@ -69,7 +73,49 @@ def test_inception_score_of_certain_and_of_uniform_classes():
     p = torch.cat([torch.eye(2).repeat(3, 1), torch.full((6, 2), 0.5)])
     assert inception_score(p, splits=2) == (pytest.approx(1.5), pytest.approx(0.5))
     assert inception_score(p, split_size=6) == inception_score(p, splits=2)
-    assert inception_score(p[:3], splits=10) == (pytest.approx(1), pytest.approx(0))
+    with pytest.raises(UsageError, match=r"always 1: 3 images .* metric.is_splits 10 .* at most 1"):
+        inception_score(p[:3], splits=10)
+
+
+class Certain(Features):
+    """Features that are the probabilities of classes."""
+
+    def probabilities(self, features):
+        return features.double()
+
+
+def scored(name, rows, **options):
+    entry = registry.find("metric", name, "metrics")
+    made = entry.make(**entry.options(**options).model_dump())
+    statistics = Statistics(Gaussian.fit(rows), len(rows), rows=rows)
+    return made.scores(statistics, statistics, Certain())[0]
+
+
+def test_the_order_of_class_folders_does_not_make_the_inception_score():
+    rows = torch.eye(10).repeat_interleave(100, 0) * 0.99 + 0.001
+    shuffled, files = scored("is", rows), scored("is", rows, is_order="files")
+    assert shuffled.title == "Inception Score"
+    assert shuffled.value == pytest.approx(8.9, abs=0.2)
+    assert files.title == "Inception Score, in file order"
+    assert files.value == pytest.approx(1)
+    order = np.random.RandomState(2020).permutation(1000)  # torch-fidelity's
+    assert shuffled.value == inception_score(rows[torch.from_numpy(order)], 10)[0]
+
+
+def test_an_inception_score_of_too_few_images_is_refused_before_they_are_measured():
+    made = registry.find("metric", "is", "metrics").make(is_splits=10)
+    with pytest.raises(UsageError, match=r"12 images .* metric.is_splits 10 parts .* at most 6"):
+        made.check(12, 12)
+    made.check(0, 12)  # not known yet
+
+
+def test_kid_says_where_its_subsets_are_smaller_or_all_the_same():
+    few = scored("kid", normal(20, 4), kid_size=1000, kid_subsets=3)
+    assert few.title == "KID of subsets of 20, for want of 1,000"
+    assert few.deviation is None
+    many = scored("kid", normal(20, 4), kid_size=10, kid_subsets=3)
+    assert many.title == "KID"
+    assert many.deviation > 0
 
 
 def test_kid_is_unbiased_and_finds_a_shift():

@@ -16,7 +16,7 @@ from msmdiff.core.registry import Options, register
 
 class DwtOptions(Options):
     wavelet: str = Field("haar", description="any orthogonal or biorthogonal PyWavelets filter")
-    level: int = Field(1, ge=1, description="decomposition levels")
+    level: int = Field(1, ge=1, le=12, description="decomposition levels")
     mean: list[float] | None = Field(
         None, description="mean of each sub-band; null: measured of the data"
     )

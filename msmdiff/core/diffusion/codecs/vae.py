@@ -28,8 +28,8 @@ class VaeOptions(Options):
     scale: float = Field(0.18215, gt=0, description="x0 = scale (latent - mean) / std")
     mean: list[float] | None = Field(None, description="mean of each channel; null: 0")
     std: list[float] | None = Field(None, description="standard deviation of each channel; null: 1")
-    channels: int = Field(4, ge=1, description="channels of a latent")
-    factor: int = Field(8, ge=1, description="pixels per latent, along a side")
+    channels: int = Field(4, ge=1, le=4096, description="channels of a latent")
+    factor: int = Field(8, ge=1, le=1024, description="pixels per latent, along a side")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of its network")
     tile: StrictBool = Field(
         False, description="large images in tiles: less memory, slightly other latents"
