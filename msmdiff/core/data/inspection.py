@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from PIL import Image
 
-from msmdiff.core import registry
+from msmdiff.core import files, registry
 from msmdiff.core.config import section
 from msmdiff.core.data import sources
-from msmdiff.core.data.images import UNREADABLE, center_crop, grid
+from msmdiff.core.data.images import center_crop, grid
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.loader import TrainingImages, batches, flip
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.files import reason
 from msmdiff.core.sections import CodecConfig, DataConfig
 from msmdiff.core.seeding import numpy_stream, stream
 
@@ -35,12 +36,16 @@ def report(source: Source) -> dict[str, Any]:
     if source.labels is not None:
         names = [source.class_names[label] for label in source.labels.tolist()]
         found["classes"] = dict(sorted(Counter(names).items()))
+    elif source.unlabelled:
+        found["classes"] = source.unlabelled
+    if source.left_out:
+        found["left_out"] = {"count": len(source.left_out), "names": list(source.left_out)}
     if not isinstance(source, Latents):
         bad, sizes = sources.survey(source)
         found["sizes"] = {
             f"{width}x{height}": count for (width, height), count in sizes.most_common()
         }
-        found["unreadable"] = [f"{source.name(i)} ({reason})" for i, reason in bad.items()]
+        found["unreadable"] = [f"{source.name(i)} ({reason(e)})" for i, e in bad.items()]
         return found
     found |= {
         "entry": list(source.shape),
@@ -80,8 +85,8 @@ def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image
     if not isinstance(source, Latents) or not source.moments:
         pictures = []
         for i in chosen:
-            with suppress(*UNREADABLE):  # which ones is in the report
-                pictures.append(center_crop(source.read(int(i)), 96))
+            with suppress(MsmdiffError):  # which ones is in the report
+                pictures.append(center_crop(source.image(int(i)), 96))
         if not pictures:
             raise MsmdiffError(f"none of {len(chosen)} images of {source.spec} can be read")
         return grid(np.stack(pictures))
@@ -114,22 +119,15 @@ def pack(
         raise UsageError(
             f"-o {out}: {'is there already' if out.exists() else 'give a name that ends in .zip'}"
         )
-    part = out.with_name(f".{out.name}.part")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
-            taken: set[str] = set()
-            for i in range(len(source)):
-                name, content = _packed(source, i, size, taken)
-                taken.add(name)
-                # Of a fixed date: the same images, the same bytes.
-                archive.writestr(zipfile.ZipInfo(name), content)
-                _pack_caption(source=source, index=i, name=name, archive=archive, taken=taken)
-                progress(i + 1, len(source), {})
-        part.replace(out)
-    except (OSError, *UNREADABLE) as error:
-        part.unlink(missing_ok=True)
-        raise MsmdiffError(f"{out} cannot be written: {error}") from None
+    with files.atomic(out) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
+        taken: set[str] = set()
+        for i in range(len(source)):
+            name, content = _packed(source, i, size, taken)
+            taken.add(name)
+            # Of a fixed date: the same images, the same bytes.
+            archive.writestr(zipfile.ZipInfo(name), content)
+            _pack_caption(source=source, index=i, name=name, archive=archive, taken=taken)
+            progress(i + 1, len(source), {})
 
 
 def _packed(source: Source, index: int, size: int | None, taken: set[str]) -> tuple[str, bytes]:
@@ -145,7 +143,7 @@ def _packed(source: Source, index: int, size: int | None, taken: set[str]) -> tu
     else:
         other = str(PurePosixPath(name).with_suffix(".png"))
         name = f"{name}.png" if other in taken else other
-    image, buffer = source.read(index), io.BytesIO()
+    image, buffer = source.image(index), io.BytesIO()
     if size is not None:
         image = Image.fromarray(center_crop(image, size))
     image.save(buffer, "PNG")
@@ -157,8 +155,7 @@ def _pack_caption(
 ) -> None:
     """The text beside an image, which most images have not."""
     caption = str(PurePosixPath(name).with_suffix(".txt"))
-    with suppress(OSError):
-        text = source.content(index, ".txt")
-        if text and caption not in taken:
-            taken.add(caption)
-            archive.writestr(zipfile.ZipInfo(caption), text)
+    text = source.caption_file(index)
+    if text and caption not in taken:
+        taken.add(caption)
+        archive.writestr(zipfile.ZipInfo(caption), text)

@@ -1,6 +1,7 @@
 """What can be measured: images on disk, samples drawn from weights on the fly, and statistics."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ class Stored(Images):
     def __init__(self, source: Source, crop: int | None = None, workers: int | None = None) -> None:
         super().__init__(source.spec)
         self.source, self.crop, self._size = source, crop, ""
+        source.decoding = replace(source.decoding, alpha="white" if crop else "drop")
         if len(source) < 2:
             raise UsageError(
                 f"{source.spec} holds {len(source)} image: a distance needs at least two "
@@ -73,7 +75,7 @@ class Stored(Images):
         # The first that can be read: an unreadable image says nothing of the size.
         first = next(self.batches(range(len(source)), 1))
         self._size = f"{first.shape[3]}x{first.shape[2]}"
-        self.settings = {"image_size": self._size}
+        self.settings = {"image_size": self._size, "alpha": source.decoding.alpha}
         if crop:
             self.settings["crop"] = f"adm {crop}"
 
@@ -82,9 +84,9 @@ class Stored(Images):
 
     def _pixels(self, index: int) -> np.ndarray | str:
         try:
-            image = self.source.read(index)
-        except images.UNREADABLE as error:
-            return str(error) or type(error).__name__
+            image = self.source.image(index)
+        except MsmdiffError as error:
+            return files.reason(error)
         return np.asarray(image) if self.crop is None else images.center_crop(image, self.crop)
 
     def __getitems__(

@@ -1,7 +1,5 @@
 """Mean and covariance of features, gathered batch by batch in float64, and their `.npz` files."""
 
-import zipfile
-import zlib
 from collections.abc import Container
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import msmdiff
-from msmdiff.core import files
+from msmdiff.core import files, zips
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics.features import INCEPTION_SHA256
 from msmdiff.core.metrics.frechet import Gaussian
@@ -21,17 +19,6 @@ SETTINGS = ("features", "resize", "precision", "image_size", "crop")
 """What two sets must share to be compared: network and weights, resizing rule, arithmetic, images'
 size, crop.
 """
-
-UNREADABLE = (
-    OSError,
-    ValueError,
-    EOFError,
-    TypeError,
-    AttributeError,
-    zipfile.BadZipFile,
-    zlib.error,
-)
-"""What NumPy raises for damaged archives."""
 
 
 @dataclass
@@ -202,20 +189,13 @@ def _suffixes(names: Container[str]) -> tuple[str, ...]:
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays that statistics consist of, without the images that may lie beside them."""
-    try:
-        with np.load(path, allow_pickle=False) as content:
-            if "mu" not in content or "sigma" not in content:
-                return None
-            found = {}
-            for suffix in _suffixes(content):
-                for name in (f"mu{suffix}", f"sigma{suffix}"):
-                    found[name] = content[name].astype(np.float64)
-            for name in ("count", "rows", *SETTINGS):
-                if name in content:
-                    found[name] = content[name]
-            return found
-    except UNREADABLE as error:
-        raise MsmdiffError(f"{path} cannot be read as a NumPy archive: {error}") from None
+    there = zips.names_in(path)
+    if "mu" not in there or "sigma" not in there:
+        return None
+    means = [f"{name}{suffix}" for suffix in _suffixes(there) for name in ("mu", "sigma")]
+    found = zips.read_arrays(path, [*means, "count", "rows", *SETTINGS])
+    with files.reading(path, "a file of statistics"):
+        return found | {name: found[name].astype(np.float64) for name in means}
 
 
 def _gaussian(path: Path, mean: np.ndarray, cov: np.ndarray) -> Gaussian:
