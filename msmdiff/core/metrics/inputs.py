@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from msmdiff.core import files, weights
+from msmdiff.core.config import section
 from msmdiff.core.data import images, sources
 from msmdiff.core.data.loader import as_is, default_workers
 from msmdiff.core.data.source import Source
@@ -189,7 +190,7 @@ def open_input(
     or weights.
 
     Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored
-    one.
+    one. Of the `layers`, images on disk take `data.float_range`.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
@@ -205,6 +206,11 @@ def open_input(
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
     else:
-        opened = Stored(sources.open_source(spec, "none"), crop, workers)
+        source = sources.open_source(spec, "none")
+        for layer in layers:
+            if "float_range" in layer.get("data", {}):
+                data = section("data", float_range=layer["data"]["float_range"])
+                source.decoding = images.Decoding(float_range=data.float_range)
+        opened = Stored(source, crop, workers)
     opened.stored = found
     return opened

@@ -369,3 +369,12 @@ def test_transparency_is_left_out_as_the_peers_do_unless_images_are_read_as_in_t
         opened = inputs.open_input(str(tmp_path), crop=crop)
         assert opened.settings["alpha"] == alpha
         assert next(opened.batches([1], 1))[0, :, 0, 0].tolist() == pixel
+
+
+def test_what_is_white_in_floats_can_be_said(tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((4, 4), 100, np.float32)).save(tmp_path / f"{i}.tif")
+    opened = inputs.open_input(str(tmp_path), layers=[{"data": {"float_range": 255}}])
+    assert next(opened.batches([0], 1)).unique().tolist() == [100]
+    with pytest.raises(MsmdiffError, match=r"2 of 2 images .* data.float_range"):
+        inputs.open_input(str(tmp_path))
