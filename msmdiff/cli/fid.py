@@ -308,7 +308,8 @@ def _split_sets(sets: list[str] | None) -> _Chosen:
 
     layers = configuration.parse_sets(sets or [])
     metric, features = layers.pop("metric", {}), layers.pop("features", {})
-    flags = [f"--set {pair}" for pair in sets or [] if pair.partition(".")[0].strip() in layers]
+    drawing = [pair for pair in sets or [] if pair.partition("=")[0].strip() != "data.float_range"]
+    flags = [f"--set {pair}" for pair in drawing if pair.partition(".")[0].strip() in layers]
     return _Chosen(metric, features, layers, flags)
 
 

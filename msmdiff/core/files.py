@@ -2,6 +2,7 @@
 is locked has one writer, and what this tool did not write is not replaced.
 """
 
+import codecs
 import errno
 import fcntl
 import hashlib
@@ -12,15 +13,30 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
 """What file systems answer to an operation that they do not have."""
 
+BYTE_ORDER_MARKS = {
+    codecs.BOM_UTF8: "utf-8-sig",
+    codecs.BOM_UTF32_LE: "utf-32",  # begins with UTF-16's mark, so that it comes before it
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+"""What a text may begin with, and what it is in then."""
+
 
 # What is read
+
+
+class Unreadable(MsmdiffError):
+    """A foreign file, or a part of one, that cannot be read; `reason` is why, without its name."""
+
+    reason = ""
 
 
 @contextmanager
@@ -31,29 +47,40 @@ def reading(path: Path | str, what: str) -> Iterator[None]:
         path: the file that is read; the sentence begins with it.
         what: what it should be, with its article, such as "a safetensors file".
 
-    Raises MsmdiffError, in place of any other exception: decoders raise nearly anything at damaged
-    bytes. An OSError that has a number (the disk's, not the file's fault) stays the cause, so that
-    `passing` tells it from damage.
+    Raises Unreadable, in place of any other exception: decoders raise nearly anything at damaged
+    bytes. What is the machine's fault and not the file's (an OSError that has a number, too little
+    memory) stays the cause, so that `passing` tells it from damage.
     """
     try:
         yield
     except MsmdiffError:
         raise
-    except MemoryError:
-        raise MsmdiffError(f"{path} asks for more memory than there is") from None
+    except MemoryError as error:
+        raise _unreadable(f"{path} asks for", "more memory than there is") from error
     except OSError as error:
         if error.errno is None:  # a library's own words for damage: Pillow, tarfile, zipfile
-            raise MsmdiffError(f"{path} is not {what} that can be read: {brief(error)}") from None
-        raise MsmdiffError(f"{path} cannot be read: {error.strerror or error}") from error
+            raise _unreadable(f"{path} is not {what} that can be read:", brief(error)) from None
+        raise _unreadable(f"{path} cannot be read:", error.strerror or str(error)) from error
     except Exception as error:
-        raise MsmdiffError(f"{path} is not {what} that can be read: {brief(error)}") from None
+        raise _unreadable(f"{path} is not {what} that can be read:", brief(error)) from None
+
+
+def _unreadable(sentence: str, reason: str) -> Unreadable:
+    error = Unreadable(f"{sentence} {reason}")
+    error.reason = reason
+    return error
+
+
+def reason(error: MsmdiffError) -> str:
+    """Why something cannot be read, where the file is named already."""
+    return error.reason if isinstance(error, Unreadable) and error.reason else str(error)
 
 
 def passing(error: BaseException) -> bool:
-    """Whether a failure to read may be gone at the next try: the disk's or the network's fault,
-    not the file's.
+    """Whether a failure to read may be gone at the next try: the fault of the disk, the network or
+    the memory, not the file's.
     """
-    if isinstance(error, OSError) and error.errno is not None:
+    if isinstance(error, MemoryError) or (isinstance(error, OSError) and error.errno is not None):
         return True
     return error.__cause__ is not None and passing(error.__cause__)
 
@@ -67,13 +94,47 @@ def brief(error: BaseException) -> str:
 def require_regular(path: Path | str) -> None:
     """Refuse what is no ordinary file: a pipe or a device would be waited for without end.
 
-    Raises MsmdiffError, also when the file is not there.
+    Raises Unreadable, also when the file is not there.
     """
     with reading(path, "a file"):
-        mode = Path(path).stat().st_mode
+        _require_regular(path, Path(path).stat().st_mode)
+
+
+def _require_regular(path: Path | str, mode: int) -> None:
     if not stat.S_ISREG(mode):
         kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, a socket or a device"
-        raise MsmdiffError(f"{path} is {kind}, not a file")
+        raise _unreadable(f"{path} is", f"{kind}, not a file")
+
+
+def read_bytes(path: Path | str, limit: int = 2**31) -> bytes:
+    """The content of an ordinary file of at most `limit` bytes. Raises Unreadable."""
+    with reading(path, "a file"), _opened(path) as file:
+        about = os.fstat(file.fileno())
+        _require_regular(path, about.st_mode)
+        if about.st_size > limit:
+            raise _unreadable(f"{path} has", f"{about.st_size:,} bytes, more than {limit:,}")
+        return file.read()
+
+
+def _opened(path: Path | str) -> IO[bytes]:
+    # Without O_NONBLOCK, opening a pipe would wait for someone to write into it.
+    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+
+
+def read_text(path: Path | str) -> str:
+    """The text of an ordinary file, by `decoded`. Raises Unreadable."""
+    return decoded(read_bytes(path))
+
+
+def decoded(content: bytes) -> str:
+    """Text in UTF-8, in what its byte-order mark says, or else in Windows' Latin-1 (cp1252)."""
+    for mark, encoding in BYTE_ORDER_MARKS.items():
+        if content.startswith(mark):
+            return content.decode(encoding, errors="replace")
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError:
+        return content.decode("cp1252", errors="replace")
 
 
 def checksum(path: Path) -> str:

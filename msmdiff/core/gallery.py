@@ -26,7 +26,7 @@ from msmdiff.core import files, weights
 from msmdiff.core.condition import Text, Unconditional
 from msmdiff.core.config import flatten
 from msmdiff.core.data import npy, text
-from msmdiff.core.data.images import UNREADABLE, center_crop, grid, read_rgb
+from msmdiff.core.data.images import center_crop, grid, read_rgb
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import evaluate, features, statistics
 from msmdiff.core.model import Model
@@ -413,8 +413,8 @@ def _cropped_alike(image: Path, mask: Path, side: int) -> list[Tensor]:
     for path in (image, mask):
         try:
             opened.append(read_rgb(path))
-        except UNREADABLE as error:
-            raise UsageError(f"--inpaint {path} cannot be read as an image: {error}") from None
+        except MsmdiffError as error:
+            raise UsageError(f"--inpaint {error}") from None
     (width, height), masked = (picture.size for picture in opened)
     if masked != (width, height):
         raise UsageError(

@@ -47,6 +47,12 @@ class DataConfig(Section):
     skip_unreadable: StrictBool = Field(
         False, description="leave unreadable images out instead of stopping"
     )
+    float_range: float = Field(
+        1.0,
+        gt=0,
+        allow_inf_nan=False,
+        description="what is white in images of floats or 32-bit integers, such as float TIFFs",
+    )
     workers: int | None = Field(
         None, ge=0, le=1024, description="loader processes; null: as many as help"
     )

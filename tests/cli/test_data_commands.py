@@ -54,7 +54,7 @@ def test_inspect_names_what_cannot_be_read(cli, photos):
     (photos / "cat" / "broken (1).png").write_bytes(b"torn")
     done = cli("data", "inspect", "photos", code=1)
     assert "40x24: 12" in done.stdout
-    assert "cat/broken (1).png (UnidentifiedImageError" in done.stdout
+    assert "cat/broken (1).png (4 bytes that begin as no PNG, JPEG" in done.stdout
 
 
 def test_pack_keeps_files_or_crops_them(cli, photos, tmp_path):

@@ -1,5 +1,6 @@
 import io
 import tarfile
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from PIL import Image
 
 from msmdiff.core.config import section
 from msmdiff.core.data import loader, sources
+from msmdiff.core.data.lmdb import Pages
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.errors import MsmdiffError, UsageError
 
@@ -46,10 +48,35 @@ def test_lsun(lsun, quiet):
         sources.open_source(str(path), "folders")
 
 
+def test_lmdb_is_read_whatever_its_size_and_never_past_its_end(tmp_path):
+    lmdb = pytest.importorskip("lmdb")
+    rng = np.random.default_rng(0)
+    values = {f"{i:05d}".encode(): rng.bytes(int(rng.integers(1, 9000))) for i in range(700)}
+    with lmdb.open(str(tmp_path), map_size=2**25) as environment:
+        for chosen in (list(values), list(values)[::3]):  # the second time over the first
+            with environment.begin(write=True) as t:
+                for key in chosen:
+                    t.put(key, values[key])
+    pages = Pages(tmp_path / "data.mdb")
+    entries = pages.entries()
+    assert [entry.key for entry in entries] == list(values)
+    assert all(pages.value(entry) == values[entry.key] for entry in entries)
+
+    content = (tmp_path / "data.mdb").read_bytes()
+    for i in range(60):
+        damaged = bytearray(content[: len(content) // 2] if i % 2 else content)
+        for place in rng.integers(0, len(damaged), 400):
+            damaged[place] = rng.integers(256)
+        pages.path.write_bytes(damaged)
+        with suppress(MsmdiffError):
+            for entry in pages.entries():
+                with suppress(MsmdiffError):
+                    pages.value(entry)
+
+
 def test_a_broken_lmdb_is_named(tmp_path):
-    pytest.importorskip("lmdb")
     (tmp_path / "data.mdb").write_bytes(b"torn")
-    with pytest.raises(MsmdiffError, match="cannot be opened as an LMDB"):
+    with pytest.raises(MsmdiffError, match="is not an LMDB of LSUN's kind that can be read"):
         sources.open_source(str(tmp_path))
 
 
@@ -95,10 +122,21 @@ def test_damaged_or_missing_cifar_files_are_named(cifar, tmp_path):
     with pytest.raises(MsmdiffError, match="is damaged: it is not made of records"):
         sources.open_source(f"{cifar}:test")
     (tmp_path / "c.tar.gz").write_bytes(b"torn")
-    with pytest.raises(MsmdiffError, match=r"c.tar.gz cannot be read"):
+    with pytest.raises(
+        MsmdiffError, match=r"c.tar.gz is not CIFAR-10's binary version that can be read"
+    ):
         sources.open_source(str(tmp_path / "c.tar.gz"))
     (tmp_path / "batches.meta").write_bytes(b"")
     with pytest.raises(
         UsageError, match=r"Python version, which are pickles: give cifar-10-binary"
     ):
         sources.open_source(str(tmp_path))
+
+
+def test_a_member_of_a_tar_that_unpacks_to_too_much_is_refused(tmp_path):
+    with tarfile.open(tmp_path / "c.tar.gz", "w:gz") as archive:
+        member = tarfile.TarInfo("x/data_batch_1.bin")
+        member.size = 80 * 2**20
+        archive.addfile(member, io.BytesIO(bytes(member.size)))
+    with pytest.raises(MsmdiffError, match=r"c.tar.gz .* data_batch_1.bin would unpack to 83,886"):
+        sources.open_source(str(tmp_path / "c.tar.gz"))

@@ -1,16 +1,19 @@
 import io
 import multiprocessing
 import os
+import struct
 import time
 import zipfile
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from msmdiff.core import files
 from msmdiff.core.config import section
-from msmdiff.core.data import images, loader, sources
+from msmdiff.core.data import images, inspection, loader, sources
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.errors import MsmdiffError, UsageError
 
@@ -18,8 +21,7 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 def encoded(image, form="PNG", **options):
     buffer = io.BytesIO()
     image.save(buffer, form, **options)
-    buffer.seek(0)
-    return buffer
+    return buffer.getvalue()
 
 
 def test_digits_are_the_real_ones():
@@ -98,7 +100,10 @@ def test_npz_in_adm_layout(tmp_path):
         (lambda p: p / "nowhere", "does not exist"),
         (lambda p: p, "holds no images"),
         (lambda p: (p / "a.txt", (p / "a.txt").write_text("x"))[0], "no known kind"),
-        (lambda p: (p / "a.zip", (p / "a.zip").write_text("x"))[0], "cannot be opened as a zip"),
+        (
+            lambda p: (p / "a.zip", (p / "a.zip").write_text("x"))[0],
+            "is not a zip archive that can be read",
+        ),
     ],
 )
 def test_bad_sources_are_named(tmp_path, make, message):
@@ -133,6 +138,13 @@ def test_exif_rotation_is_applied():
     exif = Image.Exif()
     exif[0x0112] = 6
     assert images.read_rgb(encoded(wide, "JPEG", exif=exif)).size == (2, 6)
+    # A tag of a type that it must not have, which Pillow cannot write again: XResolution as text.
+    block = b"Exif\0\0II*\0\x08\0\0\0\x02\0"
+    block += struct.pack("<HHII", 0x0112, 3, 1, 6) + struct.pack("<HHI4s", 0x011A, 2, 4, b"abc\0")
+    for damaged in (block + bytes(4), block[:-3]):
+        size = images.read_rgb(encoded(wide, "JPEG", exif=damaged)).size
+        assert size in ((2, 6), (6, 2))
+    assert images.read_rgb(encoded(wide, "JPEG", exif=block + bytes(4))).size == (2, 6)
 
 
 def test_center_crop_takes_the_middle_and_enlarges_small_images():
@@ -187,7 +199,7 @@ def test_a_worker_that_is_stuck_does_not_outlive_an_error():
         source, section("data", image_size=8, workers=2, crop="random"), seed=0
     )
     before = set(multiprocessing.active_children())
-    with pytest.raises(MsmdiffError, match="cannot be read: gone"):
+    with pytest.raises(MsmdiffError, match="is not an image that can be read: gone"):
         next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
     workers = set(multiprocessing.active_children()) - before
     for worker in workers:
@@ -228,13 +240,39 @@ def test_npz_images_stay_on_the_disk_unless_compressed(tmp_path, write):
         assert source.labels.tolist() == [0, 1, 2, 3, 4]
 
 
-def test_float_images_of_0_to_1_are_not_black(tmp_path):
+def float_tiff(values):
+    return encoded(Image.fromarray(np.asarray(values, np.float32)), "TIFF")
+
+
+def test_what_is_white_in_floats_is_said_by_the_user_and_not_by_one_image():
     values = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
-    Image.fromarray(values).save(tmp_path / "f.tiff")
-    Image.fromarray(values * 255).save(tmp_path / "g.tiff")
     expected = (values * 255).round()
-    for name in ("f.tiff", "g.tiff"):
-        assert np.array_equal(np.asarray(images.read_rgb(tmp_path / name))[..., 0], expected)
+    assert np.array_equal(np.asarray(images.read_rgb(float_tiff(values)))[..., 0], expected)
+    over = np.asarray(images.read_rgb(float_tiff(values * 1.02)))[..., 0]
+    assert np.array_equal(over, (values * 255 * 1.02).round().clip(0, 255))
+    of_255 = images.Decoding(float_range=255)
+    for scale in (0.1, 255, 255.3):  # a dark image stays dark
+        read = np.asarray(images.read_rgb(float_tiff(values * scale), of_255))[..., 0]
+        assert np.array_equal(read, (values * scale).round().clip(0, 255))
+    for values, problem in (
+        ([[0, 255]], "numbers from 0 to 255, where 0 is black and 1 white: data.float_range"),
+        ([[-1, 1]], "numbers from -1 to 1"),
+        ([[0, np.nan]], "not finite"),
+        ([[0, np.inf]], "not finite"),
+    ):
+        with pytest.raises(ValueError, match=problem):
+            images.read_rgb(float_tiff(values))
+
+
+def test_the_key_reaches_the_images(tmp_path):
+    (tmp_path / "f.tif").write_bytes(float_tiff([[0, 100], [200, 255]]))
+    config = section("data", source=str(tmp_path), float_range=255)
+    assert np.asarray(sources.open_configured(config).image(0))[..., 0].tolist() == [
+        [0, 100],
+        [200, 255],
+    ]
+    with pytest.raises(MsmdiffError, match=r"f.tif in .* is not an image .* data.float_range"):
+        sources.open_source(str(tmp_path)).image(0)
 
 
 def test_a_folder_that_may_not_be_read_is_not_called_empty(tmp_path, monkeypatch):
@@ -246,3 +284,167 @@ def test_a_folder_that_may_not_be_read_is_not_called_empty(tmp_path, monkeypatch
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(MsmdiffError, match=f"{tmp_path} cannot be read: Permission denied"):
         sources.open_source(str(tmp_path))
+
+
+def remembered(path):
+    return list((path / "verified").glob("*.json"))
+
+
+def test_a_passing_fault_is_not_remembered_and_what_failed_is_looked_at_again(
+    photos, quiet, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("MSMDIFF_CACHE", str(tmp_path / "cache"))
+    config = section("data", source=str(photos), image_size=16)
+    whole, read = files.read_bytes, []
+
+    def fail(path, *rest):
+        read.append(path.name)
+        if path.name == "3.png":
+            with files.reading(path, "a file"):
+                raise OSError(5, "Input/output error")
+        return whole(path, *rest)
+
+    monkeypatch.setattr(files, "read_bytes", fail)
+    with pytest.raises(MsmdiffError, match=r"1 of 12 .* cat/3.png \(Input/output error\)"):
+        loader.open_training(config, quiet.note)
+    assert remembered(tmp_path / "cache") == []
+    monkeypatch.setattr(files, "read_bytes", whole)
+    assert len(loader.open_training(config, quiet.note)) == 12
+    # A verdict that is there, wrong or damaged, is no reason to refuse an image that can be read.
+    (place,) = remembered(tmp_path / "cache")
+    for content in ('{"1": "gone"}', "[1, 2]", "[", "[[]]", '{"99": "x"}', "7"):
+        place.write_text(content)
+        assert len(loader.open_training(config, quiet.note)) == 12
+    # What could be read is not read again.
+    monkeypatch.setattr(files, "read_bytes", fail)
+    place.write_text('{"1": "gone"}')
+    read.clear()
+    loader.open_training(config, quiet.note)
+    assert [name for name in read if name.endswith(".png")] == ["11.png"]
+
+
+def test_what_is_no_file_is_an_unreadable_image(photos, quiet, tmp_path, monkeypatch):
+    (photos / "cat" / "link.png").symlink_to(tmp_path / "nowhere.png")
+    (photos / "cat" / "loop.png").symlink_to(photos / "cat" / "loop.png")
+    os.mkfifo(photos / "cat" / "pipe.png")
+    config = section("data", source=str(photos), image_size=16, skip_unreadable=True)
+    assert len(loader.open_training(config, quiet.note)) == 12
+    assert "cat/link.png (No such file or directory)" in quiet.notes[-1]
+    assert "cat/pipe.png (a pipe, a socket or a device, not a file)" in quiet.notes[-1]
+    for name in ("a.zip", "b.npz"):
+        os.mkfifo(tmp_path / name)
+        with pytest.raises(MsmdiffError, match=f"{name} is a pipe"):
+            sources.open_source(str(tmp_path / name))
+
+
+def test_names_that_are_not_utf_8_or_not_one_line(photos, tmp_path, quiet):
+    odd = os.fsencode(photos / "cat") + b"/caf\xe9.png"
+    (photos / "cat" / "1.png").rename(os.fsdecode(odd))
+    (photos / "cat" / "3.png").rename(photos / "cat" / "a\nb\\c.png")
+    source = loader.open_training(section("data", source=str(photos)), quiet.note)
+    shown = {source.name(i) for i in range(12)}
+    assert {"cat/caf%E9.png", "cat/a%0Ab%5Cc.png"} <= shown
+    inspection.pack(source, tmp_path / "p.zip", None, lambda *_: None)
+    packed = sources.open_source(str(tmp_path / "p.zip"))
+    assert {packed.name(i) for i in range(12)} == shown
+    assert packed.class_names == source.class_names == ["cat", "dog"]
+    with pytest.raises(UsageError, match=r"'caf%E9': its name is not plain text"):
+        sources.open_source("caf\udce9")
+
+
+def written(path, files_in):
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files_in.items():
+            entry = zipfile.ZipInfo("x")
+            entry.filename, entry.compress_type = name, zipfile.ZIP_DEFLATED
+            archive.writestr(entry, content)
+    return path
+
+
+def test_folders_and_zips_have_one_rule_for_names(tmp_path):
+    picture = encoded(Image.new("RGB", (4, 4)))
+    kept = ["cat/0.png", "cat/1.JFIF", "dog/0.jp2", "dog/1.tga", "dog/2.PBM"]
+    hidden = ["cat/._0.png", ".Trash/a/0.png", "@eaDir/cat/0.png", "__MACOSX/cat/0.png"]
+    others = ["cat/notes.doc", "cat/0.txt"]
+    for name in [*kept, *hidden, *others]:
+        (tmp_path / "t" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "t" / name).write_bytes(picture)
+    everything = {name.replace("/", "\\"): picture for name in [*kept, *hidden, *others]}
+    written(tmp_path / "t.zip", {**everything, "cat/folder.png/": b""})
+    for spec in ("t", "t.zip"):
+        source = sources.open_source(str(tmp_path / spec))
+        assert source.names == kept
+        assert source.class_names == ["cat", "dog"]
+        assert source.caption_file(0) == picture
+        assert source.caption_file(1) is None
+        report = inspection.report(source)
+        assert report["unreadable"] == []
+        left_out = [".Trash/", "@eaDir/", "__MACOSX/", "cat/._0.png", "cat/notes.doc"]
+        assert report["left_out"] == {"count": 5, "names": left_out}
+
+
+def test_an_image_beside_the_class_folders_is_named(photos, quiet):
+    Image.new("RGB", (8, 8)).save(photos / "cover.png")
+    source = loader.open_training(section("data", source=str(photos), verify=False), quiet.note)
+    assert source.labels is None
+    assert "no labels: cover.png belongs to none of the classes" in quiet.notes[-1]
+    assert "cover.png" in inspection.report(source)["classes"]
+
+
+def test_labels_of_npz(tmp_path):
+    pixels = np.zeros((3, 4, 4, 3), np.uint8)
+    for labels in (np.array([0, 2, 1], np.uint8), np.array([0, 2, 1], np.uint64), [0.0, 2.0, 1.0]):
+        np.savez(tmp_path / "s.npz", pixels, np.array(labels))
+        assert sources.open_source(str(tmp_path / "s.npz")).labels.tolist() == [0, 2, 1]
+    for labels, problem in (
+        ([0, 1, 10**11], "arr_1 holds 100000000000"),
+        ([0, 1, -1], "arr_1 holds -1"),
+        ([0, 1, np.nan], "arr_1 holds nan"),
+        ([0, 1, 0.5], "arr_1 holds 0.5"),
+        (["a", "b", "c"], "arr_1 is <U1 "),
+        ([0, 1], r"arr_1 is int64 \[2\]"),
+    ):
+        np.savez(tmp_path / "s.npz", pixels, np.array(labels))
+        with pytest.raises(UsageError, match=problem):
+            sources.open_source(str(tmp_path / "s.npz"))
+
+
+def chunk(kind, body):
+    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+
+def grey_png(width, height, rows):
+    header = struct.pack(">IIBBBBB", width, height, 1, 0, 0, 0, 0)
+    body = chunk(b"IDAT", zlib.compress(rows, 9))
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + body + chunk(b"IEND", b"")
+
+
+def test_sizes_that_a_file_does_not_bear_out_are_refused_before_memory_is_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="it claims 9000x9000 pixels in 65 bytes"):
+        images.read_rgb(grey_png(9_000, 9_000, b""))
+    with pytest.raises(Image.DecompressionBombError):
+        images.read_rgb(grey_png(100_000, 100_000, b""))
+    written(tmp_path / "b.zip", {"bomb.png": bytes(100 * 2**20), "a.png": grey_png(1, 1, bytes(2))})
+    source = sources.open_source(str(tmp_path / "b.zip"))
+    assert source.image(0).size == (1, 1)
+    with pytest.raises(MsmdiffError, match=r"bomb.png in .*b.zip .* it would unpack [\d,]+ bytes"):
+        source.image(1)
+    header = io.BytesIO()
+    claim = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 64, 64, 3)}
+    np.lib.format.write_array_header_1_0(header, claim)
+    for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        with zipfile.ZipFile(tmp_path / "c.npz", "w", method) as archive:
+            archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
+        with pytest.raises(MsmdiffError, match=r"c.npz \(arr_0\) .* its header claims uint8"):
+            sources.open_source(str(tmp_path / "c.npz"))
+
+
+def test_a_very_long_image_is_cropped_without_its_whole_enlargement(monkeypatch):
+    assert images.center_crop(Image.new("RGB", (1_000_000, 1), "red"), 64)[0, 0, 0] == 255
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (5, 900, 3), np.uint8))
+    whole = images.center_crop(picture, 32)
+    parts = [images.random_crop(picture, 32, np.random.default_rng(1))]
+    monkeypatch.setattr(images, "LARGEST_ENLARGED", 0)
+    parts.append(images.random_crop(picture, 32, np.random.default_rng(1)))
+    assert np.abs(whole.astype(int) - images.center_crop(picture, 32)).max() <= 1
+    assert np.abs(parts[0].astype(int) - parts[1]).max() <= 1

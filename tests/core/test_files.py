@@ -88,3 +88,15 @@ def test_what_this_tool_did_not_write_is_not_replaced(tmp_path: Path):
     with pytest.raises(UsageError, match="was not written by msmdiff"):
         files.require_ours(tmp_path / "theirs", ours=False)
     files.require_ours(tmp_path / "theirs", ours=False, overwrite=True)
+
+
+def test_text_is_read_in_what_it_was_written_in(tmp_path: Path):
+    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"):
+        (tmp_path / "a.txt").write_bytes("un café".encode(encoding))
+        assert files.read_text(tmp_path / "a.txt") == "un café"
+
+
+def test_what_is_larger_than_it_may_be_is_not_read(tmp_path: Path):
+    (tmp_path / "a.png").write_bytes(bytes(11))
+    with pytest.raises(MsmdiffError, match=r"a\.png has 11 bytes, more than 10"):
+        files.read_bytes(tmp_path / "a.png", limit=10)

@@ -111,7 +111,7 @@ def test_captions_come_from_text_files_or_json(captioned, tmp_path):
         UsageError, match=r"2 of 12 images in .* have no caption, such as dog/0.png"
     ):
         read_captions(source, "txt")
-    with pytest.raises(UsageError, match=r"neither `txt` nor a readable JSON"):
+    with pytest.raises(UsageError, match=r"missing.json cannot be read: No such file"):
         read_captions(source, str(tmp_path / "missing.json"))
 
 

@@ -1,15 +1,17 @@
 """Data sets in containers of their own: LSUN's LMDB, and CIFAR-10's binary version."""
 
-import io
+import gzip
 import os
 import tarfile
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
 
+from msmdiff.core import files
 from msmdiff.core.data.images import read_rgb
+from msmdiff.core.data.lmdb import Pages
+from msmdiff.core.data.names import shown
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
@@ -27,48 +29,31 @@ class Lmdb(Source):
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
-        stat = (Path(spec) / "data.mdb").stat()
+        self._pages = Pages(Path(spec) / "data.mdb")
+        self._entries = self._pages.entries()
+        stat = self._pages.path.stat()
         self._state = f"({stat.st_size} bytes, changed {stat.st_mtime_ns})"
-        with _lmdb(self.spec).begin() as view, view.cursor() as cursor:
-            self.keys = list(cursor.iternext(keys=True, values=False))
-        if not self.keys:
+        if not self._entries:
             raise UsageError(f"{spec} holds no images")
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return len(self._entries)
 
     def read(self, index: int) -> Image.Image:
-        with _lmdb(self.spec).begin(buffers=True) as view:
-            return read_rgb(io.BytesIO(view.get(self.keys[index])))
+        return read_rgb(self._pages.value(self._entries[index]), self.decoding)
 
     def name(self, index: int) -> str:
-        return self.keys[index].decode(errors="replace")
+        return shown(os.fsdecode(self._entries[index].key))
 
     def describe(self, index: int) -> str:
         return f"{self.name(index)} {self._state}"
 
 
-_open: dict[str, tuple[int, Any]] = {}
+LARGEST_MEMBER = 64 * 2**20
+"""CIFAR-10's files have 31 MB."""
 
 
-def _lmdb(path: str) -> Any:
-    """The environment in a folder: open once in a process, and not shared with one that was forked
-    from it.
-    """
-    process, environment = _open.get(path, (0, None))
-    if process != os.getpid():
-        try:
-            import lmdb
-        except ImportError:
-            raise MsmdiffError("LMDB needs the lmdb package: pip install 'msmdiff[lsun]'") from None
-        if environment is not None:
-            environment.close()
-        try:
-            environment = lmdb.open(path, readonly=True, lock=False, readahead=False, meminit=False)
-        except lmdb.Error as error:
-            raise MsmdiffError(f"{path} cannot be opened as an LMDB: {error}") from None
-        _open[path] = os.getpid(), environment
-    return environment
+META = "batches.meta.txt"
 
 
 @register("source", "cifar10", summary="cifar-10-binary.tar.gz, packed or unpacked")
@@ -89,7 +74,7 @@ class Cifar10(Source):
             )
         whole = Path(spec.removesuffix(":train").removesuffix(":test"))
         packed = whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()
-        return packed or (whole / "batches.meta.txt").is_file()
+        return packed or (whole / META).is_file()
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
@@ -99,21 +84,13 @@ class Cifar10(Source):
         wanted = (
             ["test_batch.bin"] if part == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
         )
-        wanted.append("batches.meta.txt")
-        try:
-            if Path(path).is_dir():
-                files = {p.name: p.read_bytes() for p in Path(path).iterdir() if p.name in wanted}
-            else:
-                with tarfile.open(path) as archive:
-                    members = {Path(m.name).name: m for m in archive if m.isfile()}
-                    opened = {n: archive.extractfile(members[n]) for n in wanted if n in members}
-                    files = {n: file.read() for n, file in opened.items() if file is not None}
-        except (OSError, EOFError, tarfile.TarError) as error:
-            raise MsmdiffError(f"{path} cannot be read: {error}") from None
-        if missing := [name for name in wanted if name not in files]:
+        wanted.append(META)
+        with files.reading(path, "CIFAR-10's binary version"):
+            found = _in_folder(Path(path), wanted) if Path(path).is_dir() else _in_tar(path, wanted)
+        if missing := [name for name in wanted if name not in found]:
             raise UsageError(f"{path} lacks {', '.join(missing)}: give CIFAR-10's binary version")
-        self.class_names = files.pop("batches.meta.txt").decode().split()
-        content = np.frombuffer(b"".join(files[name] for name in wanted[:-1]), np.uint8)
+        self.class_names = [shown(name) for name in files.decoded(found.pop(META)).split()]
+        content = np.frombuffer(b"".join(found[name] for name in wanted[:-1]), np.uint8)
         if len(content) % 3073 or (rows := content.reshape(-1, 3073))[:, 0].max(initial=0) >= len(
             self.class_names
         ):
@@ -130,3 +107,40 @@ class Cifar10(Source):
 
     def describe(self, index: int) -> str:
         return f"{self.spec}[{index}]"
+
+
+def _in_folder(folder: Path, wanted: list[str]) -> dict[str, bytes]:
+    """Those of the wanted files that are there."""
+    there = [name for name in wanted if (folder / name).exists()]
+    return {name: files.read_bytes(folder / name, LARGEST_MEMBER) for name in there}
+
+
+def _in_tar(path: str, wanted: list[str]) -> dict[str, bytes]:
+    """Those of the wanted files that an archive holds, in whatever folder."""
+    files.require_regular(path)
+    with Path(path).open("rb") as file:
+        packed = file.read(2) == b"\x1f\x8b"
+        file.seek(0)
+        with tarfile.open(fileobj=_Gzip(fileobj=file) if packed else file, mode="r:") as archive:
+            found = {}
+            for member in archive:
+                name = PurePosixPath(member.name).name
+                # A Mac puts a hidden file beside each: `._data_batch_1.bin`.
+                if name not in wanted or not member.isfile():
+                    continue
+                if member.size > LARGEST_MEMBER:
+                    raise ValueError(f"its {name} would unpack to {member.size:,} bytes")
+                if (content := archive.extractfile(member)) is not None:
+                    found[name] = content.read()
+    return found
+
+
+class _Gzip(gzip.GzipFile):
+    """What unpacks no more at once than a member may have: headers of `tarfile` ask for what they
+    please.
+    """
+
+    def read(self, size: int | None = -1) -> bytes:
+        if size is None or not 0 <= size <= LARGEST_MEMBER:
+            raise ValueError(f"it asks for {size} bytes at once")
+        return super().read(size)

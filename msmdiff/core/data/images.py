@@ -1,53 +1,142 @@
 """Single images: decoding to 8-bit RGB, ADM's crops, and grids of pictures to look at."""
 
+import io
 import math
-import struct
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff", ".ppm", ".pgm"}
+from msmdiff.core import files
 
-# What Pillow raises on a damaged file, depending on the format and on where the damage is.
-UNREADABLE = (
-    OSError,
-    UnidentifiedImageError,
-    SyntaxError,
-    ValueError,
-    EOFError,
-    IndexError,
-    struct.error,
-    Image.DecompressionBombError,
-)
+FORMATS = (
+    "PNG", "JPEG", "MPO", "WEBP", "AVIF", "GIF", "TIFF", "JPEG2000", "BMP", "DIB", "PPM", "TGA"
+)  # fmt: skip
+"""What is decoded. Not everything that Pillow opens: EPS starts another program. TGA has no mark
+that it could be known by, and is tried last.
+"""
 
 
-def read_rgb(file: Path | IO[bytes]) -> Image.Image:
+def _known() -> tuple[list[str], frozenset[str]]:
+    """Those of FORMATS that this Pillow has, and the suffixes of their files."""
+    Image.init()
+    formats = [name for name in FORMATS if name in Image.OPEN]
+    found = Image.registered_extensions().items()
+    return formats, frozenset(suffix for suffix, name in found if name in formats)
+
+
+KNOWN, SUFFIXES = _known()
+
+LARGEST_PIXELS = 2 * 89_478_485
+"""Pillow's own limit to the pixels of an image."""
+FREE_PIXELS, PIXELS_PER_BYTE = 2**24, 10_000
+"""Larger images than the first need a byte for so many pixels: fewer bytes hold no such image."""
+
+LARGEST_ENLARGED = 2**26
+"""Pixels of an image that is resized whole before a square is cut from it."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How pixels become 8-bit RGB, where a file leaves that open.
+
+    Attributes:
+        float_range: what is white in images of floats, and of 32-bit integers.
+        alpha: what becomes of transparency: laid on `white`, or left out (`drop`), as pytorch-fid,
+            ADM's evaluator, torch-fidelity and clean-fid do.
+    """
+
+    float_range: float = 1.0
+    alpha: Literal["white", "drop"] = "white"
+
+
+def read_rgb(file: Path | bytes, decoding: Decoding = Decoding()) -> Image.Image:
     """Decode a whole image file to 8-bit RGB.
 
-    EXIF rotation is applied; transparency is laid on white; 16-bit greys, and floats of 0..1, are
-    scaled to 8 bits; CMYK, palette and grey images are converted; of an animation the first frame
-    is taken. Raises one of UNREADABLE for a damaged file.
+    EXIF rotation is applied; 16-bit greys, and floats by `decoding`, are scaled to 8 bits; CMYK,
+    palette and grey images are converted; of an animation the first frame is taken. Raises
+    Unreadable where a path's file is damaged, and nearly anything where bytes are.
     """
-    with Image.open(file) as image:
+    if isinstance(file, Path):
+        # Read whole: a decoder that reads itself may take the disk's fault for the file's.
+        with files.reading(file, "an image"):
+            return read_rgb(files.read_bytes(file), decoding)
+    try:
+        opened = Image.open(io.BytesIO(file), formats=KNOWN)
+    except UnidentifiedImageError:
+        raise ValueError(f"{len(file):,} bytes that begin as no {', '.join(KNOWN)}") from None
+    with opened as image:
+        _require_plausible(image.size, len(file))
+        wide_grey = image.mode == "I" and image.format in ("PPM", "PNG")  # 16 bits in 32
         image.load()
-        return to_rgb(ImageOps.exif_transpose(image))
+        upright = _upright(image)
+        if wide_grey:
+            upright = _grey(np.asarray(upright, np.float32) / 257)
+        return to_rgb(upright, decoding)
 
 
-def to_rgb(image: Image.Image) -> Image.Image:
-    """Any Pillow mode -> RGB, by the rules of `read_rgb`."""
-    if image.mode.startswith("I") or image.mode == "F":
-        values = np.asarray(image, dtype=np.float64)
-        if image.mode.startswith("I;16") or values.max(initial=0) > 255:
-            values = values / 257  # 65535 -> 255
-        elif image.mode == "F" and 0 < values.max(initial=0) <= 1:
-            values = values * 255  # scientific images hold 0..1
-        image = Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
-    if image.has_transparency_data:
+def _require_plausible(size: tuple[int, int], length: int) -> None:
+    """Raises ValueError for sizes that a file of this length does not hold."""
+    pixels = size[0] * size[1]
+    if not 0 < pixels <= LARGEST_PIXELS:
+        raise ValueError(f"it is {size[0]}x{size[1]}; images have 1 to {LARGEST_PIXELS:,} pixels")
+    if pixels > max(FREE_PIXELS, PIXELS_PER_BYTE * length):
+        raise ValueError(f"it claims {size[0]}x{size[1]} pixels in {length:,} bytes")
+
+
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF's orientations, and what sets them upright."""
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    # Pillow's own exif_transpose writes all tags anew, and fails at those of a wrong type.
+    try:
+        orientation: Any = image.getexif().get(0x0112)
+        turn = TURNS.get(orientation)
+    except Exception:  # tags that are no tags say nothing of how the pixels lie
+        turn = None
+    return image if turn is None else image.transpose(turn)
+
+
+def to_rgb(image: Image.Image, decoding: Decoding = Decoding()) -> Image.Image:
+    """Any Pillow mode -> RGB, by the rules of `read_rgb`. Raises ValueError for numbers that are
+    not finite, or far from the range of floats.
+    """
+    if image.mode.startswith("I;16"):
+        image = _grey(np.asarray(image, np.float32) / 257)  # 65535 -> 255
+    elif image.mode in ("I", "F"):
+        image = _grey(_scaled(np.asarray(image, np.float32), decoding.float_range))
+    if decoding.alpha == "white" and image.has_transparency_data:
         rgba = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
     return image.convert("RGB")
+
+
+def _grey(values: np.ndarray) -> Image.Image:
+    return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _scaled(values: np.ndarray, white: float) -> np.ndarray:
+    """Floats -> 0..255. A little beyond the range, as filters leave it, is cut off."""
+    if not np.isfinite(values).all():
+        raise ValueError("it holds numbers that are not finite")
+    low, high = float(values.min()), float(values.max())
+    if low < -white / 2 or high > 2 * white:
+        raise ValueError(
+            f"it holds numbers from {low:g} to {high:g}, where 0 is black and {white:g} white: "
+            "data.float_range says otherwise, such as 255"
+        )
+    return values * (255 / white)
 
 
 def center_crop(image: Image.Image, size: int) -> np.ndarray:
@@ -56,9 +145,9 @@ def center_crop(image: Image.Image, size: int) -> np.ndarray:
 
     Images smaller than `size` are enlarged.
     """
-    pixels = np.asarray(_shrink_to(image, size, size))
-    top, left = (pixels.shape[0] - size) // 2, (pixels.shape[1] - size) // 2
-    return pixels[top : top + size, left : left + size]
+    image = _halved(image, size)
+    width, height = _scaled_size(image, size)
+    return _window(image, (width, height), ((width - size) // 2, (height - size) // 2), size)
 
 
 def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.ndarray:
@@ -66,18 +155,37 @@ def random_crop(image: Image.Image, size: int, rng: np.random.Generator) -> np.n
     side.
     """
     shorter = int(rng.integers(size, math.ceil(size / 0.8) + 1))
-    pixels = np.asarray(_shrink_to(image, shorter, shorter))
-    top, left = (int(rng.integers(0, extent - size + 1)) for extent in pixels.shape[:2])
-    return pixels[top : top + size, left : left + size]
+    image = _halved(image, shorter)
+    width, height = _scaled_size(image, shorter)
+    top, left = (int(rng.integers(0, extent - size + 1)) for extent in (height, width))
+    return _window(image, (width, height), (left, top), size)
 
 
-def _shrink_to(image: Image.Image, shorter: int, floor: int) -> Image.Image:
-    while min(image.size) >= 2 * floor:
+def _halved(image: Image.Image, shorter: int) -> Image.Image:
+    """An image whose shorter side is less than twice what is wanted."""
+    while min(image.size) >= 2 * shorter:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    return image
+
+
+def _scaled_size(image: Image.Image, shorter: int) -> tuple[int, int]:
     scale = shorter / min(image.size)
-    return image.resize(
-        (round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC
-    )
+    return round(image.width * scale), round(image.height * scale)
+
+
+def _window(
+    image: Image.Image, scaled: tuple[int, int], corner: tuple[int, int], size: int
+) -> np.ndarray:
+    """A square of an image resized to `scaled`, from (left, top) on: uint8 [size, size, 3]."""
+    left, top = corner
+    if math.prod(scaled) <= LARGEST_ENLARGED:
+        pixels = np.asarray(image.resize(scaled, Image.Resampling.BICUBIC))
+        return pixels[top : top + size, left : left + size]
+    # The whole of a very long image could be gigabytes. Pillow's box has only single precision, so
+    # that a pixel may differ by a grey level.
+    x, y = image.width / scaled[0], image.height / scaled[1]
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return np.asarray(image.resize((size, size), Image.Resampling.BICUBIC, box))
 
 
 def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> Image.Image:

@@ -19,13 +19,14 @@ from PIL import Image
 from msmdiff.core import files, registry
 from msmdiff.core.config import section
 from msmdiff.core.data import sources
-from msmdiff.core.data.images import UNREADABLE, center_crop, grid
+from msmdiff.core.data.images import center_crop, grid
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.loader import TrainingImages, batches, flip
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.files import reason
 from msmdiff.core.sections import CodecConfig, DataConfig
 from msmdiff.core.seeding import numpy_stream, stream
 
@@ -36,12 +37,16 @@ def report(source: Source) -> dict[str, Any]:
     if source.labels is not None:
         names = [source.class_names[label] for label in source.labels.tolist()]
         found["classes"] = dict(sorted(Counter(names).items()))
+    elif source.unlabelled:
+        found["classes"] = source.unlabelled
+    if source.left_out:
+        found["left_out"] = {"count": len(source.left_out), "names": list(source.left_out)}
     if not isinstance(source, Latents):
         bad, sizes = sources.survey(source)
         found["sizes"] = {
             f"{width}x{height}": count for (width, height), count in sizes.most_common()
         }
-        found["unreadable"] = [f"{source.name(i)} ({reason})" for i, reason in bad.items()]
+        found["unreadable"] = [f"{source.name(i)} ({reason(e)})" for i, e in bad.items()]
         return found
     found |= {
         "entry": list(source.shape),
@@ -81,8 +86,8 @@ def contact_sheet(source: Source, codec: CodecConfig, count: int) -> Image.Image
     if not isinstance(source, Latents) or not source.moments:
         pictures = []
         for i in chosen:
-            with suppress(*UNREADABLE):  # which ones is in the report
-                pictures.append(center_crop(source.read(int(i)), 96))
+            with suppress(MsmdiffError):  # which ones is in the report
+                pictures.append(center_crop(source.image(int(i)), 96))
         if not pictures:
             raise MsmdiffError(f"none of {len(chosen)} images of {source.spec} can be read")
         return grid(np.stack(pictures))
@@ -116,8 +121,7 @@ def pack(
     with files.atomic(out) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_STORED) as archive:
         taken: set[str] = set()
         for i in range(len(source)):
-            with files.reading(source.name(i), "an image"):
-                name, content = _packed(source, i, size, taken)
+            name, content = _packed(source, i, size, taken)
             taken.add(name)
             # Of a fixed date: the same images, the same bytes.
             archive.writestr(zipfile.ZipInfo(name), content)
@@ -148,7 +152,7 @@ def _packed(source: Source, index: int, size: int | None, taken: set[str]) -> tu
     else:
         other = str(PurePosixPath(name).with_suffix(".png"))
         name = f"{name}.png" if other in taken else other
-    image, buffer = source.read(index), io.BytesIO()
+    image, buffer = source.image(index), io.BytesIO()
     if size is not None:
         image = Image.fromarray(center_crop(image, size))
     image.save(buffer, "PNG")
@@ -160,8 +164,7 @@ def _pack_caption(
 ) -> None:
     """The text beside an image, which most images have not."""
     caption = str(PurePosixPath(name).with_suffix(".txt"))
-    with suppress(OSError):
-        text = source.content(index, ".txt")
-        if text and caption not in taken:
-            taken.add(caption)
-            archive.writestr(zipfile.ZipInfo(caption), text)
+    text = source.caption_file(index)
+    if text and caption not in taken:
+        taken.add(caption)
+        archive.writestr(zipfile.ZipInfo(caption), text)

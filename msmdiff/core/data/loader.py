@@ -6,16 +6,17 @@ import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from msmdiff.core import files
 from msmdiff.core.data import images, sources
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.order import Chunks, images_at
@@ -116,7 +117,7 @@ class TrainingImages(Dataset):
         if self._filled[index]:
             assert self._cache is not None
             return self._cache[index]
-        image = self._read(index)
+        image = self.source.image(index)
         if self.config.crop == "random":
             return images.random_crop(
                 image, self.config.image_size, numpy_stream(self.seed, "crop", position)
@@ -126,13 +127,6 @@ class TrainingImages(Dataset):
             self._cache[index] = pixels
             self._filled[index] = True
         return pixels
-
-    def _read(self, index: int) -> Image.Image:
-        try:
-            return self.source.read(index)
-        except images.UNREADABLE as error:
-            name = self.source.name(index)
-            raise MsmdiffError(f"{name} in {self.source.spec} cannot be read: {error}") from None
 
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
         """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W],
@@ -160,7 +154,7 @@ class TrainingImages(Dataset):
     def crops(self, indices: Iterable[int]) -> Tensor:
         """The centre crops of the images at `indices`: uint8 [B, 3, H, W]."""
         pixels = np.stack(
-            [images.center_crop(self._read(int(i)), self.config.image_size) for i in indices]
+            [images.center_crop(self.source.image(int(i)), self.config.image_size) for i in indices]
         )
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
@@ -220,31 +214,16 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     the user's cache folder.
     """
     source = sources.open_configured(config)
+    if source.unlabelled:
+        report(f"note: {config.source} has {source.unlabelled}")
     if not config.verify or isinstance(source, sources.Digits | sources.Npz | Latents):
         return source
-    listing = "\n".join(source.describe(i) for i in range(len(source)))
-    remembered = (
-        cache_folder() / "verified" / f"{hashlib.sha256(listing.encode()).hexdigest()[:32]}.json"
-    )
-    try:
-        bad = {int(i): reason for i, reason in json.loads(remembered.read_text()).items()}
-    except (OSError, ValueError):
-        if len(source) > 10_000:
-            report(
-                f"checking all {len(source):,} images of {config.source} once "
-                "(data.verify=false skips this)"
-            )
-        bad = sources.survey(source)[0]
-        try:
-            remembered.parent.mkdir(parents=True, exist_ok=True)
-            remembered.write_text(json.dumps(bad))
-        except OSError:
-            pass  # a cache that cannot be written costs the next start some time, nothing else
+    bad = _verdict(source, report)
     if not bad:
         return source
-    shown = "; ".join(f"{source.name(i)} ({reason})" for i, reason in list(bad.items())[:5])
-    summary = f"{len(bad)} of {len(source)} images in {config.source} cannot be read: {shown}"
-    summary += f" and {len(bad) - 5} more" if len(bad) > 5 else ""
+    listed = [f"{source.name(i)} ({reason})" for i, reason in list(bad.items())[:5]]
+    summary = f"{len(bad)} of {len(source)} images in {config.source} cannot be read: "
+    summary += "; ".join(listed) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
     if not config.skip_unreadable:
         raise MsmdiffError(
             f"{summary}. Repair or remove them, or leave them out: --set "
@@ -255,6 +234,39 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
         raise MsmdiffError(summary)
     report(f"left out: {summary}")
     return sources.Subset(source, [i for i in range(len(source)) if i not in bad])
+
+
+def _verdict(source: Source, report: Callable[[str], None]) -> dict[int, str]:
+    """The images that cannot be read, and why: looked at now, or remembered.
+
+    What failed is looked at again each time, and nothing is remembered where the disk failed and
+    not a file: a repair need not change a name, a size or a time.
+    """
+    listing = "\n".join(source.describe(i) for i in range(len(source)))
+    digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:32]
+    place = cache_folder() / "verified" / f"{digest}.json"
+    failed = _remembered(place, len(source))
+    if failed is None and len(source) > 10_000:
+        report(
+            f"checking all {len(source):,} images of {source.spec} once "
+            "(data.verify=false skips this)"
+        )
+    errors = sources.survey(source, failed)[0]
+    bad = {index: files.reason(error) for index, error in errors.items()}
+    if failed != list(bad) and not any(files.passing(error) for error in errors.values()):
+        # A cache that cannot be written costs the next start some time, nothing else.
+        with suppress(MsmdiffError):
+            files.write_json(place, bad)
+    return bad
+
+
+def _remembered(place: Path, count: int) -> list[int] | None:
+    """The images that could not be read when all were looked at; None where that is not known."""
+    try:
+        failed = [int(index) for index in json.loads(files.read_text(place))]
+    except (MsmdiffError, ValueError, TypeError, RecursionError):
+        return None
+    return failed if all(0 <= index < count for index in failed) else None
 
 
 def cache_folder() -> Path:

@@ -9,7 +9,9 @@ from PIL import Image
 
 from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
+from msmdiff.core.data.images import Decoding
 from msmdiff.core.errors import UsageError
+from msmdiff.core.files import reading
 
 
 class Source:
@@ -19,6 +21,9 @@ class Source:
         spec: what the user wrote.
         labels: [N] int64 class indices, or None.
         class_names: a name per class, in the order of the indices.
+        decoding: how images become 8-bit RGB where their files leave that open.
+        left_out: files and folders that lie among the images and are not read.
+        unlabelled: why there are no labels, where most images could have some.
     """
 
     priority: ClassVar[int] = 1
@@ -29,6 +34,9 @@ class Source:
     spec: str
     labels: np.ndarray | None = None
     class_names: Sequence[str] = ()
+    decoding: Decoding = Decoding()
+    left_out: Sequence[str] = ()
+    unlabelled: str | None = None
 
     @classmethod
     def opens(cls, spec: str) -> bool:
@@ -39,13 +47,20 @@ class Source:
         raise NotImplementedError
 
     def read(self, index: int) -> Image.Image:
-        """The image at `index` as 8-bit RGB; raises one of `images.UNREADABLE` where damaged."""
+        """The image at `index` as 8-bit RGB; may raise anything where it is damaged."""
         raise NotImplementedError
 
-    def content(self, index: int, suffix: str | None = None) -> bytes | None:
-        """The image's file as it is, or the one beside it with another suffix; None where there are
-        no files.
-        """
+    def image(self, index: int) -> Image.Image:
+        """The image at `index` as 8-bit RGB. Raises Unreadable, which names it."""
+        with reading(f"{self.name(index)} in {self.spec}", "an image"):
+            return self.read(index)
+
+    def content(self, index: int) -> bytes | None:
+        """The image's file as it is; None where there are no files. Raises Unreadable."""
+        return None
+
+    def caption_file(self, index: int) -> bytes | None:
+        """The `.txt` file beside the image, None where there is none. Raises Unreadable."""
         return None
 
     def describe(self, index: int) -> str:

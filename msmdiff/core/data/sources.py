@@ -4,12 +4,8 @@ A new kind of source is one class, here or in a plugin, with `opens`, `__len__`,
 `describe`, registered as a "source".
 """
 
-import io
 import os
-import re
-import struct
 import zipfile
-import zlib
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -18,12 +14,16 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from msmdiff.core import registry
-from msmdiff.core.data.images import SUFFIXES, UNREADABLE, read_rgb
+from msmdiff.core import files, registry, zips
+from msmdiff.core.data import names
+from msmdiff.core.data.images import SUFFIXES, Decoding, read_rgb
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
 from msmdiff.core.sections import AUTO, DataConfig
+
+LARGEST_CLASS = 1_000_000
+"""Class indices stay below: each class has a name, and a row in the network."""
 
 
 @register("source", "digits", summary="`digits[:train|:test]`, scikit-learn's scans")
@@ -80,70 +80,61 @@ class Files(Source):
         self.spec = spec
         self.path = Path(spec)
         self._archives: dict[int, zipfile.ZipFile] = {}
+        self._entries: dict[str, zipfile.ZipInfo] = {}
         if self.path.is_dir():
-            self.names = sorted(_walk(self.path))
+            found = list(names.walk(self.path))
         else:
-            self.names = sorted(
-                n for n in self._archive().namelist() if _is_image(PurePosixPath(n))
-            )
+            entries = [entry for entry in self._archive().infolist() if not entry.is_dir()]
+            self._entries = {names.separated(entry.filename): entry for entry in entries}
+            found = list(self._entries)
+        self.names, others = names.sorted_out(found)
+        self.left_out = [names.shown(name) for name in others]
         if not self.names:
+            such = f"; there is {self.left_out[0]}" if others else ""
             raise UsageError(
                 f"{spec} holds no images: looked, in every sub-folder, for "
-                f"{', '.join(sorted(SUFFIXES))} in any case"
+                f"{', '.join(sorted(SUFFIXES))} in any case{such}"
             )
-        self.labels, self.class_names = _labels(self.names, labels, spec)
+        self.labels, self.class_names, self.unlabelled = names.classes(self.names, labels, spec)
 
     def __len__(self) -> int:
         return len(self.names)
 
     def read(self, index: int) -> Image.Image:
-        return read_rgb(
-            self.path / self.names[index] if self.path.is_dir() else io.BytesIO(self.content(index))
-        )
+        return read_rgb(self.content(index), self.decoding)
 
-    def content(self, index: int, suffix: str | None = None) -> bytes:
-        name = (
-            self.names[index]
-            if suffix is None
-            else str(PurePosixPath(self.names[index]).with_suffix(suffix))
-        )
-        try:
-            return (
-                (self.path / name).read_bytes()
-                if self.path.is_dir()
-                else self._archive().read(name)
-            )
-        except (
-            KeyError,
-            zipfile.BadZipFile,
-            zlib.error,
-            RuntimeError,
-            NotImplementedError,
-        ) as error:
-            raise OSError(
-                str(error)
-            ) from None  # damaged, encrypted, or compressed in a way Python cannot read
+    def content(self, index: int) -> bytes:
+        return self._content(self.names[index])
+
+    def caption_file(self, index: int) -> bytes | None:
+        name = str(PurePosixPath(self.names[index]).with_suffix(".txt"))
+        there = (self.path / name).exists() if self.path.is_dir() else name in self._entries
+        return self._content(name) if there else None
+
+    def _content(self, name: str) -> bytes:
+        if self.path.is_dir():
+            return files.read_bytes(self.path / name)
+        with files.reading(f"{names.shown(name)} in {self.spec}", "a zip archive's member"):
+            return bytes(zips.member(self._archive(), self._entries[name]))
 
     def describe(self, index: int) -> str:
-        if self.path.is_dir():
+        if not self.path.is_dir():
+            entry = self._entries[self.names[index]]
+            return f"{self.name(index)} ({entry.file_size} bytes, crc {entry.CRC:08x})"
+        try:
             stat = (self.path / self.names[index]).stat()
-            return f"{self.names[index]} ({stat.st_size} bytes, changed {stat.st_mtime_ns})"
-        entry = self._archive().getinfo(self.names[index])
-        return f"{self.names[index]} ({entry.file_size} bytes, crc {entry.CRC:08x})"
+        except OSError as error:  # a link that leads nowhere
+            return f"{self.name(index)} ({error.strerror})"
+        return f"{self.name(index)} ({stat.st_size} bytes, changed {stat.st_mtime_ns})"
 
     def name(self, index: int) -> str:
-        return self.names[index]
+        return names.shown(self.names[index])
 
     def _archive(self) -> zipfile.ZipFile:
         # One handle per process: a handle shared through fork would share its file position.
         process = os.getpid()
         if process not in self._archives:
-            try:
-                self._archives = {process: zipfile.ZipFile(self.path)}
-            except (OSError, zipfile.BadZipFile) as error:
-                raise MsmdiffError(
-                    f"{self.path} cannot be opened as a zip archive: {error}"
-                ) from None
+            self._archives = {process: zips.open_zip(self.path)}
         return self._archives[process]
 
     def __getstate__(self) -> dict:
@@ -161,40 +152,19 @@ class Npz(Source):
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
-        try:
-            with np.load(spec, allow_pickle=False) as content:
-                if "arr_0" not in content:
-                    raise UsageError(
-                        f"{spec} holds {sorted(content)}, not images (ADM's `arr_0`, uint8 "
-                        "[N, H, W, 3])"
-                    )
-                self._pixels = _mapped(spec)
-                labels = content.get("arr_1")
-        except (
-            OSError,
-            ValueError,
-            EOFError,
-            TypeError,
-            AttributeError,
-            struct.error,
-            zipfile.BadZipFile,
-        ) as error:
-            raise MsmdiffError(f"{spec} cannot be read as a NumPy archive: {error}") from None
-        if self._pixels.ndim != 4 or self._pixels.shape[-1] != 3 or self._pixels.dtype != np.uint8:
+        if "arr_0" not in (there := zips.names_in(spec)):
             raise UsageError(
-                f"{spec}: arr_0 is {self._pixels.dtype} {list(self._pixels.shape)}, not uint8 "
-                "[N, H, W, 3]"
+                f"{spec} holds {sorted(there)}, not images (ADM's `arr_0`, uint8 [N, H, W, 3])"
             )
-        if labels is not None and (
-            labels.shape != (len(self._pixels),) or labels.min(initial=0) < 0
-        ):
+        self._pixels = pixels = zips.map_array(spec, "arr_0")
+        if pixels.ndim != 4 or pixels.shape[-1] != 3 or pixels.dtype != np.uint8 or not pixels.size:
             raise UsageError(
-                f"{spec}: arr_1 must hold one class index, 0 or more, for each of "
-                f"{len(self._pixels)} images"
+                f"{spec}: arr_0 is {pixels.dtype} {list(pixels.shape)}, not uint8 [N, H, W, 3]"
             )
+        labels = zips.read_arrays(spec, ["arr_1"]).get("arr_1")
         if labels is not None:
-            self.labels = labels.astype(np.int64)
-            self.class_names = [str(i) for i in range(int(labels.max(initial=-1)) + 1)]
+            self.labels = _class_indices(spec, labels, len(pixels))
+            self.class_names = [str(i) for i in range(int(self.labels.max()) + 1)]
 
     def __len__(self) -> int:
         return len(self._pixels)
@@ -206,12 +176,29 @@ class Npz(Source):
         return f"{self.spec}[{index}]"
 
 
+def _class_indices(spec: str, labels: np.ndarray, count: int) -> np.ndarray:
+    """`arr_1` as int64. Raises UsageError for what cannot be class indices."""
+    if labels.shape != (count,) or labels.dtype.kind not in "iuf":
+        raise UsageError(
+            f"{spec}: arr_1 is {labels.dtype} {list(labels.shape)}, and must hold one class index, "
+            f"0 or more, for each of {count} images"
+        )
+    wrong = labels[~((labels >= 0) & (labels < LARGEST_CLASS) & (labels == np.floor(labels)))]
+    if len(wrong):
+        raise UsageError(
+            f"{spec}: arr_1 holds {wrong[0]}, and must hold class indices, whole numbers from 0 to "
+            f"{LARGEST_CLASS - 1}"
+        )
+    return labels.astype(np.int64)
+
+
 class Subset(Source):
     """Some images of another source, in the given order."""
 
     def __init__(self, source: Source, indices: Sequence[int]) -> None:
         self.spec, self.class_names = source.spec, source.class_names
         self._source, self._indices = source, list(indices)
+        self.left_out, self.unlabelled = source.left_out, source.unlabelled
         self.labels = None if source.labels is None else source.labels[self._indices]
 
     def __len__(self) -> int:
@@ -223,8 +210,11 @@ class Subset(Source):
     def describe(self, index: int) -> str:
         return self._source.describe(self._indices[index])
 
-    def content(self, index: int, suffix: str | None = None) -> bytes | None:
-        return self._source.content(self._indices[index], suffix)
+    def content(self, index: int) -> bytes | None:
+        return self._source.content(self._indices[index])
+
+    def caption_file(self, index: int) -> bytes | None:
+        return self._source.caption_file(self._indices[index])
 
     def name(self, index: int) -> str:
         return self._source.name(self._indices[index])
@@ -240,6 +230,10 @@ def open_source(
     the name of a registered source, whose `options` it takes, or else found by the spec's look.
     Raises UsageError when nothing is there, or when the labels asked for are not.
     """
+    if names.shown(spec) != spec:
+        raise UsageError(
+            f"data source '{names.shown(spec)}': its name is not plain text in UTF-8: rename it"
+        )
     entry = registry.find("source", kind, "data.kind") if kind != AUTO else _recognised(spec)
     if entry is None:
         kinds = "; ".join(e.summary for e in registry.entries("source").values())
@@ -255,7 +249,9 @@ def open_configured(config: DataConfig) -> Source:
     options: dict[str, Any] = {}
     if config.kind != AUTO:
         options = registry.find("source", config.kind, "data.kind").takes(config)
-    return open_source(config.source, config.labels, config.kind, options)
+    source = open_source(config.source, config.labels, config.kind, options)
+    source.decoding = Decoding(float_range=config.float_range)
+    return source
 
 
 def _recognised(spec: str) -> registry.Entry | None:
@@ -271,38 +267,9 @@ def is_data(spec: str) -> bool:
     return whole.exists() or _recognised(spec) is not None
 
 
-def _mapped(path: str) -> np.ndarray:
-    """`arr_0` of an `.npz`, left on the disk unless it is compressed: 50,000 images of 256x256 are
-    10 GB.
-    """
-    with zipfile.ZipFile(path) as archive, Path(path).open("rb") as file:
-        entry = archive.getinfo("arr_0.npy")
-        if entry.compress_type != zipfile.ZIP_STORED:
-            with archive.open(entry) as member:
-                return np.lib.format.read_array(member, allow_pickle=False)
-        file.seek(entry.header_offset + 26)  # the lengths of the local header's two variable fields
-        file.seek(sum(struct.unpack("<HH", file.read(4))), os.SEEK_CUR)
-        version = np.lib.format.read_magic(file)
-        header = (
-            np.lib.format.read_array_header_1_0
-            if version == (1, 0)
-            else np.lib.format.read_array_header_2_0
-        )
-        shape, fortran, dtype = header(file)
-        return np.memmap(
-            filename=path,
-            dtype=dtype,
-            mode="r",
-            offset=file.tell(),
-            shape=shape,
-            order="F" if fortran else "C",
-        )
-
-
 def holds_images(path: Path) -> bool:
     """Whether an `.npz` holds ADM's `arr_0`."""
-    with np.load(path, allow_pickle=False) as content:
-        return "arr_0" in content
+    return "arr_0" in zips.names_in(path)
 
 
 def _with_labels(source: Source, rule: str) -> Source:
@@ -316,79 +283,22 @@ def _with_labels(source: Source, rule: str) -> Source:
     return source
 
 
-def _walk(root: Path) -> list[str]:
-    names: list[str] = []
-    seen = {root.resolve()}
-
-    def refuse(error: OSError) -> None:
-        raise MsmdiffError(f"{error.filename} cannot be read: {error.strerror}") from None
-
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        real = {s: (Path(folder) / s).resolve() for s in subfolders if not s.startswith(".")}
-        subfolders[:] = [
-            s for s, target in real.items() if target not in seen
-        ]  # a link may lead back up
-        seen.update(real.values())
-        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        names += [str(relative / f) for f in files if _is_image(relative / f)]
-    return names
-
-
-def _is_image(path: PurePosixPath) -> bool:
-    return (
-        path.suffix.lower() in SUFFIXES
-        and not path.name.startswith(".")
-        and "__MACOSX" not in path.parts
-    )
-
-
-def _labels(names: list[str], rule: str, spec: str) -> tuple[np.ndarray | None, list[str]]:
-    # An archive of one folder (`zip -r photos.zip photos`) has its classes one level further down.
-    parents = [PurePosixPath(n).parts[:-1] for n in names]
-    common = next(
-        (i for i, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), 0
-    )
-    inside = all(len(p) > common for p in parents)
-    deeper = [PurePosixPath(n).parts[common if inside else 0 :] for n in names]
-    folders = [parts[0] if len(parts) > 1 else None for parts in deeper]
-    stems = [re.match(r"[^_]+(?=_)", PurePosixPath(n).name) for n in names]
-    prefixes = [m.group() if m else None for m in stems]
-    if rule == "auto":
-        if None not in folders and len(set(folders)) > 1:
-            rule = "folders"
-        elif None not in prefixes and 1 < len(set(prefixes)) <= len(names) // 2:
-            rule = "adm"
-        else:
-            rule = "none"
-    if rule == "none":
-        return None, []
-    keys = folders if rule == "folders" else prefixes
-    if None in keys:
-        name, form = (
-            names[keys.index(None)],
-            "class/image.png" if rule == "folders" else "ClassID_anything.jpg",
-        )
-        raise UsageError(
-            f"data.labels is '{rule}', but {spec} holds {name}, which is not of the form {form}"
-        )
-    classes = sorted({k for k in keys if k is not None})
-    index = {c: i for i, c in enumerate(classes)}
-    return np.array([index[k] for k in keys if k is not None], dtype=np.int64), classes
-
-
-def survey(source: Source) -> tuple[dict[int, str], Counter[tuple[int, int]]]:
-    """Decode every image, in threads: {index: reason} of those that fail, and how many have which
-    (width, height).
+def survey(
+    source: Source, indices: Sequence[int] | None = None
+) -> tuple[dict[int, MsmdiffError], Counter[tuple[int, int]]]:
+    """Decode every image, or those at `indices`, in threads: what fails and why, and how many have
+    which (width, height).
     """
     from concurrent.futures import ThreadPoolExecutor
 
-    def attempt(index: int) -> tuple[int, int] | str:
+    def attempt(index: int) -> tuple[int, int] | MsmdiffError:
         try:
-            return source.read(index).size
-        except UNREADABLE as error:
-            return f"{type(error).__name__}: {error}".strip(": ")
+            return source.image(index).size
+        except MsmdiffError as error:
+            return error
 
+    chosen = range(len(source)) if indices is None else indices
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        results = list(pool.map(attempt, range(len(source))))
-    bad = {index: result for index, result in enumerate(results) if isinstance(result, str)}
-    return bad, Counter(result for result in results if not isinstance(result, str))
+        results = dict(zip(chosen, pool.map(attempt, chosen), strict=True))
+    bad = {index: result for index, result in results.items() if isinstance(result, MsmdiffError)}
+    return bad, Counter(size for size in results.values() if not isinstance(size, MsmdiffError))

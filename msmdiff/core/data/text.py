@@ -3,7 +3,6 @@
 import json
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from msmdiff.core import files
 from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Cache
@@ -113,11 +113,10 @@ class Captions:
 def read_prompts(path: Path) -> list[str]:
     """The lines of a file that are not empty. Raises UsageError where there are none."""
     try:
-        prompts = [
-            line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"--prompts {path} cannot be read: {error}") from None
+        lines = files.read_text(path).splitlines()
+    except MsmdiffError as error:
+        raise UsageError(f"--prompts {error}") from None
+    prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UsageError(f"--prompts {path} holds no prompts: write one a line")
     return prompts
@@ -160,8 +159,7 @@ def read_captions(source: Source, spec: str) -> list[list[str]]:
     for i, name in enumerate(names):
         found = table.get(name) or table.get(name.rpartition("/")[2], [])
         if spec == "txt":
-            with suppress(OSError):  # no such file: no captions, which is said below
-                found = (source.content(i, ".txt") or b"").decode(errors="replace").splitlines()
+            found = files.decoded(source.caption_file(i) or b"").splitlines()
         captions.append([text.strip() for text in found if text.strip()])
     if without := [name for name, texts in zip(names, captions, strict=True) if not texts]:
         count = f"{len(without)} of {len(names)}"
@@ -171,28 +169,31 @@ def read_captions(source: Source, spec: str) -> list[list[str]]:
 
 
 def _read_json(path: str) -> dict[str, list[str]]:
+    """Captions by file name."""
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if "annotations" not in content:
-            table = {
-                name: [texts] if isinstance(texts, str) else list(texts)
-                for name, texts in content.items()
-            }
-            if odd := [
-                name
-                for name, texts in table.items()
-                if not all(isinstance(text, str) for text in texts)
-            ]:
+        with files.reading(path, "`txt`, nor a JSON file of captions,"):
+            content = json.loads(files.read_text(path))
+            table = _coco(content) if "annotations" in content else _by_name(content)
+            odd = [name for name, texts in table.items() if not all(map(_is_text, texts))]
+            if odd:
                 raise ValueError(f"the captions of {odd[0]} are not text")
             return table
-        names, table = (
-            {image["id"]: image["file_name"] for image in content["images"]},
-            defaultdict(list),
-        )
-        for note in content["annotations"]:
-            table[names[note["image_id"]]].append(note["caption"])
-        return table
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"--captions {path}: neither `txt` nor a readable JSON file of captions: {error!r}"
-        ) from None
+    except MsmdiffError as error:
+        raise UsageError(f"--captions {error}") from None
+
+
+def _coco(content: dict[str, Any]) -> dict[str, list[str]]:
+    names = {image["id"]: image["file_name"] for image in content["images"]}
+    table: dict[str, list[str]] = defaultdict(list)
+    for note in content["annotations"]:
+        table[names[note["image_id"]]].append(note["caption"])
+    return table
+
+
+def _by_name(content: dict[str, Any]) -> dict[str, list[str]]:
+    found = content.items()
+    return {name: [texts] if isinstance(texts, str) else list(texts) for name, texts in found}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)

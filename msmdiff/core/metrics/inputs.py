@@ -1,6 +1,7 @@
 """What can be measured: images on disk, samples drawn from weights on the fly, and statistics."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from msmdiff.core import files, weights
+from msmdiff.core.config import section
 from msmdiff.core.data import images, sources
 from msmdiff.core.data.loader import as_is, default_workers
 from msmdiff.core.data.source import Source
@@ -61,6 +63,7 @@ class Stored(Images):
     def __init__(self, source: Source, crop: int | None = None, workers: int | None = None) -> None:
         super().__init__(source.spec)
         self.source, self.crop, self._size = source, crop, ""
+        source.decoding = replace(source.decoding, alpha="white" if crop else "drop")
         if len(source) < 2:
             raise UsageError(
                 f"{source.spec} holds {len(source)} image: a distance needs at least two "
@@ -73,7 +76,7 @@ class Stored(Images):
         # The first that can be read: an unreadable image says nothing of the size.
         first = next(self.batches(range(len(source)), 1))
         self._size = f"{first.shape[3]}x{first.shape[2]}"
-        self.settings = {"image_size": self._size}
+        self.settings = {"image_size": self._size, "alpha": source.decoding.alpha}
         if crop:
             self.settings["crop"] = f"adm {crop}"
 
@@ -82,9 +85,9 @@ class Stored(Images):
 
     def _pixels(self, index: int) -> np.ndarray | str:
         try:
-            image = self.source.read(index)
-        except images.UNREADABLE as error:
-            return str(error) or type(error).__name__
+            image = self.source.image(index)
+        except MsmdiffError as error:
+            return files.reason(error)
         return np.asarray(image) if self.crop is None else images.center_crop(image, self.crop)
 
     def __getitems__(
@@ -187,7 +190,7 @@ def open_input(
     or weights.
 
     Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored
-    one.
+    one. Of the `layers`, images on disk take `data.float_range`.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
@@ -203,6 +206,11 @@ def open_input(
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
     else:
-        opened = Stored(sources.open_source(spec, "none"), crop, workers)
+        source = sources.open_source(spec, "none")
+        for layer in layers:
+            if "float_range" in layer.get("data", {}):
+                data = section("data", float_range=layer["data"]["float_range"])
+                source.decoding = images.Decoding(float_range=data.float_range)
+        opened = Stored(source, crop, workers)
     opened.stored = found
     return opened

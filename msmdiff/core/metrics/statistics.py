@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import msmdiff
-from msmdiff.core import files
+from msmdiff.core import files, zips
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics.features import INCEPTION_SHA256
 from msmdiff.core.metrics.frechet import Gaussian
@@ -191,25 +191,19 @@ def _suffixes(names: Container[str]) -> tuple[str, ...]:
 
 def _read(path: Path) -> dict[str, np.ndarray] | None:
     """The arrays that statistics consist of, without the images that may lie beside them."""
-    with np.load(path, allow_pickle=False) as content:
-        if "mu" not in content or "sigma" not in content:
-            return None
-        found = {}
-        for suffix in _suffixes(content):
-            for name in (f"mu{suffix}", f"sigma{suffix}"):
-                found[name] = content[name].astype(np.float64)
-        for name in ("count", "rows", *SETTINGS):
-            if name in content:
-                found[name] = content[name]
-        return found
+    there = zips.names_in(path)
+    if "mu" not in there or "sigma" not in there:
+        return None
+    means = [f"{name}{suffix}" for suffix in _suffixes(there) for name in ("mu", "sigma")]
+    found = zips.read_arrays(path, [*means, "count", "rows", *SETTINGS])
+    with files.reading(path, "a file of statistics"):
+        return found | {name: found[name].astype(np.float64) for name in means}
 
 
 def ours(path: Path) -> bool:
     """Whether `save` wrote a file."""
     try:
-        files.require_regular(path)
-        with files.reading(path, "a NumPy archive"), np.load(path, allow_pickle=False) as content:
-            return {"mu", "sigma", "msmdiff"} <= set(content)
+        return {"mu", "sigma", "msmdiff"} <= set(zips.names_in(path))
     except MsmdiffError:
         return False
 

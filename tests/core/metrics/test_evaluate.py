@@ -411,3 +411,21 @@ def test_dinov2_takes_either_files_option(tmp_path, small_dino):
         assert [score.name for score in found] == ["fd_dinov2", "kid"]
         assert len(passes) == 1
     assert small_dino.given == [Path("w")] * 2
+
+
+def test_transparency_is_left_out_as_the_peers_do_unless_images_are_read_as_in_training(tmp_path):
+    for i in range(2):
+        Image.new("RGBA", (8, 8), (10 * i, 20, 30, 0)).save(tmp_path / f"{i}.png")
+    for crop, alpha, pixel in ((None, "drop", [10, 20, 30]), (8, "white", [255, 255, 255])):
+        opened = inputs.open_input(str(tmp_path), crop=crop)
+        assert opened.settings["alpha"] == alpha
+        assert next(opened.batches([1], 1))[0, :, 0, 0].tolist() == pixel
+
+
+def test_what_is_white_in_floats_can_be_said(tmp_path):
+    for i in range(2):
+        Image.fromarray(np.full((4, 4), 100, np.float32)).save(tmp_path / f"{i}.tif")
+    opened = inputs.open_input(str(tmp_path), layers=[{"data": {"float_range": 255}}])
+    assert next(opened.batches([0], 1)).unique().tolist() == [100]
+    with pytest.raises(MsmdiffError, match=r"2 of 2 images .* data.float_range"):
+        inputs.open_input(str(tmp_path))
