@@ -19,6 +19,9 @@ from msmdiff.core.layers import SECTIONS, merge
 from msmdiff.core.presets import dump_yaml, parse_yaml
 from msmdiff.core.registry import Entry
 from msmdiff.core.sections import AUTO, Section
+from msmdiff.core.sections import (
+    ModelConfig as ModelConfig,
+)  # what Python users build networks from
 
 
 class Config(Section):
