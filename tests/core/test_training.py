@@ -421,10 +421,6 @@ def test_cost_counts_what_the_mask_saves():
     # one Linear by hand: the patch embedding of 64 tokens
     assert counted.forward_flops > 2 * 64 * 12 * 16
     assert counted.parameters == sum(p.numel() for p in road.build(config).backbone.parameters())
-    assert counted.memory_bytes(config) > 5 * 4 * counted.parameters
-    activations = counted.memory_bytes(config, 2) - 5 * 4 * counted.parameters
-    shared = counted.memory_bytes(config, 2, sharded=True) - activations
-    assert shared == pytest.approx(5 * 4 * counted.parameters / 2, rel=1e-4)
 
 
 def test_previews_show_samples_and_what_the_mask_leaves(tmp_path, quiet):

@@ -1,8 +1,13 @@
 """What a training run logs: losses, speed, waiting, memory."""
 
+import ctypes
+import gc
 import resource
+import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -70,4 +75,39 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the device's peak allocation on CUDA, else the process's peak resident size."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    # Not getrusage where it can be helped: a process that a larger one started inherits its peak.
+    return _of_process("VmHWM") or _largest_so_far()
+
+
+def resident_memory() -> int:
+    """Bytes of this process in memory now; its peak where the system does not tell."""
+    return _of_process("VmRSS") or _largest_so_far()
+
+
+def _of_process(name: str) -> int:
+    """A size in Linux's /proc/self/status, in bytes; 0 elsewhere."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return 0
+    found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(found[0]) * 1024 if found else 0
+
+
+def _largest_so_far() -> int:
+    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes
+
+
+def forget_peak(device: torch.device) -> None:
+    """Start `peak_memory` anew, where the system can, after giving freed memory back."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # absent outside glibc
+    if trim is not None:
+        trim(0)
+    # Linux only; without it, what ran before in this process counts too.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
