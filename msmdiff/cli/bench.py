@@ -68,7 +68,7 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
     import torch
 
     from msmdiff.core import backbones
-    from msmdiff.core import bench as timing
+    from msmdiff.core.bench import training as timing
     from msmdiff.core import build as road
     from msmdiff.core import config as configuration
     from msmdiff.core.training.launch import choose_precision
@@ -86,7 +86,7 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
             asked += [(r, "auto") for r in masks or [0.0 if own else 0.9]]
         chosen.train.precision = choose_precision(chosen, device.type)
         half = chosen.train.precision == "bf16"
-        peak = peak or timing.matmul_peak(device, torch.bfloat16 if half else torch.float32)
+        peak = peak or timing.timing.matmul_peak(device, torch.bfloat16 if half else torch.float32)
         rows.append(timing.training_step(chosen, steps, peak))
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import maybe_disable_fake_tensor_mode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -95,7 +96,6 @@ def _activations(config: Config, parts: road.Parts, micro: int, device: str) -> 
     gradients.
     """
     batch = micro * parts.objective.copies
-    routes = _routes(parts)
     network = parts.backbone
     network.gradient_checkpointing = config.train.gradient_checkpointing
     half = config.train.precision in ("bf16", "fp16")
@@ -105,28 +105,37 @@ def _activations(config: Config, parts: road.Parts, micro: int, device: str) -> 
         network = network.to_empty(device="cpu")
         x, t = torch.empty(batch, *parts.codec.shape), torch.empty(batch)
         y = parts.objective.condition.example(batch, "cpu")
+        ways = routes(parts, batch, "cpu")
         alive = _Alive(network)
         with alive:
             loss = torch.zeros(())
             with torch.autocast("cpu", dtype=dtype, enabled=half):
-                for route in routes:
-                    if route is not None and route.keep is not None:
-                        keep = torch.zeros(batch, parts.mask.kept, dtype=torch.long)
-                        route = replace(route, keep=keep, dropped=False)
+                for route in ways:
                     loss = loss + network(x, t, y, route).float().square().mean()
             loss.backward()
     return alive.peak
 
 
-def _routes(parts: road.Parts) -> list[Route | None]:
-    """The route of each pass of a step. Drawn on real tensors: some routes read numbers."""
+def routes(parts: road.Parts, batch: int, device: str) -> list[Route | None]:
+    """The route of each pass of a step over `batch` images, as many tokens kept as the mask keeps;
+    their ids are no numbers.
+    """
 
     def draw(purpose: str, device: Any = "cpu") -> torch.Generator:
         return stream("cpu", 0, purpose)
 
-    drawn = [route_of(parts.objective.copies, draw) for route_of in parts.objective.passes.values()]
-    # EDT's network draws masks of its own for every image; a plain pass holds as much.
-    return [route if route is None or route.keep is not None else None for route in drawn]
+    found: list[Route | None] = []
+    for route_of in parts.objective.passes.values():
+        # On real tensors: some routes read numbers.
+        with torch.device("cpu"), maybe_disable_fake_tensor_mode():
+            route = route_of(parts.objective.copies, draw)
+        if route is not None and route.keep is not None:
+            keep = torch.zeros(batch, parts.mask.kept, dtype=torch.long, device=device)
+            found.append(replace(route, keep=keep, dropped=False))
+        else:
+            # EDT's network draws masks of its own for every image; a plain pass holds as much.
+            found.append(None)
+    return found
 
 
 class _Alive(TorchDispatchMode):
