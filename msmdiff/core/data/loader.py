@@ -50,6 +50,16 @@ class Batch:
         y = self.y.pin_memory() if self.y is not None else None
         return Batch(self.position, self.images.pin_memory(), y)
 
+    def __reduce__(self) -> Any:
+        # To another process as arrays, which go through a pipe. Tensors would go through /dev/shm,
+        # of which Docker gives 64 MB; torch waits without end where it is full.
+        y = self.y.numpy() if self.y is not None else None
+        return _batch_of_arrays, (self.position, self.images.numpy(), y)
+
+
+def _batch_of_arrays(position: int, images: np.ndarray, y: np.ndarray | None) -> Batch:
+    return Batch(position, torch.from_numpy(images), None if y is None else torch.from_numpy(y))
+
 
 def flip(images: Tensor, flipped: Tensor | None) -> Tensor:
     """A batch's images, mirrored where `flipped` [B] says so: by their packed mirror images where
@@ -165,21 +175,9 @@ class TrainingImages(Dataset):
         return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
-def as_is(batch: Any) -> Any:
-    """For loaders whose data set makes whole batches."""
-    return batch
-
-
 def default_workers() -> int:
     """As many decoding processes as help."""
     return max(1, min(8, (os.cpu_count() or 2) - 1))
-
-
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end
-    # the step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
 
 
 def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterator[Batch]:
@@ -187,15 +185,35 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
     workers = dataset.config.workers
     if workers is None:
         workers = 0 if dataset.cached else default_workers()
+    return through_workers(dataset, chunks, workers, pin_memory=pin_memory)
+
+
+# ------------------------------------------------------------------ worker processes
+
+PATIENCE = 600
+"""Seconds that a batch is waited for: a file that never comes (a dead network disk) ends a command.
+"""
+
+
+def through_workers(
+    dataset: Any, chunks: Iterable[list[int]], workers: int, *, pin_memory: bool = False
+) -> Iterator[Any]:
+    """`dataset.__getitems__(chunk)` for every chunk, in order, made by so many processes (0: here).
+
+    What it returns must travel without tensors, as arrays (see `Batch.__reduce__`). Raises the
+    MsmdiffError that comes in a batch's place, and RuntimeError "DataLoader ..." for a worker that
+    the system ended or that makes nothing for PATIENCE seconds; `console` has the sentence.
+    """
     others = multiprocessing.active_children()
     loader = iter(
         DataLoader(
             dataset,
             batch_sampler=chunks,
-            collate_fn=as_is,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            timeout=PATIENCE if workers else 0,
             pin_memory=pin_memory,
         )
     )
@@ -210,6 +228,21 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
         del loader
         for worker in started:
             worker.kill()
+
+
+def _as_is(batch: Any) -> Any:
+    """The data sets make whole batches."""
+    return batch
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end
+    # the step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------ checking
 
 
 def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
