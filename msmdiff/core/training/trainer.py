@@ -150,11 +150,10 @@ class Trainer:
         return checkpoint.newest(self.run.path)
 
     def _start_from_weights(self, source: str, allow_partial: bool) -> None:
-        # Only a published file asks for this: shapes do not tell how many heads a network has.
-        fields = self.config.model.model_dump()
-        told = {name: fields[name] for name in ("num_heads",) if name in fields}
-        stored = weights.read(weights.locate(source), told)
-        report = warmstart.start_from(self.parts.backbone, stored, allow_partial)
+        stored = weights.read(weights.locate(source), warmstart.told_by(self.config))
+        report = warmstart.start_from(
+            self.parts.backbone, stored, allow_partial, self.dataset.source.class_names
+        )
         for line in report.lines():
             self._note(line)
 
@@ -305,6 +304,7 @@ class Trainer:
                 networks=networks,
                 config=self.config,
                 retain=self.config.train.keep_checkpoints,
+                class_names=self.dataset.source.class_names,
             )
         self.accelerator.wait_for_everyone()
 
@@ -323,7 +323,10 @@ class Trainer:
             state["seconds"],
             state["skipped"],
         )
-        listing = state.get("listing", self.listing)
+        begun = self.run.begun()
+        here = begun is not None and begun.data.source == self.config.data.source
+        # Old checkpoints have no listing: their data are known by their place alone.
+        listing = state.get("listing", self.listing if here else None)
         if (state["data"], listing) != (count := len(self.dataset.source), self.listing):
             others = " others, or of other classes" if state["data"] == count else ""
             raise UsageError(
@@ -363,7 +366,8 @@ class Trainer:
         return config
 
     def _introduce(self, total: int) -> None:
-        mask, cost_, limit = self.parts.mask, self.cost, self.config.train.max_seconds
+        train, mask, cost_ = self.config.train, self.parts.mask, self.cost
+        limit = train.max_seconds
         goal = (
             f"{total:,} images to see"
             if limit is None
@@ -376,6 +380,12 @@ class Trainer:
             f"{self.device.type} x "
             f"{self.accelerator.num_processes}, {goal}"
         )
+        optim = self.config.optim
+        if optim.decay_steps and optim.schedule != "constant" and optim.decay_steps < train.steps:
+            self._note(
+                f"the rate reaches {optim.final_lr:g} at step {optim.decay_steps:,} and stays "
+                f"there until step {train.steps:,}: optim.decay_steps keeps what it was begun with"
+            )
         if self.config.objective.name == "mdt":
             mask_section: Any = self.config.mask
             low, spread = mask_section.ratio, mask_section.spread or 0.0
