@@ -359,6 +359,24 @@ def test_quickstart_tells_the_whole_story(cli, tmp_path):
     assert "holds a finished quickstart" in done.stderr
 
 
+def test_fresh_removes_what_a_quickstart_wrote_and_nothing_else(tmp_path):
+    for kept in ("seed1_photos/a.jpg", "seed2024/b.jpg", "seed0/mine.txt", "seed1/primer/mine.txt"):
+        (tmp_path / kept).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / kept).write_text("mine")
+    for written in ("seed0/primer/run.json", "seed0/scratch.png", "seed2/finetuned/run.json"):
+        (tmp_path / written).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / written).write_text("{}")
+    _remove_results(tmp_path)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == [
+        "seed0/mine.txt",
+        "seed1/primer/mine.txt",
+        "seed1_photos/a.jpg",
+        "seed2024/b.jpg",
+    ]
+    assert not (tmp_path / "seed2").exists()
+
+
 def test_training_starts_where_git_is_not_installed(cli, tmp_path):
     (tmp_path / "bin").mkdir()
     cli("train", "--steps", "1", "--batch-size", "4", "--run", "r", PATH=str(tmp_path / "bin"))
