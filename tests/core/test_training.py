@@ -581,7 +581,7 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
             {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"},
             "starts one process whatever --num_processes says",
         ),
-        ({"WORLD_SIZE": "2"}, "2 processes were started but would each train alone"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but no RANK, MASTER_ADDR, MASTER_PORT: unset it"),
     ],
 )
 def test_launches_that_would_not_work_together_are_refused(
@@ -621,3 +621,20 @@ def test_a_wrong_number_of_threads_is_named(tmp_path, quiet, monkeypatch):
     monkeypatch.setenv("OMP_NUM_THREADS", "x")
     with pytest.raises(UsageError, match="OMP_NUM_THREADS=x: give a number of threads"):
         train(small(), tmp_path, quiet)
+
+
+def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
+    every = {"train": {"steps": 2, "preview_every": 2}, "sample": {"steps": 2}}
+    train(small(every), tmp_path, quiet)
+    pictures = sorted((tmp_path / "previews").glob("img-000000016-*.png"))
+    assert len(pictures) == 2
+    whole = [path.read_bytes() for path in pictures]
+    pictures[0].unlink()
+    pictures[1].write_bytes(whole[1][:300])
+    train(small(every), tmp_path, quiet)
+    assert [path.read_bytes() for path in pictures] == whole
+
+
+def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
+    train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
+    assert "decay 0.999, which has gone 0.8% of the way" in quiet.notes[-1]

@@ -20,7 +20,7 @@ from msmdiff.core.data import images, sources
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.data.source import Source
-from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.sections import DataConfig
 from msmdiff.core.seeding import numpy_stream
 
@@ -291,5 +291,13 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff."""
-    return Path(os.environ.get("MSMDIFF_CACHE") or Path.home() / ".cache" / "msmdiff")
+    """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff.
+
+    Raises UsageError for a user without a home (a container's number without a name).
+    """
+    if given := os.environ.get("MSMDIFF_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "msmdiff"
+    except RuntimeError:
+        raise UsageError("there is no home folder for a cache: set HOME or MSMDIFF_CACHE") from None

@@ -68,7 +68,7 @@ class Trainer:
         self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str
     ) -> None:
         self.reporter = reporter
-        self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+        self.main = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
         source = open_training(config.data, self._note)
         config = config.model_copy(deep=True)
         begun = Run(run_path, writes=False).begun()
@@ -166,7 +166,7 @@ class Trainer:
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
         saved_at = self.images_seen or -1
         # A kill may have come between a checkpoint and what follows it; the first process can tell.
-        pictured = self.main and previews.samples_at(self._stem).is_file()
+        pictured = self.main and previews.drawn(self._stem, self.config)
         previewed_at = saved_at if self._agree(pictured) else -1
         evaluator = self.evaluator if self.main else None
         measured = evaluator is not None and evaluator.measured(self.images_seen)
@@ -205,6 +205,7 @@ class Trainer:
                 if done:
                     break
                 self._take_step(stream_of_batches)
+        self._tell_unmoved_average(step)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
         return Summary(
@@ -215,6 +216,19 @@ class Trainer:
             writes=self.main,
             interrupted=signal,
         )
+
+    def _tell_unmoved_average(self, steps: int) -> None:
+        """What is sampled from may be nearly the network before training."""
+        ema = self.config.ema
+        if not ema.decays or ema.warmup != "constant":
+            return  # a ramp follows the weights from the start
+        moved = 1 - ema.decays[0] ** (steps // ema.update_every)
+        if moved < 0.9:
+            self._note(
+                f"weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
+                f"{moved:.1%} of the way from the first weights to the trained ones: train longer, "
+                "or with a lower ema.decays or ema.warmup=power"
+            )
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)
