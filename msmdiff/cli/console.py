@@ -35,13 +35,27 @@ def sentences() -> Iterator[None]:
     except MemoryError:
         _fail("out of memory: lower train.micro_batch_size or --batch-size", 1)
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+        if (sentence := _explained(error)) is None:
             raise
-        _fail(
+        _fail(sentence, 1)
+
+
+def _explained(error: RuntimeError) -> str | None:
+    """What torch's words mean to the user, where they mean something else than a fault of ours."""
+    words = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in words:
+        return (
             "out of memory: lower train.micro_batch_size (or --batch-size), or set "
-            "train.gradient_checkpointing=true",
-            1,
+            "train.gradient_checkpointing=true"
         )
+    if words.startswith("DataLoader timed out"):
+        return "no image came for ten minutes: does the disk with the data still answer?"
+    if words.startswith("DataLoader worker"):
+        return (
+            "a loader process was ended from outside, most often by the system for want of memory: "
+            "use fewer (data.workers, --workers) and run the same command again"
+        )
+    return None
 
 
 def _fail(sentence: str, code: int) -> None:

@@ -103,8 +103,14 @@ def quickstart(
 
 def _remove_results(out: Path) -> None:
     """Only what a quickstart writes: the folder may hold other things."""
-    for run in out.glob("seed[0-9]*"):
-        shutil.rmtree(run)
+    for seed in range(3):
+        folder = out / f"seed{seed}"
+        for arm in ("primer", "finetuned", "scratch"):
+            if (folder / arm / "run.json").is_file():
+                shutil.rmtree(folder / arm)
+            (folder / f"{arm}.png").unlink(missing_ok=True)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
     for name in ("samples.png", "scratch.png", "masked.png", "curves.png", "quickstart.json"):
         (out / name).unlink(missing_ok=True)
 

@@ -112,15 +112,15 @@ def finetune(
     ] = False,
     **options: Any,
 ) -> None:
-    """Start from weights and train on, by default without a mask, with the configuration they were
-    trained with.
+    """Start from weights and train on, by default without a mask, with the network and the settings
+    they were trained with; but for as long as asked, at a rate and precision chosen anew.
 
-    Image size, classes and codec may change: positions are interpolated, new parts start fresh; all
-    of it is named.
+    Image size, classes and codec may change: positions are interpolated, classes matched by name,
+    new parts start fresh; all of it is named.
     """
     from msmdiff.cli.weights import model_fields
     from msmdiff.core import weights
-    from msmdiff.core.build import derived_rate
+    from msmdiff.core.training import warmstart
 
     path = weights.locate(ckpt)
     told = [item for item in options["sets"] or [] if item.startswith("model.")]
@@ -134,12 +134,9 @@ def finetune(
             "tail": 0.0,
         },
         "objective": {"name": "dsm"},
-        # The precision is what is fastest here, not where it came from.
-        "train": {"init_from": str(path), "precision": "auto"},
+        "train": {"init_from": str(path)},
     }
-    if stored.optim.lr == derived_rate(stored.model):
-        changes["optim"] = {"lr": None}  # derived again, should the width change
-    config = _configure(options, stored.as_dict(), changes)
+    config = _configure(options, warmstart.next_stage(stored), changes)
     _measure_anew(config, stored)
     _train("finetune", options, config, allow_partial)
 
@@ -198,6 +195,8 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
             console.note(
                 f"interrupted at image {summary.images_seen:,} and saved: the same command "
                 f"resumes {path}"
+                if summary.images_seen
+                else "interrupted before the first step: nothing was trained"
             )
         raise typer.Exit(128 + signal.Signals(summary.interrupted))
     if not summary.writes:

@@ -5,6 +5,8 @@ import os
 
 import torch
 
+from msmdiff.core.errors import UsageError
+
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
@@ -22,7 +24,10 @@ def prepare(threads: int | None = None) -> None:
     )
     # torchrun sets OMP_NUM_THREADS=1 by itself, so that it is somebody's wish only in a single
     # process.
-    wished = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0) if processes == 1 else 0
+    words = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if words and not (words.isdecimal() and int(words) < 2**15):
+        raise UsageError(f"OMP_NUM_THREADS={words}: give a number of threads, such as 4")
+    wished = int(words or 0) if processes == 1 else 0
     torch.set_num_threads(threads or wished or max(1, cores // processes))
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc

@@ -5,6 +5,7 @@ import struct
 import time
 import zipfile
 import zlib
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -183,6 +184,15 @@ def test_batches_are_a_function_of_the_position(photos, workers, crop):
     assert seen[0].images.dtype == torch.uint8
 
 
+def test_a_batch_goes_to_another_process_whole_and_not_through_shared_memory():
+    batch = loader.Batch(3, torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), torch.tensor([5]))
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert bytes(range(48)) in sent  # the numbers themselves, not the name of a segment
+    arrived = ForkingPickler.loads(sent)
+    assert (arrived.position, arrived.y.tolist()) == (3, [5])
+    assert torch.equal(arrived.images, batch.images)
+
+
 class Stuck(sources.Digits):
     """The image that is asked for first cannot be read, and the one after it never comes."""
 
@@ -205,6 +215,17 @@ def test_a_worker_that_is_stuck_does_not_outlive_an_error():
     for worker in workers:
         worker.join(30)
     assert not [worker for worker in workers if worker.is_alive()]
+
+
+def test_a_worker_that_makes_nothing_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 1)
+    source = Stuck("digits")
+    source.first = None
+    dataset = loader.TrainingImages(
+        source, section("data", image_size=8, workers=1, crop="random"), seed=0
+    )
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
+        next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
 
 
 def test_unreadable_images_stop_or_are_left_out(photos, quiet):

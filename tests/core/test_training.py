@@ -619,6 +619,9 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics()]
     assert len(rates) == 9
     assert rates[-1] == 0
+    assert any(
+        "the rate reaches 0 at step 8 and stays there until step 9" in n for n in quiet.notes
+    )
     with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 12 now"):
         train(
             small(decaying, {"train": {"steps": 9}, "optim": {"decay_steps": 12}}), tmp_path, quiet
@@ -632,7 +635,7 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
             {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"},
             "starts one process whatever --num_processes says",
         ),
-        ({"WORLD_SIZE": "2"}, "2 processes were started but would each train alone"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but no RANK, MASTER_ADDR, MASTER_PORT: unset it"),
     ],
 )
 def test_launches_that_would_not_work_together_are_refused(
@@ -642,3 +645,50 @@ def test_launches_that_would_not_work_together_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         train(small(), tmp_path, quiet)
+
+
+def test_data_and_weights_that_lie_elsewhere_now_are_the_same(tmp_path, photos, quiet):
+    train(small({"train": {"steps": 1}}), tmp_path / "primer", quiet)
+    primer = tmp_path / "primer" / "weights.safetensors"
+    layer = {"data": {"source": str(photos)}, "train": {"steps": 2, "init_from": str(primer)}}
+    train(small(layer), tmp_path / "run", quiet)
+    moved = photos.rename(tmp_path / "moved")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(primer.read_bytes())
+    layer = {"data": {"source": str(moved)}, "train": {"steps": 3, "init_from": str(copy)}}
+    assert train(small(layer), tmp_path / "run", quiet).steps == 3
+    copy.write_bytes(b"another")
+    layer["train"]["init_from"] = str(primer)
+    with pytest.raises(UsageError, match=r"train.init_from: .*copy.safetensors' there"):
+        train(small(layer), tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "weights.safetensors"])
+def test_foreign_files_in_a_run_directory_are_not_replaced(tmp_path, quiet, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=rf"{name} was not written by a training: move it"):
+        train(small(), tmp_path, quiet)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_wrong_number_of_threads_is_named(tmp_path, quiet, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "x")
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS=x: give a number of threads"):
+        train(small(), tmp_path, quiet)
+
+
+def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
+    every = {"train": {"steps": 2, "preview_every": 2}, "sample": {"steps": 2}}
+    train(small(every), tmp_path, quiet)
+    pictures = sorted((tmp_path / "previews").glob("img-000000016-*.png"))
+    assert len(pictures) == 2
+    whole = [path.read_bytes() for path in pictures]
+    pictures[0].unlink()
+    pictures[1].write_bytes(whole[1][:300])
+    train(small(every), tmp_path, quiet)
+    assert [path.read_bytes() for path in pictures] == whole
+
+
+def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
+    train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
+    assert "decay 0.999, which has gone 0.8% of the way" in quiet.notes[-1]

@@ -8,12 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from msmdiff.core import files, weights
 from msmdiff.core.config import section
 from msmdiff.core.data import images, sources
-from msmdiff.core.data.loader import as_is, default_workers
+from msmdiff.core.data.loader import default_workers, through_workers
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import statistics
@@ -92,7 +91,7 @@ class Stored(Images):
 
     def __getitems__(
         self, indices: list[int]
-    ) -> tuple[Tensor | None, dict[int, str]] | MsmdiffError:
+    ) -> tuple[np.ndarray | None, dict[int, str]] | MsmdiffError:
         """A batch and what of it could not be read; an error as a value, since a worker would send
         a traceback.
         """
@@ -113,26 +112,16 @@ class Stored(Images):
         if not good:
             return None, bad
         batch = np.stack(good).transpose(0, 3, 1, 2)  # [B, 3, H, W]
-        return torch.from_numpy(batch.copy()), bad
+        return batch.copy(), bad
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        chunks: Any = [
-            list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)
-        ]
-        dataset: Any = self
-        for item in DataLoader(
-            dataset,
-            batch_sampler=chunks,
-            collate_fn=as_is,
-            num_workers=self._workers if self._size else 0,  # none to find the first image
-        ):
-            if isinstance(item, MsmdiffError):
-                raise item
-            batch, bad = item
+        chunks = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        workers = self._workers if self._size else 0  # none to find the first image
+        for batch, bad in through_workers(self, chunks, workers):
             self.bad |= bad
             self.unreadable()  # stops as soon as they are too many
             if batch is not None:
-                yield batch
+                yield torch.from_numpy(batch)
 
     def _name(self, index: int) -> str:
         return self.source.name(index)

@@ -144,7 +144,8 @@ def open_run(
     The weights are the first average's, or else the model's; the reference, unless given, the
     training data.
     """
-    path = run if run.is_dir() else Path("runs") / run
+    # A folder of a run's name does not hide it.
+    path = run if (run / "config.yaml").is_file() else Path("runs") / run
     config = Run(path, writes=False).stored_config()
     if config is None:
         raise UsageError(f"--run {run}: no run with a config.yaml, here or under runs/")

@@ -100,6 +100,16 @@ def _refuse_lonely_launch() -> None:
             "`accelerate launch --cpu` starts one process whatever --num_processes says: "
             "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
         )
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent or not world.isdecimal():
+        missing = f", but no {', '.join(absent)}" if absent else ""
+        raise UsageError(
+            f"WORLD_SIZE is {world}{missing}: unset it, or start several processes with "
+            "`torchrun --nproc_per_node N -m -- msmdiff ...`"
+        )
 
 
 def shares(train: TrainConfig, processes: int) -> tuple[int, int]:

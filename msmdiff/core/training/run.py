@@ -57,6 +57,11 @@ class Run:
         self._lock: files.Lock | None = None
         if not writes:
             return
+        for name in ("config.yaml", "weights.safetensors"):
+            if (path / name).exists() and not self._is_run():
+                raise UsageError(
+                    f"{path / name} was not written by a training: move it, or give another --run"
+                )
         try:
             (path / "previews").mkdir(parents=True, exist_ok=True)
             self._lock = files.Lock(
@@ -67,6 +72,10 @@ class Run:
             raise MsmdiffError(
                 f"run directory {path} cannot be written: {error.strerror or error}"
             ) from None
+
+    def _is_run(self) -> bool:
+        """Whether a training of ours wrote in this directory."""
+        return (self.path / "run.json").is_file() or checkpoint.newest(self.path) is not None
 
     def stored_config(self) -> Config | None:
         """The configuration this run was started with, or None for a new run.
@@ -97,24 +106,33 @@ class Run:
     def admit(self, config: Config) -> None:
         """Check that `config` continues what this run computed. Raises UsageError with the
         differences.
+
+        Data may lie elsewhere now: the checkpoint's listing tells whether they are the same
+        (`Trainer._restore`). So may the weights it started from, where they are the same file.
         """
         if (stored := self.begun()) is None:
             return
-        if changes := configuration.difference(stored, config):
+        changes = configuration.difference(stored, config)
+        changes.pop("data.source", None)
+        primers = changes.get("train.init_from")
+        if primers and all(primers) and _same_file(*primers):
+            del changes["train.init_from"]
+        if changes:
             shown = "; ".join(
                 f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items()
             )
             raise UsageError(
                 f"{self.path} was trained with another configuration ({shown}): "
-                "run the same command to resume it, or give another --run"
+                "give the same settings to resume it, or another --run"
             )
 
     def start(self, config: Config, command: str, images_seen: int) -> None:
         """Record the configuration and the circumstances; drop log lines past `images_seen`."""
         if not self.writes:
             return
-        files.write_text(self.path / "config.yaml", config.to_yaml())
+        # First what tells the directory from a foreign one (`_is_run`).
         files.write_json(self.path / "run.json", _circumstances(command))
+        files.write_text(self.path / "config.yaml", config.to_yaml())
         kept = [line for line in self._lines() if line["images"] <= images_seen]
         files.write_text(
             self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)
@@ -144,6 +162,14 @@ class Run:
             except ValueError:
                 break  # a kill in the middle of a line: the rest is written again
         return lines
+
+
+def _same_file(old: str, new: str) -> bool:
+    """Whether two places hold the same bytes; False where either is gone."""
+    paths = Path(old), Path(new)
+    if not all(path.is_file() for path in paths):
+        return paths[0].resolve() == paths[1].resolve()
+    return paths[0].samefile(paths[1]) or files.checksum(paths[0]) == files.checksum(paths[1])
 
 
 def _revision() -> str | None:

@@ -68,7 +68,7 @@ class Trainer:
         self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str
     ) -> None:
         self.reporter = reporter
-        self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+        self.main = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
         source = open_training(config.data, self._note)
         config = config.model_copy(deep=True)
         begun = Run(run_path, writes=False).begun()
@@ -155,11 +155,10 @@ class Trainer:
         return checkpoint.newest(self.run.path)
 
     def _start_from_weights(self, source: str, allow_partial: bool) -> None:
-        # Only a published file asks for this: shapes do not tell how many heads a network has.
-        fields = self.config.model.model_dump()
-        told = {name: fields[name] for name in ("num_heads",) if name in fields}
-        stored = weights.read(weights.locate(source), told)
-        report = warmstart.start_from(self.parts.backbone, stored, allow_partial)
+        stored = weights.read(weights.locate(source), warmstart.told_by(self.config))
+        report = warmstart.start_from(
+            self.parts.backbone, stored, allow_partial, self.dataset.source.class_names
+        )
         for line in report.lines():
             self._note(line)
 
@@ -172,7 +171,7 @@ class Trainer:
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
         saved_at = self.images_seen or -1
         # A kill may have come between a checkpoint and what follows it; the first process can tell.
-        pictured = self.main and previews.samples_at(self._stem).is_file()
+        pictured = self.main and previews.drawn(self._stem, self.config)
         previewed_at = saved_at if self._agree(pictured) else -1
         evaluator = self.evaluator if self.main else None
         measured = evaluator is not None and evaluator.measured(self.images_seen)
@@ -211,6 +210,7 @@ class Trainer:
                 if done:
                     break
                 self._take_step(stream_of_batches)
+        self._tell_unmoved_average(step)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
         return Summary(
@@ -221,6 +221,19 @@ class Trainer:
             writes=self.main,
             interrupted=signal,
         )
+
+    def _tell_unmoved_average(self, steps: int) -> None:
+        """What is sampled from may be nearly the network before training."""
+        ema = self.config.ema
+        if not ema.decays or ema.warmup != "constant":
+            return  # a ramp follows the weights from the start
+        moved = 1 - ema.decays[0] ** (steps // ema.update_every)
+        if moved < 0.9:
+            self._note(
+                f"weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
+                f"{moved:.1%} of the way from the first weights to the trained ones: train longer, "
+                "or with a lower ema.decays or ema.warmup=power"
+            )
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)
@@ -310,6 +323,7 @@ class Trainer:
                 networks=networks,
                 config=self.config,
                 retain=self.config.train.keep_checkpoints,
+                class_names=self.dataset.source.class_names,
             )
         self.accelerator.wait_for_everyone()
 
@@ -328,7 +342,10 @@ class Trainer:
             state["seconds"],
             state["skipped"],
         )
-        listing = state.get("listing", self.listing)
+        begun = self.run.begun()
+        here = begun is not None and begun.data.source == self.config.data.source
+        # Old checkpoints have no listing: their data are known by their place alone.
+        listing = state.get("listing", self.listing if here else None)
         if (state["data"], listing) != (count := len(self.dataset.source), self.listing):
             others = " others, or of other classes" if state["data"] == count else ""
             raise UsageError(
@@ -368,7 +385,8 @@ class Trainer:
         return config
 
     def _introduce(self, total: int) -> None:
-        mask, cost_, limit = self.parts.mask, self.cost, self.config.train.max_seconds
+        train, mask, cost_ = self.config.train, self.parts.mask, self.cost
+        limit = train.max_seconds
         goal = (
             f"{total:,} images to see"
             if limit is None
@@ -381,6 +399,12 @@ class Trainer:
             f"{self.device.type} x "
             f"{self.accelerator.num_processes}, {goal}"
         )
+        optim = self.config.optim
+        if optim.decay_steps and optim.schedule != "constant" and optim.decay_steps < train.steps:
+            self._note(
+                f"the rate reaches {optim.final_lr:g} at step {optim.decay_steps:,} and stays "
+                f"there until step {train.steps:,}: optim.decay_steps keeps what it was begun with"
+            )
         if self.config.objective.name == "mdt":
             mask_section: Any = self.config.mask
             low, spread = mask_section.ratio, mask_section.spread or 0.0

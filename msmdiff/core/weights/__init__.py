@@ -224,7 +224,10 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     `ema` picks another average of a run than the first: that of its newest checkpoint. Raises
     UsageError when there is no such run, or none of its weights yet.
     """
-    for path in (Path(source), runs / source):
+    places = [Path(source), runs / source]
+    if places[0].is_dir() and not any(places[0].glob("nnet*.pth")) and _is_run(places[1]):
+        places = [place for place in places if _is_run(place)]  # a folder hides no run of its name
+    for path in places:
         if path.is_dir() and any(path.glob("nnet*.pth")):
             return path  # the training state that U-ViT writes
         if path.is_dir():
@@ -250,6 +253,10 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     raise UsageError(
         f"'{source}' is neither a weights file nor a run directory, here or under {runs}/"
     )
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "weights.safetensors").is_file()
 
 
 def newest(runs: Path = Path("runs")) -> Path:
