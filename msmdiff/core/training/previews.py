@@ -54,7 +54,7 @@ def masked_at(stem: Path) -> Path:
 
 def masks(config: Config) -> bool:
     """Whether there is something to show of the mask."""
-    return config.objective.name in ("msm", "mdt")
+    return config.objective.name in ("msm", "mdt", "maskdit")
 
 
 def drawn(stem: Path, config: Config) -> bool:

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -165,6 +165,19 @@ class Trainer:
     # ------------------------------------------------------------------ the loop
 
     def fit(self) -> Summary:
+        """Train to the end, or until a signal asks to stop."""
+        with launch.Signals() as signals:
+            steps = self.steps(signals)
+            while True:
+                try:
+                    next(steps)
+                except StopIteration as ended:
+                    return ended.value
+
+    def steps(self, signals: launch.Signals) -> Generator[None, None, Summary]:
+        """The loop, which pauses after every step; what it returns is the `Summary`. Several of
+        these may take turns in one process.
+        """
         train = self.config.train
         total = train.steps * train.batch_size
         self._introduce(total)
@@ -176,40 +189,38 @@ class Trainer:
         evaluator = self.evaluator if self.main else None
         measured = evaluator is not None and evaluator.measured(self.images_seen)
         evaluated_at = saved_at if self._agree(measured) else -1
-        with launch.Signals() as signals:
-            while True:
-                step = self.images_seen // train.batch_size
-                told = self._agree(signals.received is not None)
-                late = train.max_seconds is not None and self._agree(
-                    self.seconds >= train.max_seconds
+        while True:
+            step = self.images_seen // train.batch_size
+            told = self._agree(signals.received is not None)
+            late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
+            done = self.images_seen >= total or told or late
+            if self.images_seen and (done or step % train.log_every == 0):
+                self._log(total)
+            if (
+                self.images_seen
+                and saved_at != self.images_seen
+                and (done or step % train.checkpoint_every == 0)
+            ):
+                self._save()
+                saved_at = self.images_seen
+            if told and self.images_seen < total:
+                break  # whoever stops us may not wait for pictures and distances
+            shows = train.preview_every and (done or step % train.preview_every == 0)
+            if shows and previewed_at != self.images_seen:
+                self._preview()
+                previewed_at = self.images_seen
+            due = done or (self.config.eval.every and step % self.config.eval.every == 0)
+            if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
+                self.evaluator(
+                    self._sampled(),
+                    self.images_seen,
+                    done or step % train.checkpoint_every == 0,
                 )
-                done = self.images_seen >= total or told or late
-                if self.images_seen and (done or step % train.log_every == 0):
-                    self._log(total)
-                if (
-                    self.images_seen
-                    and saved_at != self.images_seen
-                    and (done or step % train.checkpoint_every == 0)
-                ):
-                    self._save()
-                    saved_at = self.images_seen
-                if told and self.images_seen < total:
-                    break  # whoever stops us may not wait for pictures and distances
-                shows = train.preview_every and (done or step % train.preview_every == 0)
-                if shows and previewed_at != self.images_seen:
-                    self._preview()
-                    previewed_at = self.images_seen
-                due = done or (self.config.eval.every and step % self.config.eval.every == 0)
-                if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
-                    self.evaluator(
-                        self._sampled(),
-                        self.images_seen,
-                        done or step % train.checkpoint_every == 0,
-                    )
-                    evaluated_at = self.images_seen
-                if done:
-                    break
-                self._take_step(stream_of_batches)
+                evaluated_at = self.images_seen
+            if done:
+                break
+            self._take_step(stream_of_batches)
+            yield
         self._tell_unmoved_average(step)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
