@@ -179,6 +179,9 @@ def _train(
     }
     config = configuration.build(presets.read(preset), budget)
     summary = train(config, run, _Budget(console, name, seconds), command="msmdiff quickstart")
+    if summary.interrupted:
+        console.note("interrupted: the same command goes on from here")
+        raise typer.Exit(128 + summary.interrupted)
     lines = Run(run, writes=False).metrics()
     return Stage(
         name=name,

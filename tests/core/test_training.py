@@ -692,3 +692,13 @@ def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
 def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
     train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
     assert "decay 0.999, which has gone 0.8% of the way" in quiet.notes[-1]
+
+
+def test_a_signal_does_not_wait_for_pictures(tmp_path, quiet, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on drawing")
+
+    monkeypatch.setattr(previews, "draw", told)
+    summary = train(small({"train": {"steps": 2, "preview_every": 2}}), tmp_path, quiet)
+    assert (summary.interrupted, summary.images_seen) == (signal.SIGTERM, 0)

@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -164,6 +166,18 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._breaks_off = False
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """Here the first signal ends what is done: it can be made again."""
+        self._breaks_off = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self._breaks_off = False
 
     def __enter__(self) -> "Signals":
         try:
@@ -180,3 +194,5 @@ class Signals:
         if self.received is not None:
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.received = number
+        if self._breaks_off:
+            raise KeyboardInterrupt

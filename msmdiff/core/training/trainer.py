@@ -3,6 +3,7 @@
 import functools
 import os
 from collections.abc import Generator, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -203,12 +204,17 @@ class Trainer:
             ):
                 self._save()
                 saved_at = self.images_seen
-            if told and self.images_seen < total:
+            if told:
                 break  # whoever stops us may not wait for pictures and distances
             shows = train.preview_every and (done or step % train.preview_every == 0)
             if shows and previewed_at != self.images_seen:
-                self._preview()
+                # Of several processes the others would wait at a barrier.
+                alone = self.accelerator.num_processes == 1
+                with signals.breaking_off() if alone else nullcontext():
+                    self._preview()
                 previewed_at = self.images_seen
+                if alone and signals.received is not None:
+                    continue
             due = done or (self.config.eval.every and step % self.config.eval.every == 0)
             if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
                 self.evaluator(
