@@ -1,8 +1,10 @@
 import json
 import os
+import shutil
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ from msmdiff.core import weights
 from msmdiff.core.config import section
 from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint, cost, optim, previews
+from msmdiff.core.training import checkpoint, cost, optim, origins, previews
 from msmdiff.core.training.ema import Averages
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer, train
@@ -559,7 +561,7 @@ def test_as_many_other_images_or_classes_are_refused(tmp_path, photos, quiet):
     train(small(layers, {"train": {"steps": 2}}), tmp_path / "run", quiet)
     (photos / "cat").rename(photos / "eel")
     with pytest.raises(
-        UsageError, match=r"was trained on 12 images, .* now has 12 others, or of other classes"
+        UsageError, match=r"was trained on 12 images, .* now has 12, others or of other classes"
     ):
         train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
     (photos / "eel").rename(photos / "cat")
@@ -657,10 +659,48 @@ def test_data_and_weights_that_lie_elsewhere_now_are_the_same(tmp_path, photos, 
     copy.write_bytes(primer.read_bytes())
     layer = {"data": {"source": str(moved)}, "train": {"steps": 3, "init_from": str(copy)}}
     assert train(small(layer), tmp_path / "run", quiet).steps == 3
+    primer.unlink()
+    again = copy.rename(tmp_path / "again.safetensors")
+    layer["train"] = {"steps": 4, "init_from": str(again)}
+    assert train(small(layer), tmp_path / "run", quiet).steps == 4
     copy.write_bytes(b"another")
-    layer["train"]["init_from"] = str(primer)
-    with pytest.raises(UsageError, match=r"train.init_from: .*copy.safetensors' there"):
+    layer["train"]["init_from"] = str(copy)
+    with pytest.raises(UsageError, match=r"was started from the weights in .*which were others"):
         train(small(layer), tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_other_images_of_the_same_names_are_refused(tmp_path, photos, quiet, kind):
+    source = photos
+    if kind == "npz":
+        source = tmp_path / "a.npz"
+        np.savez(source, arr_0=np.arange(12 * 8 * 8 * 3, dtype=np.uint8).reshape(12, 8, 8, 3))
+    data = {"source": str(source)}
+    train(small({"data": data, "train": {"steps": 1}}), tmp_path / "run", quiet)
+    data["source"] = str(source.rename(tmp_path / f"moved{source.suffix}"))
+    layer = {"data": data, "train": {"steps": 2}}
+    assert train(small(layer), tmp_path / "run", quiet).steps == 2
+    if kind == "npz":
+        np.savez(data["source"], arr_0=np.ones((12, 8, 8, 3), np.uint8))
+    else:
+        moved = tmp_path / "moved" / "cat"
+        (moved / "1.png").write_bytes((moved / "3.png").read_bytes())
+    with pytest.raises(UsageError, match=r"has 12, others or of other classes"):
+        train(small(layer), tmp_path / "run", quiet)
+
+
+def test_a_checkpoint_of_before_knows_its_data_by_their_place(tmp_path, photos, quiet, monkeypatch):
+    layer = {"data": {"source": str(photos)}, "train": {"steps": 1}}
+    with monkeypatch.context() as before:
+        before.setattr(origins, "of", lambda config, source: {"listing": source.listing()})
+        train(small(layer), tmp_path / "run", quiet)
+    layer["train"]["steps"] = 2
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere)
+    with pytest.raises(UsageError, match=r"has 12, others or of other classes"):
+        train(small(layer, {"data": {"source": str(elsewhere)}}), tmp_path / "run", quiet)
+    layer["data"]["source"] = f"{photos}/"
+    assert train(small(layer), tmp_path / "run", quiet).steps == 2
 
 
 @pytest.mark.parametrize("name", ["config.yaml", "weights.safetensors"])

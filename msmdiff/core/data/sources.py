@@ -145,6 +145,8 @@ class Files(Source):
 class Npz(Source):
     """ADM's sample files: `arr_0` uint8 [N, H, W, 3], and labels in `arr_1` where present."""
 
+    named_by_place = True
+
     @classmethod
     def opens(cls, spec: str) -> bool:
         path = Path(spec)
@@ -212,6 +214,9 @@ class Subset(Source):
 
     def content(self, index: int) -> bytes | None:
         return self._source.content(self._indices[index])
+
+    def sight(self, index: int) -> bytes:
+        return self._source.sight(self._indices[index])
 
     def caption_file(self, index: int) -> bytes | None:
         return self._source.caption_file(self._indices[index])

@@ -17,7 +17,7 @@ from msmdiff.core import config as configuration
 from msmdiff.core import files, presets, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint
+from msmdiff.core.training import checkpoint, origins
 
 
 class Reporter(Protocol):
@@ -107,16 +107,15 @@ class Run:
         """Check that `config` continues what this run computed. Raises UsageError with the
         differences.
 
-        Data may lie elsewhere now: the checkpoint's listing tells whether they are the same
-        (`Trainer._restore`). So may the weights it started from, where they are the same file.
+        Data and the weights it started from may lie elsewhere now: what they hold tells whether
+        they are the same (`origins.known_again`).
         """
         if (stored := self.begun()) is None:
             return
         changes = configuration.difference(stored, config)
-        changes.pop("data.source", None)
-        primers = changes.get("train.init_from")
-        if primers and all(primers) and _same_file(*primers):
-            del changes["train.init_from"]
+        for key in origins.MOVABLE:
+            if all(changes.get(key, ())):
+                changes.pop(key, None)
         if changes:
             shown = "; ".join(
                 f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items()
@@ -162,14 +161,6 @@ class Run:
             except ValueError:
                 break  # a kill in the middle of a line: the rest is written again
         return lines
-
-
-def _same_file(old: str, new: str) -> bool:
-    """Whether two places hold the same bytes; False where either is gone."""
-    paths = Path(old), Path(new)
-    if not all(path.is_file() for path in paths):
-        return paths[0].resolve() == paths[1].resolve()
-    return paths[0].samefile(paths[1]) or files.checksum(paths[0]) == files.checksum(paths[1])
 
 
 def _revision() -> str | None:

@@ -19,9 +19,8 @@ from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs, masking
-from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import key
-from msmdiff.core.training import checkpoint, cost, launch, previews, sharding, warmstart
+from msmdiff.core.training import checkpoint, cost, launch, origins, previews, sharding, warmstart
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
@@ -81,7 +80,6 @@ class Trainer:
             config, "cuda" if torch.cuda.is_available() else "cpu"
         )
         self.dataset = TrainingImages(source, config.data, config.train.seed)
-        self.listing = source.identity()
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
@@ -121,6 +119,8 @@ class Trainer:
         self.images_seen, self.seconds = 0, 0.0
         if found:
             self._restore(found)
+        else:
+            self.origins = origins.of(config, self.dataset.source)
 
         # What watches it.
         self.cost = cost.measure(config)
@@ -323,9 +323,9 @@ class Trainer:
             "averages": self.step.averages.counters(),
             "times": history.state_dict() if history is not None else None,
             "data": len(self.dataset.source),
-            "listing": self.listing,
             "processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            **self.origins,
         }
         networks = {"model": self.accelerator.unwrap_model(self.step.model).state_dict()}
         networks |= {
@@ -346,6 +346,10 @@ class Trainer:
 
     def _restore(self, path: Path) -> None:
         state, networks = checkpoint.load(path)
+        begun = self.run.begun()
+        assert begun is not None
+        source = self.dataset.source
+        self.origins = origins.known_again(self.run.path, begun, self.config, source, state)
         sharding.load(self.accelerator.unwrap_model(self.step.model), networks["model"])
         averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
         self.step.averages.load(state["averages"], averaged)
@@ -359,17 +363,6 @@ class Trainer:
             state["seconds"],
             state["skipped"],
         )
-        begun = self.run.begun()
-        here = begun is not None and begun.data.source == self.config.data.source
-        # Old checkpoints have no listing: their data are known by their place alone.
-        listing = state.get("listing", self.listing if here else None)
-        if (state["data"], listing) != (count := len(self.dataset.source), self.listing):
-            others = " others, or of other classes" if state["data"] == count else ""
-            raise UsageError(
-                f"{self.run.path} was trained on {state['data']:,} images, "
-                f"{self.config.data.source} now has "
-                f"{count:,}{others}: restore the data, or finetune --ckpt from it in another --run"
-            )
         if self.main:
             stem = next((f"ema-{decay}" for decay in self.step.averages.networks), "model")
             checkpoint.publish(path, self.run.path, stem)
