@@ -8,7 +8,7 @@ import msmdiff
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "machine"},
-    {"seeding", "registry", "sections", "files", "zips"},
+    {"seeding", "registry", "sections", "files", "hub", "zips"},
     {"layers", "tensor_files"},
     {"presets"},
     {"config", "condition"},
@@ -20,7 +20,7 @@ LAYERS = [
     {"weights"},
     {"metrics"},
     {"training"},
-    {"bench", "gallery"},
+    {"bench", "compare", "gallery"},
     {"cli"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

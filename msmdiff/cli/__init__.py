@@ -54,6 +54,7 @@ plugins.accept(app)
 
 def main() -> None:
     """Run the command line; every failure ends in one sentence and an exit code."""
+    console.heed_the_second_interrupt()
     with console.sentences():
         app()
     sys.exit(0)

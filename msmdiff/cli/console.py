@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from msmdiff.core.errors import MsmdiffError
@@ -26,6 +27,10 @@ def sentences() -> Iterator[None]:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
+    except SystemExit as left:
+        if _is_interruption(left):
+            _fail("interrupted", 128 + signal.SIGINT)
+        raise
     except BrokenPipeError:
         # The reader left: nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -38,6 +43,30 @@ def sentences() -> Iterator[None]:
         if (sentence := _explained(error)) is None:
             raise
         _fail(sentence, 1)
+
+
+def _is_interruption(left: SystemExit) -> bool:
+    """Whether typer turned Ctrl-C into this, which says nothing."""
+    return left.__context__ is not None and isinstance(
+        left.__context__.__cause__, KeyboardInterrupt
+    )
+
+
+def heed_the_second_interrupt() -> None:
+    """The first Ctrl-C lets what is running clean up; a second one meanwhile ends it at once."""
+    asked = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            # Nothing is unwound: some library may be waiting for its threads or processes.
+            os.write(2, b"error: interrupted twice: ended at once\n")
+            os._exit(128 + number)
+        asked = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, interrupt)
 
 
 def _explained(error: RuntimeError) -> str | None:

@@ -371,7 +371,7 @@ class Lane:
         if now.passed + 1e-9 < due:
             return
         assert self.trainer is not None
-        network, parts = self.trainer._sampled(), self.trainer.parts
+        network, parts = self.trainer.sampled(), self.trainer.parts
         training = network.training
         model = previews.model_in_training(network.eval(), parts, self.trainer.config)
         now.value = judge.value(model, self.seed)

@@ -15,7 +15,7 @@ from msmdiff.core import weights
 from msmdiff.core.config import section
 from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint, cost, optim, origins, previews
+from msmdiff.core.training import checkpoint, cost, evaluation, optim, origins, previews
 from msmdiff.core.training.ema import Averages
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer, train
@@ -161,12 +161,12 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, quiet):
     for batch in chunks:
         trainer.step.model.zero_grad()
         trainer.step.accumulate = 1
-        trainer.step._backward(batch)
+        trainer.step._backward(batch, 0.0)
         expected.append([p.grad.clone() for p in trainer.step.model.parameters()])
     trainer.step.model.zero_grad()
     for batch in chunks:
         trainer.step.accumulate = 2
-        trainer.step._backward(batch)
+        trainer.step._backward(batch, 0.0)
     for p, a, b in zip(trainer.step.model.parameters(), *expected, strict=True):
         torch.testing.assert_close(p.grad, (a + b) / 2, rtol=1e-5, atol=1e-7)
     trainer.close()
@@ -579,7 +579,7 @@ def test_what_a_kill_after_a_checkpoint_prevented_is_made_up_for(tmp_path, quiet
     def killed(*_):
         raise RuntimeError("killed")
 
-    for patched in ("_preview", "_sampled"):  # before the pictures, then before the distance
+    for patched in ("_preview", "sampled"):  # before the pictures, then before the distance
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, patched, killed)
             with pytest.raises(RuntimeError, match="killed"):
@@ -732,6 +732,50 @@ def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
 def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
     train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
     assert "decay 0.999, which has gone 0.8% of the way" in quiet.notes[-1]
+
+
+def test_a_kill_before_the_best_was_noted_is_made_up_for(tmp_path, quiet):
+    layer = {"eval": {"every": 2, "n": 10, "features": "pixel"}, "sample": {"steps": 2}}
+    train(small(layer, {"train": {"steps": 2}}), tmp_path, quiet)
+    best, curve = tmp_path / "best.json", tmp_path / "previews" / "best.png"
+    noted = best.read_text()
+    best.unlink()
+    curve.unlink()
+    train(small(layer, {"train": {"steps": 2}}), tmp_path, quiet)
+    assert best.read_text() == noted
+    assert curve.is_file()
+
+
+def test_nothing_half_written_stays_in_a_run(tmp_path, quiet):
+    train(small({"train": {"steps": 1}}), tmp_path, quiet)
+    (tmp_path / "previews" / ".a.png.part").write_bytes(b"torn")
+    (tmp_path / ".weights.safetensors.part").write_bytes(b"torn")
+    train(small({"train": {"steps": 1}}), tmp_path, quiet)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, quiet, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(cost, "measure", told)
+    summary = train(small(), tmp_path, quiet)
+    assert (summary.interrupted, summary.images_seen) == (signal.SIGTERM, 0)
+    assert checkpoint.newest(tmp_path) is None
+    Run(tmp_path).close()  # the run is not locked
+
+
+def test_a_signal_does_not_wait_for_distances(tmp_path, quiet, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on measuring")
+
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", told)
+    layer = {"eval": {"every": 2, "n": 10, "features": "pixel"}}
+    summary = train(small(layer), tmp_path, quiet)
+    assert (summary.interrupted, summary.steps) == (signal.SIGTERM, 2)
+    assert checkpoint.newest(tmp_path).name == "img-000000016"
 
 
 def test_a_signal_does_not_wait_for_pictures(tmp_path, quiet, monkeypatch):

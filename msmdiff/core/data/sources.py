@@ -303,7 +303,11 @@ def survey(
             return error
 
     chosen = range(len(source)) if indices is None else indices
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         results = dict(zip(chosen, pool.map(attempt, chosen), strict=True))
+    finally:
+        # After Ctrl-C, the images that are left are not waited for.
+        pool.shutdown(cancel_futures=True)
     bad = {index: result for index, result in results.items() if isinstance(result, MsmdiffError)}
     return bad, Counter(size for size in results.values() if not isinstance(size, MsmdiffError))

@@ -105,6 +105,8 @@ def clear_torn(run: Path) -> list[Path]:
         )
     for path in [*torn, *(run / "checkpoints").glob(".img-*.part")]:
         shutil.rmtree(path, ignore_errors=True)
+    for part in [*run.glob(".*.part"), *(run / "previews").glob(".*.part")]:
+        part.unlink(missing_ok=True)
     return torn
 
 
@@ -112,15 +114,15 @@ def publish(path: Path, run: Path, stem: str) -> None:
     """Make the run's `weights.safetensors` that of a checkpoint, atomically; a link where the file
     system has links.
     """
-    target = run / "weights.safetensors"
-    part = target.with_name(f".{target.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path / f"{stem}.safetensors", part)
-    except OSError:
-        shutil.copyfile(path / f"{stem}.safetensors", part)
-        files.fsync(part)
-    part.replace(target)
+    source, target = path / f"{stem}.safetensors", run / "weights.safetensors"
+    if target.is_file() and target.samefile(source):
+        return  # to rename one of two links to a file to the other does nothing, and leaves both
+    with files.atomic(target) as part:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

@@ -90,6 +90,13 @@ def accelerator(config: Config, run_path: Path) -> Any:
     return made
 
 
+def first() -> bool:
+    """Whether this process is the only one, or the first of those that were started: it reports
+    and writes.
+    """
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+
+
 def _refuse_lonely_launch() -> None:
     # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves
     # only this trace.
@@ -192,6 +199,7 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            self.__exit__()  # whoever asks a third time does not meet us again
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.received = number
         if self._breaks_off:

@@ -1,9 +1,9 @@
 """The one training loop. `pretrain`, `finetune` and `train` differ in their configuration only."""
 
 import functools
-import os
 from collections.abc import Generator, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -48,17 +48,31 @@ def train(
     Raises UsageError for a configuration that cannot work or differs from the run's, and
     MsmdiffError when training has to stop; whatever was checkpointed by then is intact.
     """
-    trainer = Trainer(
-        config=config,
-        run_path=run_path,
-        reporter=reporter,
-        allow_partial=allow_partial,
-        command=command,
-    )
-    try:
-        return trainer.fit()
-    finally:
-        trainer.close()
+    with launch.Signals() as signals:
+        trainer = None
+        with signals.breaking_off():
+            trainer = Trainer(
+                config=config,
+                run_path=run_path,
+                reporter=reporter,
+                allow_partial=allow_partial,
+                command=command,
+            )
+        if trainer is None:  # while data were checked or the network was built
+            return Summary(run_path, 0, 0, 0.0, writes=launch.first(), interrupted=signals.received)
+        try:
+            return trainer.fit(signals)
+        finally:
+            trainer.close()
+
+
+@dataclass
+class Reached:
+    """At how many images seen the last of each was; -1 where there was none."""
+
+    saved: int
+    pictured: int
+    evaluated: int
 
 
 class Trainer:
@@ -68,7 +82,7 @@ class Trainer:
         self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str
     ) -> None:
         self.reporter = reporter
-        self.main = os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+        self.main = launch.first()
         source = open_training(config.data, self._note)
         config = config.model_copy(deep=True)
         begun = Run(run_path, writes=False).begun()
@@ -165,15 +179,14 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self) -> Summary:
+    def fit(self, signals: launch.Signals) -> Summary:
         """Train to the end, or until a signal asks to stop."""
-        with launch.Signals() as signals:
-            steps = self.steps(signals)
-            while True:
-                try:
-                    next(steps)
-                except StopIteration as ended:
-                    return ended.value
+        steps = self.steps(signals)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as ended:
+                return ended.value
 
     def steps(self, signals: launch.Signals) -> Generator[None, None, Summary]:
         """The loop, which pauses after every step; what it returns is the `Summary`. Several of
@@ -183,46 +196,20 @@ class Trainer:
         total = train.steps * train.batch_size
         self._introduce(total)
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
-        saved_at = self.images_seen or -1
-        # A kill may have come between a checkpoint and what follows it; the first process can tell.
-        pictured = self.main and previews.drawn(self._stem, self.config)
-        previewed_at = saved_at if self._agree(pictured) else -1
-        evaluator = self.evaluator if self.main else None
-        measured = evaluator is not None and evaluator.measured(self.images_seen)
-        evaluated_at = saved_at if self._agree(measured) else -1
+        reached = self._reached()
         while True:
             step = self.images_seen // train.batch_size
             told = self._agree(signals.received is not None)
             late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
             done = self.images_seen >= total or told or late
-            if self.images_seen and (done or step % train.log_every == 0):
-                self._log(total)
-            if (
-                self.images_seen
-                and saved_at != self.images_seen
-                and (done or step % train.checkpoint_every == 0)
-            ):
-                self._save()
-                saved_at = self.images_seen
+            if self.images_seen:
+                self._record(reached, step, done, total)
             if told:
                 break  # whoever stops us may not wait for pictures and distances
-            shows = train.preview_every and (done or step % train.preview_every == 0)
-            if shows and previewed_at != self.images_seen:
-                # Of several processes the others would wait at a barrier.
-                alone = self.accelerator.num_processes == 1
-                with signals.breaking_off() if alone else nullcontext():
-                    self._preview()
-                previewed_at = self.images_seen
-                if alone and signals.received is not None:
-                    continue
-            due = done or (self.config.eval.every and step % self.config.eval.every == 0)
-            if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
-                self.evaluator(
-                    self._sampled(),
-                    self.images_seen,
-                    done or step % train.checkpoint_every == 0,
-                )
-                evaluated_at = self.images_seen
+            self._show(reached, step, done, signals)
+            self._evaluate(reached, step, done, signals)
+            if self._alone and signals.received is not None:
+                continue
             if done:
                 break
             self._take_step(stream_of_batches)
@@ -238,6 +225,61 @@ class Trainer:
             writes=self.main,
             interrupted=signal,
         )
+
+    def _reached(self) -> Reached:
+        """Where a start stands. A kill may have come between a checkpoint and what follows it; the
+        first process can tell.
+        """
+        saved = self.images_seen or -1
+        pictured = self.main and previews.drawn(self._stem, self.config)
+        evaluator = self.evaluator if self.main else None
+        measured = evaluator is not None and evaluator.measured(self.images_seen)
+        return Reached(
+            saved=saved,
+            pictured=saved if self._agree(pictured) else -1,
+            evaluated=saved if self._agree(measured) else -1,
+        )
+
+    def _record(self, reached: Reached, step: int, done: bool, total: int) -> None:
+        """Log and save, where that is due."""
+        train = self.config.train
+        if done or step % train.log_every == 0:
+            self._log(total)
+        due = done or step % train.checkpoint_every == 0
+        if due and reached.saved != self.images_seen:
+            self._save()
+            reached.saved = self.images_seen
+
+    def _show(self, reached: Reached, step: int, done: bool, signals: launch.Signals) -> None:
+        """Draw pictures, where that is due; a signal breaks them off."""
+        every = self.config.train.preview_every
+        due = every and (done or step % every == 0)
+        if not due or reached.pictured == self.images_seen:
+            return
+        with self._breaking_off(signals):
+            self._preview()
+        reached.pictured = self.images_seen
+
+    def _evaluate(self, reached: Reached, step: int, done: bool, signals: launch.Signals) -> None:
+        """Measure samples, where that is due; a signal breaks it off."""
+        every = self.config.eval.every
+        due = self.images_seen and (done or (every and step % every == 0))
+        if not (self.evaluator and due) or reached.evaluated == self.images_seen:
+            return
+        if self._alone and signals.received is not None:
+            return
+        with self._breaking_off(signals):
+            saved = reached.saved == self.images_seen
+            self.evaluator(self.sampled(), self.images_seen, saved)
+        reached.evaluated = self.images_seen
+
+    @property
+    def _alone(self) -> bool:
+        return self.accelerator.num_processes == 1
+
+    def _breaking_off(self, signals: launch.Signals) -> AbstractContextManager[None]:
+        # Of several processes the others would wait at a barrier.
+        return signals.breaking_off() if self._alone else nullcontext()
 
     def _tell_unmoved_average(self, steps: int) -> None:
         """What is sampled from may be nearly the network before training."""
@@ -286,7 +328,7 @@ class Trainer:
         if self.main:
             self.reporter.progress(self.images_seen, total, line)
 
-    def _sampled(self) -> Any:
+    def sampled(self) -> Any:
         """The network that samples are drawn from, a copy where sharded.
 
         It is the average of `sample.ema`, else the first one, else the trained network.
@@ -302,7 +344,7 @@ class Trainer:
         return alone
 
     def _preview(self) -> None:
-        network = self._sampled()
+        network = self.sampled()
         if self.main:
             model = previews.model_in_training(network, self.parts, self.config)
             previews.draw(model, self.parts, self.dataset, self._stem)
