@@ -21,6 +21,7 @@ LAYERS = [
     {"metrics"},
     {"training"},
     {"bench", "gallery"},
+    {"compare"},
     {"cli"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}
