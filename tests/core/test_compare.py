@@ -138,10 +138,13 @@ def test_another_comparison_or_foreign_folder_is_refused(tmp_path, quiet):
     compare.Comparison(spec_of(arms={"dense": {}}), tmp_path / "c", quiet)
     with pytest.raises(UsageError, match="holds another comparison"):
         compare.Comparison(spec_of(), tmp_path / "c", quiet)
-    (tmp_path / "theirs").mkdir()
-    (tmp_path / "theirs" / "thesis.txt").write_text("mine")
-    with pytest.raises(UsageError, match="was not written by msmdiff"):
-        compare.Comparison(spec_of(), tmp_path / "theirs", quiet)
+    for name in ("dense/thesis.txt", "samples.png"):
+        theirs = tmp_path / name.replace("/", "-") / name
+        theirs.parent.mkdir(parents=True)
+        theirs.write_text("mine")
+        with pytest.raises(UsageError, match="no comparison wrote it: give another --out"):
+            compare.Comparison(spec_of(), tmp_path / name.replace("/", "-"), quiet)
+        assert theirs.read_text() == "mine"
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ comparison that was killed goes on to the same bits.
 """
 
 import json
+import os
 import statistics as averages
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
@@ -28,6 +29,9 @@ from msmdiff.core.data.images import grid
 from msmdiff.core.errors import UsageError
 from msmdiff.core.training import launch
 from msmdiff.core.training.run import Reporter
+
+WRITTEN = ("plan.json", "turns.jsonl", "compare.json", "curves.png", "samples.png")
+"""Files of a comparison, beside a folder for each arm."""
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Comparison:
         self.turns = [Turn(**line) for line in lines_of(out / "turns.jsonl")]
 
     def _claim(self) -> None:
-        """The folder is new, empty, or of the same spec."""
+        """The folder is of the same spec, or nothing in it is in the way."""
         stored = self.out / "plan.json"
         if stored.is_file():
             with files.reading(stored, "the plan of a comparison"):
@@ -77,8 +81,13 @@ class Comparison:
                     "started with"
                 )
             return
-        filled = self.out.is_dir() and any(self.out.iterdir())
-        files.require_ours(self.out, ours=self.out.is_dir() and not filled)
+        # The folder may hold other things, but nothing that would be written.
+        for name in (*self.spec.arms, *WRITTEN):
+            if os.path.lexists(self.out / name):
+                raise UsageError(
+                    f"{self.out / name} is there already, and no comparison wrote it: give another "
+                    "--out"
+                )
 
     def _planned(self) -> list[Arm]:
         """The plan, as made when the comparison began."""
