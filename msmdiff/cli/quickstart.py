@@ -44,7 +44,8 @@ def quickstart(
     seconds beside it, in turns of three seconds.
 
     Everything runs on scikit-learn's 1,797 real digits: four fifths to train on, one fifth to
-    measure against. From three minutes on, each arm is trained with three seeds. After a kill the same command goes on.
+    measure against. From three minutes on, each arm is trained with three seeds. After a kill the
+    same command goes on.
     """
     from msmdiff.cli.console import Console
     from msmdiff.core.compare import Comparison
