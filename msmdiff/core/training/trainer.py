@@ -417,7 +417,7 @@ class Trainer:
             f"{self.accelerator.num_processes}, {goal}"
         )
         if self.device.type == "cpu":
-            self._note(f"{torch.get_num_threads()} threads, waiting {machine.waiting()}")
+            self._note(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")
         optim = self.config.optim
         if optim.decay_steps and optim.schedule != "constant" and optim.decay_steps < train.steps:
             self._note(
