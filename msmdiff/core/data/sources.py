@@ -1,4 +1,5 @@
-"""Where images come from: folders, zip archives, ADM `.npz` files, and the embedded digits.
+"""Where images come from: folders, zip archives and ADM `.npz` files (`embedded` has what packages
+carry, `archives` and `latents` the rest).
 
 A new kind of source is one class, here or in a plugin, with `opens`, `__len__`, `read` and
 `describe`, registered as a "source".
@@ -24,44 +25,6 @@ from msmdiff.core.sections import AUTO, DataConfig
 
 LARGEST_CLASS = 1_000_000
 """Class indices stay below: each class has a name, and a row in the network."""
-
-
-@register("source", "digits", summary="`digits[:train|:test]`, scikit-learn's scans")
-class Digits(Source):
-    """scikit-learn's 1,797 real scans of handwritten digits, 8x8 grey, ten classes.
-
-    `digits:test` is every fifth scan, `digits:train` the others.
-    """
-
-    @classmethod
-    def opens(cls, spec: str) -> bool:
-        return spec.partition(":")[0] == "digits" and not Path(spec).exists()
-
-    def __init__(self, spec: str = "digits") -> None:
-        from sklearn.datasets import load_digits
-
-        part = spec.partition(":")[2]
-        if part not in ("", "train", "test"):
-            raise UsageError(
-                f"data source '{spec}': the parts of digits are digits:train and digits:test"
-            )
-        bunch = load_digits()
-        chosen = np.arange(len(bunch.target))
-        if part:
-            chosen = chosen[(chosen % 5 == 0) == (part == "test")]
-        self.spec = spec
-        self._pixels = (bunch.images[chosen] * (255 / 16)).round().astype(np.uint8)
-        self.labels = bunch.target[chosen].astype(np.int64)
-        self.class_names = [str(i) for i in range(10)]
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self._pixels[index]).convert("RGB")
-
-    def describe(self, index: int) -> str:
-        return f"{self.spec}[{index}]"
 
 
 @register("source", "files", summary="a folder of images, or a .zip")
@@ -146,6 +109,7 @@ class Npz(Source):
     """ADM's sample files: `arr_0` uint8 [N, H, W, 3], and labels in `arr_1` where present."""
 
     named_by_place = True
+    verified = True
 
     @classmethod
     def opens(cls, spec: str) -> bool:

@@ -68,7 +68,7 @@ class Stored(Images):
                 f"{source.spec} holds {len(source)} image: a distance needs at least two "
                 "on each side"
             )
-        fast = len(source) < 64 or isinstance(source, sources.Digits | sources.Npz)
+        fast = len(source) < 64 or source.verified
         if workers is None:
             workers = 0 if fast else default_workers()
         self._workers = workers

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from msmdiff.core import backbones, weights
+from msmdiff.core import backbones, machine, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.condition import Text
@@ -451,6 +451,8 @@ class Trainer:
             f"{self.device.type} x "
             f"{self.accelerator.num_processes}, {goal}"
         )
+        if self.device.type == "cpu":
+            self._note(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")
         optim = self.config.optim
         if optim.decay_steps and optim.schedule != "constant" and optim.decay_steps < train.steps:
             self._note(
