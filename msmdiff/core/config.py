@@ -164,10 +164,12 @@ def stored(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 def settled(name: str, chosen: Section) -> Any:
     """A section whose automatic choice has been made: options of the other choices, which nobody
-    gave, go. Raises UsageError for those that were given.
+    changed, go. Raises UsageError for those that were given.
     """
-    idle = _foreign(name, chosen.model_dump()) - chosen.model_fields_set
-    return section(name, **{k: v for k, v in chosen.model_dump().items() if k not in idle})
+    fields = chosen.model_dump()
+    usual = {key: field.default for key, field in type(chosen).model_fields.items()}
+    idle = {key for key in _foreign(name, fields) if fields[key] == usual[key]}
+    return section(name, **{key: value for key, value in fields.items() if key not in idle})
 
 
 def _foreign(name: str, fields: dict[str, Any]) -> set[str]:
