@@ -34,14 +34,23 @@ def sentences() -> Iterator[None]:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory: lower train.micro_batch_size or --batch-size", 1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+    except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+            _fail(
+                "out of memory: lower train.micro_batch_size (or --batch-size), or set "
+                "train.gradient_checkpointing=true",
+                1,
+            )
+        if (sentence := _blame(error)) is None:
             raise
-        _fail(
-            "out of memory: lower train.micro_batch_size (or --batch-size), or set "
-            "train.gradient_checkpointing=true",
-            1,
-        )
+        _fail(sentence, 1)
+
+
+def _blame(error: Exception) -> str | None:
+    """What a plugin's code failed of; None where it was not a plugin's."""
+    from msmdiff.core import registry
+
+    return registry.blame(error)
 
 
 def _fail(sentence: str, code: int) -> None:
