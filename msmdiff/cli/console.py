@@ -39,7 +39,7 @@ def sentences() -> Iterator[None]:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory: lower train.micro_batch_size or --batch-size", 1)
-    except RuntimeError as error:
+    except Exception as error:
         if (sentence := _explained(error)) is None:
             raise
         _fail(sentence, 1)
@@ -69,8 +69,10 @@ def heed_the_second_interrupt() -> None:
         signal.signal(signal.SIGINT, interrupt)
 
 
-def _explained(error: RuntimeError) -> str | None:
-    """What torch's words mean to the user, where they mean something else than a fault of ours."""
+def _explained(error: Exception) -> str | None:
+    """What a library's words mean to the user, or which plugin failed; None: a fault of ours."""
+    from msmdiff.core import registry
+
     words = str(error)
     if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in words:
         return (
@@ -84,7 +86,7 @@ def _explained(error: RuntimeError) -> str | None:
             "a loader process was ended from outside, most often by the system for want of memory: "
             "use fewer (data.workers, --workers) and run the same command again"
         )
-    return None
+    return registry.blame(error)
 
 
 def _fail(sentence: str, code: int) -> None:

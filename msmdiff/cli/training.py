@@ -373,3 +373,5 @@ def _show_plan(config: Any, as_json: bool) -> None:
         f"({masked / full:.1%})"
         f"\n# memory          about {memory / 2**30:.2f} GiB per process"
     )
+    for line in road.notes(config):
+        typer.echo(f"# note            {line}")

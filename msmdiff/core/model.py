@@ -1,6 +1,6 @@
 """A model: a trained network and the road around it, which images are drawn from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,19 @@ class Model:
             classes: one class for all, one for each seed, or the features of a text for each
                 [N, tokens, width]; None draws the classes in turn, by the seeds.
 
-        Raises what `batches` raises.
+        Raises UsageError for what are not seeds or not as many classes, and what `batches` raises.
         """
+        seeds = checked_seeds(seeds)
         if classes is None:
             y = self.condition.deal(None, seeds)
         else:
             wanted = [classes] * len(seeds) if isinstance(classes, int) else classes
             y = self.condition.values(wanted)
+            if y is not None and len(y) != len(seeds):
+                raise UsageError(
+                    f"classes has {len(y)} values for {len(seeds)} seeds: give one for each, or "
+                    "one number for all"
+                )
         drawn = self.batches(seeds, y, batch_size=batch_size)
         return torch.cat([batch.images for batch in drawn])
 
@@ -132,7 +138,14 @@ class Model:
                 denoise, x = wrap(denoise, x)
             half = options.precision == "bf16"
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                z = entry.make(denoise, schedule, x, times, noise, **entry.takes(options))[:count]
+                z = entry.make(denoise, schedule, x, times, noise, **entry.takes(options))
+            if getattr(z, "shape", None) != x.shape:
+                gave = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+                raise MsmdiffError(
+                    f"the sampler {entry.name} gave {gave}, not images of the noise's shape "
+                    f"{list(x.shape)}"
+                )
+            z = z[:count]
             labels = told[:count].cpu() if told is not None and self.condition.count else None
             yield Images([seeds[i] for i in rows[:count]], self._decoded(z), labels)
 
@@ -200,6 +213,21 @@ class Model:
         rounding = self.config.sample.rounding
         parts = [self.codec.decode(part, rounding).cpu() for part in z.split(DECODED_AT_ONCE)]
         return torch.cat(parts)
+
+
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds as plain integers. Raises UsageError for what are none."""
+    example = "give whole numbers of 0 or more, such as range(16) or [3]"
+    if not isinstance(seeds, Iterable):
+        raise UsageError(f"seeds {seeds!r}: {example}")
+    checked = []
+    for seed in seeds:
+        if not hasattr(seed, "__index__") or isinstance(seed, bool) or int(seed) < 0:
+            raise UsageError(f"seeds: {seed!r} is no seed: {example}")
+        checked.append(int(seed))
+    if not checked:
+        raise UsageError(f"seeds: there are none: {example}")
+    return checked
 
 
 def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:

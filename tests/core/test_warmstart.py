@@ -228,7 +228,9 @@ def test_a_file_that_claims_a_huge_network_is_refused_before_one_is_made(tmp_pat
         config[section] |= fields
     about = {"msmdiff": json.dumps({"version": 2, "config": config})}
     save_file(origin.tensors, tmp_path / "w.safetensors", about)
-    with pytest.raises(MsmdiffError, match=r"does not hold the network that it describes|less than or equal to"):
+    with pytest.raises(
+        MsmdiffError, match=r"does not hold the network that it describes|less than or equal to"
+    ):
         weights.read(tmp_path / "w.safetensors")
 
 

@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from msmdiff.core import files, registry, zips
+from msmdiff.core.config import section
 from msmdiff.core.data import names
 from msmdiff.core.data.images import SUFFIXES, Decoding, read_rgb
 from msmdiff.core.data.source import Source
@@ -196,8 +197,11 @@ def open_source(
 
     `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all
     are of that form with at least two classes, else none), `folders`, `adm` or `none`; `kind` is
-    the name of a registered source, whose `options` it takes, or else found by the spec's look.
-    Raises UsageError when nothing is there, or when the labels asked for are not.
+    the name of a registered source, or else found by the spec's look; `options` are those of the
+    source that it is.
+
+    Raises UsageError when nothing is there, when the labels asked for are not, and for an option
+    that this source does not take.
     """
     if names.shown(spec) != spec:
         raise UsageError(
@@ -207,17 +211,38 @@ def open_source(
     if entry is None:
         kinds = "; ".join(e.summary for e in registry.entries("source").values())
         there = "is a file of no known kind" if Path(spec).exists() else "does not exist"
-        raise UsageError(f"data source '{spec}' {there}: give one of: {kinds}")
+        raise UsageError(
+            f"data source '{spec}' {there}: give one of: {kinds} {registry.OR_A_PLUGINS}"
+        )
+    for key, value in (options or {}).items():
+        if key not in entry.options.model_fields:
+            takers = ", ".join(takers_of(key)) or "no source at all"
+            raise UsageError(
+                f"data.{key} {value} has no effect on the source {entry.name}, only on {takers}"
+            )
+    complete = section("data", kind=entry.name, **(options or {}))
+    own = entry.takes(complete)
     if not entry.make.brings_labels:
-        return entry.make(spec, labels, **(options or {}))
-    return _with_labels(entry.make(spec, **(options or {})), labels)
+        return entry.make(spec, labels, **own)
+    return _with_labels(entry.make(spec, **own), labels)
+
+
+def takers_of(option: str) -> list[str]:
+    """The sources that take an option."""
+    every = registry.entries("source").values()
+    return [entry.name for entry in every if option in entry.options.model_fields]
+
+
+def takes(spec: str, option: str) -> bool:
+    """Whether the source that opens `spec` takes an option."""
+    entry = _recognised(spec)
+    return entry is not None and option in entry.options.model_fields
 
 
 def open_configured(config: DataConfig) -> Source:
-    """The source of a `data` section."""
-    options: dict[str, Any] = {}
-    if config.kind != AUTO:
-        options = registry.find("source", config.kind, "data.kind").takes(config)
+    """The source of a `data` section, with the options that were given."""
+    given = config.model_fields_set - set(DataConfig.model_fields)
+    options = {key: getattr(config, key) for key in sorted(given)}
     source = open_source(config.source, config.labels, config.kind, options)
     source.decoding = Decoding(float_range=config.float_range)
     return source

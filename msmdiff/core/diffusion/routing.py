@@ -14,7 +14,7 @@ from torch import Tensor
 
 from msmdiff.core import registry
 from msmdiff.core.backbones.layers import patchify
-from msmdiff.core.backbones.routes import Route
+from msmdiff.core.backbones.routes import Route, Trunk
 from msmdiff.core.diffusion.masking import Mask, PatchMask, mdt_kept
 from msmdiff.core.diffusion.process import Noise
 from msmdiff.core.diffusion.time_sampling import Draw
@@ -110,7 +110,7 @@ class Tread:
         if not enter < self.leave <= depth:
             raise UsageError(
                 f"mask.enter {enter} and mask.leave {leave} leave no block between them in a "
-                f"network of {depth}: lower them, for example to 1"
+                f"network of {depth}: {_room(network.trunk, enter, leave)}"
             )
 
     def draw(self, batch: int, draw: Draw) -> Route | None:
@@ -120,6 +120,16 @@ class Tread:
             if keep is None
             else Route(keep=keep, enter=self.enter, leave=self.leave, fill="own", scored="all")
         )
+
+
+def _room(trunk: Trunk, enter: int, leave: int) -> str:
+    """What would fit instead of a route that does not, nearest to it."""
+    for shorter in range(min(leave, trunk.depth), -1, -1):
+        for earlier in range(min(enter, trunk.depth), -1, -1):
+            end = trunk.symmetric_leave(earlier, shorter)
+            if earlier < end <= trunk.depth:
+                return f"use mask.enter {earlier} and mask.leave {shorter}"
+    return "no such route fits, use another mask.route"
 
 
 class SprintOptions(Options):

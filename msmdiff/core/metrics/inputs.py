@@ -18,6 +18,7 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import statistics
 from msmdiff.core.metrics.statistics import Statistics
 from msmdiff.core.model import Model
+from msmdiff.core.sections import DataConfig
 
 UNREADABLE_SHARE = 0.01
 """Up to this share of a set's images may be unreadable; they are left out, named and counted."""
@@ -166,6 +167,15 @@ def draws(spec: str) -> bool:
     return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")
 
 
+def _for_drawing(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer without the network's fields and the options of sources."""
+    kept = {name: content for name, content in layer.items() if name != "model"}
+    if "data" in kept:
+        known = DataConfig.model_fields
+        kept["data"] = {key: value for key, value in kept["data"].items() if key in known}
+    return kept
+
+
 def open_input(
     spec: str,
     *,
@@ -179,7 +189,7 @@ def open_input(
     or weights.
 
     Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored
-    one. Of the `layers`, images on disk take `data.float_range`.
+    one. Of the `layers`, images on disk take `data.float_range` and their source's options.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
@@ -187,19 +197,17 @@ def open_input(
         opened = Images(spec)
     elif draws(spec):
         fields = {name: value for layer in layers for name, value in layer.get("model", {}).items()}
-        others = [
-            {name: section for name, section in layer.items() if name != "model"}
-            for layer in layers
-        ]
+        others = [_for_drawing(layer) for layer in layers]
         loaded = weights.load(spec, device, others, **fields)
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
     else:
-        source = sources.open_source(spec, "none")
-        for layer in layers:
-            if "float_range" in layer.get("data", {}):
-                data = section("data", float_range=layer["data"]["float_range"])
-                source.decoding = images.Decoding(float_range=data.float_range)
+        given = {key: value for layer in layers for key, value in layer.get("data", {}).items()}
+        options = {key: value for key, value in given.items() if sources.takes(spec, key)}
+        source = sources.open_source(spec, "none", options=options)
+        if "float_range" in given:
+            data = section("data", float_range=given["float_range"])
+            source.decoding = images.Decoding(float_range=data.float_range)
         opened = Stored(source, crop, workers)
     opened.stored = found
     return opened

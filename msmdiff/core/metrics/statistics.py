@@ -21,7 +21,7 @@ size, crop.
 """
 
 RECORDED = (*SETTINGS, "alpha")
-"""What is kept beside statistics; `alpha`, what became of transparency, is told and not compared."""
+"""What is kept beside statistics; `alpha` (what became of transparency) is told, not compared."""
 
 
 @dataclass

@@ -36,7 +36,7 @@ def choose_precision(config: Config, device: str) -> Any:
         return wanted
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    wide = config.model.model_dump()["hidden_size"] >= AUTOCAST_WIDTH
+    wide = (config.model.model_dump().get("hidden_size") or 0) >= AUTOCAST_WIDTH
     can = torch.cpu.get_capabilities()
     return "bf16" if wide and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
 

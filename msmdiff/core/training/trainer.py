@@ -117,6 +117,8 @@ class Trainer:
         # The network: fresh, from other weights, or (below) from this run's newest checkpoint.
         torch.manual_seed(key(config.train.seed, "init"))
         self.parts = road.build(config)
+        for line in road.notes(config):
+            self._note(f"note: {line}")
         self._tell_empty_text()
         found = self._clear_checkpoints()
         if config.train.init_from and not found:

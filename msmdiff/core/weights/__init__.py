@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msmdiff.core import backbones, files, tensor_files
+from msmdiff.core import backbones, files, registry, tensor_files
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import Config
@@ -126,6 +126,7 @@ def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     layers: Sequence[dict[str, Any]] = (),
+    plugins: Sequence[str | Path] = (),
     **model_fields: Any,
 ) -> Model:
     """The model of a weights file, a run, or a published checkpoint, in evaluation mode on
@@ -134,12 +135,15 @@ def load(
     Args:
         path: as `locate` takes it; of a run, `sample.ema` says which average.
         layers: nested configuration dictionaries laid over the stored one, for example
-            {"codec": {"vae": FOLDER}}.
+            {"codec": {"vae": FOLDER}} or {"sample": {"sampler": "heun", "steps": 20}}.
+        plugins: files, or names of installed ones, to load first: those that it was made with.
         model_fields: what the shapes of a published checkpoint do not tell, such as num_heads=16.
 
     Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a
     source that is not there or does not say enough.
     """
+    for spec in [plugins] if isinstance(plugins, str | Path) else plugins:
+        registry.load_plugin(str(spec), "plugins")
     stored, config = _stored_with(path, layers, model_fields)
     parts = road.build(config)
     try:
