@@ -20,11 +20,20 @@ from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs, masking
 from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import key
-from msmdiff.core.training import checkpoint, cost, launch, previews, sharding, warmstart
+from msmdiff.core.training import (
+    checkpoint,
+    cost,
+    launch,
+    previews,
+    sharding,
+    validation,
+    warmstart,
+)
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
 from msmdiff.core.training.step import Step
+from msmdiff.core.training.validation import Validation
 
 
 def train(
@@ -125,6 +134,9 @@ class Trainer:
         self.cost = cost.measure(config)
         mean = functools.partial(self.accelerator.reduce, reduction="mean")
         self.meter = Meter(self.cost, self.device, mean)
+        self.validation = Validation.of(
+            config, self.parts, self.dataset.source, self.device, self._note
+        )
         self.evaluator = None
         if config.eval.every:
             judged = Judged(
@@ -185,8 +197,10 @@ class Trainer:
                     self.seconds >= train.max_seconds
                 )
                 done = self.images_seen >= total or told or late
-                if self.images_seen and (done or step % train.log_every == 0):
-                    self._log(total)
+                leaves = told and self.images_seen < total
+                validates = not leaves and self._validates(done, step)
+                if self.images_seen and (done or validates or step % train.log_every == 0):
+                    self._log(total, validates)
                 if (
                     self.images_seen
                     and saved_at != self.images_seen
@@ -194,7 +208,7 @@ class Trainer:
                 ):
                     self._save()
                     saved_at = self.images_seen
-                if told and self.images_seen < total:
+                if leaves:
                     break  # whoever stops us may not wait for pictures and distances
                 shows = train.preview_every and (done or step % train.preview_every == 0)
                 if shows and previewed_at != self.images_seen:
@@ -237,7 +251,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ what happens between steps
 
-    def _log(self, total: int) -> None:
+    def _log(self, total: int, validates: bool = False) -> None:
         metrics = self.meter.read()
         if not metrics:
             return
@@ -250,18 +264,32 @@ class Trainer:
             "skipped_steps": self.step.skipped,
             "seconds": self.seconds,
         }
+        if validates and self.validation is not None:
+            network = self._averaged(None)  # every process has to ask for it where it is sharded
+            line |= self.validation(network) if self.main else {}
         self.run.log(line)
         if self.config.train.trackers:
             self.accelerator.log(line, step=self.images_seen)
         if self.main:
             self.reporter.progress(self.images_seen, total, line)
+        if validates:
+            if self.main:
+                validation.draw(self.run)
+            self.accelerator.wait_for_everyone()
+
+    def _validates(self, done: bool, step: int) -> bool:
+        """Whether this step has a held-out loss."""
+        return self.validation is not None and (done or step % self.validation.every == 0)
 
     def _sampled(self) -> Any:
-        """The network that samples are drawn from, a copy where sharded.
+        """The network that samples are drawn from: the average of `sample.ema`, else the first."""
+        return self._averaged(self.config.sample.ema)
 
-        It is the average of `sample.ema`, else the first one, else the trained network.
+    def _averaged(self, wanted: float | None) -> Any:
+        """An average by its decay, else the first one, else the trained network; a copy where
+        sharded.
         """
-        averages, wanted = self.step.averages.networks, self.config.sample.ema
+        averages = self.step.averages.networks
         first = next(iter(averages.values()), self.accelerator.unwrap_model(self.step.model))
         network = averages.get(f"{wanted:g}", first) if wanted is not None else first
         if not self.accelerator.is_fsdp2:
