@@ -191,6 +191,8 @@ def _summary(metrics: dict[str, Any]) -> str:
     parts = []
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
+    if "val_loss" in metrics:
+        parts.append(f"held-out loss {metrics['val_loss']:.4f}")
     if "images_per_s" in metrics:
         rate = metrics["images_per_s"]
         parts.append(f"{rate:,.{0 if rate >= 10 else 2}f} images/s")

@@ -329,3 +329,14 @@ class EvalConfig(Section):
         None, description="the features' weights file; null: as `msmdiff fid` finds them"
     )
     reference: str | None = Field(None, description="images or statistics; null: the training data")
+    heldout: str | None = Field(
+        None,
+        description="images that are not trained on, opened as data.source is, for the held-out "
+        "loss; null: digits:test beside digits:train, else none",
+    )
+    heldout_n: int = Field(256, ge=1, description="of those, how many are looked at")
+    heldout_every: int | None = Field(
+        None,
+        ge=0,
+        description="steps between held-out losses; 0: none; null: train.checkpoint_every",
+    )

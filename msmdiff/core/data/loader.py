@@ -163,10 +163,15 @@ class TrainingImages(Dataset):
 
     def crops(self, indices: Iterable[int]) -> Tensor:
         """The centre crops of the images at `indices`: uint8 [B, 3, H, W]."""
-        pixels = np.stack(
-            [images.center_crop(self.source.image(int(i)), self.config.image_size) for i in indices]
-        )
-        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        return center_crops(self.source, indices, self.config.image_size)
+
+
+def center_crops(source: Source, indices: Iterable[int], size: int) -> Tensor:
+    """The images of a source at `indices`, resized and cropped as ADM does: uint8 [B, 3, size,
+    size]. Raises Unreadable.
+    """
+    pixels = np.stack([images.center_crop(source.image(int(i)), size) for i in indices])
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 def default_workers() -> int:

@@ -68,7 +68,8 @@ class Evaluator:
                 self._reference.stored = found
         evaluate.check(self._drawn(self.parts.backbone), self._reference, self.features)
         sample = self.config.sample.model_dump()
-        how = {"sample": sample, **options.model_dump(exclude={"every"})}
+        other = {"every", "heldout", "heldout_n", "heldout_every"}
+        how = {"sample": sample, **options.model_dump(exclude=other)}
         self._how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]
 
     def _drawn(self, network: Any) -> Drawn:

@@ -20,11 +20,21 @@ from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_traini
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs, masking
 from msmdiff.core.seeding import key
-from msmdiff.core.training import checkpoint, cost, launch, origins, previews, sharding, warmstart
+from msmdiff.core.training import (
+    checkpoint,
+    cost,
+    launch,
+    origins,
+    previews,
+    sharding,
+    validation,
+    warmstart,
+)
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
 from msmdiff.core.training.step import Step
+from msmdiff.core.training.validation import Validation
 
 
 def train(
@@ -142,6 +152,9 @@ class Trainer:
         self.cost = cost.measure(config)
         mean = functools.partial(self.accelerator.reduce, reduction="mean")
         self.meter = Meter(self.cost, self.device, mean)
+        self.validation = Validation.of(
+            config, self.parts, self.dataset.source, self.device, self._note
+        )
         self.evaluator = None
         if config.eval.every:
             judged = Judged(
@@ -205,7 +218,7 @@ class Trainer:
             late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
             done = self.images_seen >= total or told or late
             if self.images_seen:
-                self._record(reached, step, done, total)
+                self._record(reached, step, done, told, total)
             if told:
                 break  # whoever stops us may not wait for pictures and distances
             self._show(reached, step, done, signals)
@@ -242,11 +255,12 @@ class Trainer:
             evaluated=saved if self._agree(measured) else -1,
         )
 
-    def _record(self, reached: Reached, step: int, done: bool, total: int) -> None:
-        """Log and save, where that is due."""
+    def _record(self, reached: Reached, step: int, done: bool, told: bool, total: int) -> None:
+        """Log and save, where that is due; whoever stops us does not wait for a held-out loss."""
         train = self.config.train
-        if done or step % train.log_every == 0:
-            self._log(total)
+        validates = not told and self._validates(done, step)
+        if done or validates or step % train.log_every == 0:
+            self._log(total, validates)
         due = done or step % train.checkpoint_every == 0
         if due and reached.saved != self.images_seen:
             self._save()
@@ -311,7 +325,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ what happens between steps
 
-    def _log(self, total: int) -> None:
+    def _log(self, total: int, validates: bool = False) -> None:
         metrics = self.meter.read()
         if not metrics:
             return
@@ -324,18 +338,32 @@ class Trainer:
             "skipped_steps": self.step.skipped,
             "seconds": self.seconds,
         }
+        if validates and self.validation is not None:
+            network = self._averaged(None)  # every process has to ask for it where it is sharded
+            line |= self.validation(network) if self.main else {}
         self.run.log(line)
         if self.config.train.trackers:
             self.accelerator.log(line, step=self.images_seen)
         if self.main:
             self.reporter.progress(self.images_seen, total, line)
+        if validates:
+            if self.main:
+                validation.draw(self.run)
+            self.accelerator.wait_for_everyone()
+
+    def _validates(self, done: bool, step: int) -> bool:
+        """Whether this step has a held-out loss."""
+        return self.validation is not None and (done or step % self.validation.every == 0)
 
     def sampled(self) -> Any:
-        """The network that samples are drawn from, a copy where sharded.
+        """The network that samples are drawn from: the average of `sample.ema`, else the first."""
+        return self._averaged(self.config.sample.ema)
 
-        It is the average of `sample.ema`, else the first one, else the trained network.
+    def _averaged(self, wanted: float | None) -> Any:
+        """An average by its decay, else the first one, else the trained network; a copy where
+        sharded.
         """
-        averages, wanted = self.step.averages.networks, self.config.sample.ema
+        averages = self.step.averages.networks
         first = next(iter(averages.values()), self.accelerator.unwrap_model(self.step.model))
         network = averages.get(f"{wanted:g}", first) if wanted is not None else first
         if not self.accelerator.is_fsdp2:
