@@ -28,6 +28,9 @@ WARM = (
     "sklearn.datasets",
     "torch._dynamo",
     "torch.optim.adamw",
+    "accelerate",
+    "einops._torch_specific",
+    "rich.progress",
 )
 
 
@@ -102,15 +105,12 @@ class Children:
         """The end of one command line."""
         return self.run(Job(str(folder), [*argv], **how))[0]
 
-    def call(self, folder: Path, module: str, function: str, *, job: Any = (), **given: Any) -> End:
-        """The end of one function's call."""
-        return self.run(
-            Job(str(folder), call=(module, function), arguments=given, **dict(job))
-        )[0]
+    def call(self, folder: Path, what: tuple[str, str], given: Any = None, **how: Any) -> End:
+        """The end of one function's call, with these arguments."""
+        return self.run(Job(str(folder), call=what, arguments=given or {}, **how))[0]
 
     def close(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
+        self._process.kill()
         self._process.wait()
 
 
@@ -122,6 +122,7 @@ def require_calm(end: End, *codes: int) -> None:
     assert not end.hung, f"hung: {told}"
     assert "Traceback" not in end.err, told
     assert end.code in codes, told
+    assert "Warning" not in end.err, told
     assert end.seen == [], f"{end.seen}\n{told}"
     if end.code:
         assert end.err.count("error: ") == 1 or "Usage:" in end.err, told

@@ -137,14 +137,16 @@ class _Counted(io.FileIO):
 def _path_of(where: Any) -> str:
     if isinstance(where, int):
         try:
-            return os.readlink(f"/proc/self/fd/{where}")
+            return str(Path(f"/proc/self/fd/{where}").readlink())
         except OSError:
             return ""
     return where
 
 
 def _absolute(path: Any) -> str:
-    return os.path.abspath(os.fsdecode(path)) if not isinstance(path, int) else _path_of(path)
+    if isinstance(path, int):
+        return _path_of(path)
+    return os.path.abspath(os.fsdecode(path))  # noqa: PTH100 (follows links)
 
 
 class Watch:
@@ -168,7 +170,7 @@ class Watch:
 
     def _hook(self, event: str, arguments: tuple[Any, ...]) -> None:
         if event == "open":
-            path, mode, flags = arguments
+            path, _, flags = arguments
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes and not isinstance(path, int):
                 self._require_inside(event, path)
@@ -178,7 +180,7 @@ class Watch:
         elif event in ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"):
             self.seen.append(f"{event} {arguments!r}")
         elif event == "subprocess.Popen":
-            if os.path.basename(os.fsdecode(arguments[0])) not in self.PROGRAMS:
+            if Path(os.fsdecode(arguments[0])).name not in self.PROGRAMS:
                 self.seen.append(f"{event} {arguments[:2]!r}")
         elif event in ("socket.getaddrinfo", "socket.gethostbyname"):
             self._refuse(event, arguments)
