@@ -8,7 +8,7 @@ import msmdiff
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "machine"},
-    {"seeding", "registry", "sections", "files", "hub", "zips"},
+    {"seeding", "registry", "sections", "files", "hub", "npy_header", "zips"},
     {"layers", "tensor_files"},
     {"presets"},
     {"config", "condition"},

@@ -456,7 +456,9 @@ def test_sizes_that_a_file_does_not_bear_out_are_refused_before_memory_is_asked_
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         with zipfile.ZipFile(tmp_path / "c.npz", "w", method) as archive:
             archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
-        with pytest.raises(MsmdiffError, match=r"c.npz \(arr_0\) .* its header claims uint8"):
+        with pytest.raises(
+            MsmdiffError, match=r"c.npz \(arr_0\) .* its header speaks of [0-9,]+ bytes"
+        ):
             sources.open_source(str(tmp_path / "c.npz"))
 
 
