@@ -1,5 +1,9 @@
 """msmdiff: train diffusion transformers cheaply by masking."""
 
+from msmdiff.core import machine
+
+machine.wait_briefly()
+
 __version__ = "0.1.0"
 
 

@@ -8,7 +8,7 @@ import msmdiff
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "machine"},
-    {"seeding", "registry", "sections", "files", "zips"},
+    {"seeding", "registry", "sections", "files", "hub", "npy_header", "zips"},
     {"layers", "tensor_files"},
     {"presets"},
     {"config", "condition"},
@@ -21,6 +21,7 @@ LAYERS = [
     {"metrics"},
     {"training"},
     {"bench", "gallery"},
+    {"compare"},
     {"cli"},
 ]
 RANK = {name: i for i, layer in enumerate(LAYERS) for name in layer}

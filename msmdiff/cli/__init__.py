@@ -9,6 +9,7 @@ import typer
 from msmdiff import __version__
 from msmdiff.cli import (
     bench,
+    compare,
     console,
     data,
     fid,
@@ -47,13 +48,14 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, listing, data, weights, bench, quickstart):
+for _module in (training, sample, fid, listing, data, weights, bench, compare, quickstart):
     _module.register(app)
 plugins.accept(app)
 
 
 def main() -> None:
     """Run the command line; every failure ends in one sentence and an exit code."""
+    console.heed_the_second_interrupt()
     with console.sentences():
         app()
     sys.exit(0)

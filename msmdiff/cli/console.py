@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from msmdiff.core.errors import MsmdiffError
@@ -26,6 +27,10 @@ def sentences() -> Iterator[None]:
         _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         _fail("interrupted", 128 + signal.SIGINT)
+    except SystemExit as left:
+        if _is_interruption(left):
+            _fail("interrupted", 128 + signal.SIGINT)
+        raise
     except BrokenPipeError:
         # The reader left: nothing more to say.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -34,14 +39,54 @@ def sentences() -> Iterator[None]:
         _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 1)
     except MemoryError:
         _fail("out of memory: lower train.micro_batch_size or --batch-size", 1)
-    except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "can't allocate memory" not in str(error):
+    except Exception as error:
+        if (sentence := _explained(error)) is None:
             raise
-        _fail(
+        _fail(sentence, 1)
+
+
+def _is_interruption(left: SystemExit) -> bool:
+    """Whether typer turned Ctrl-C into this, which says nothing."""
+    return left.__context__ is not None and isinstance(
+        left.__context__.__cause__, KeyboardInterrupt
+    )
+
+
+def heed_the_second_interrupt() -> None:
+    """The first Ctrl-C lets what is running clean up; a second one meanwhile ends it at once."""
+    asked = False
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        nonlocal asked
+        if asked:
+            # Nothing is unwound: some library may be waiting for its threads or processes.
+            os.write(2, b"error: interrupted twice: ended at once\n")
+            os._exit(128 + number)
+        asked = True
+        raise KeyboardInterrupt
+
+    if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
+        signal.signal(signal.SIGINT, interrupt)
+
+
+def _explained(error: Exception) -> str | None:
+    """What a library's words mean to the user, or which plugin failed; None: a fault of ours."""
+    from msmdiff.core import registry
+
+    words = str(error)
+    if type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in words:
+        return (
             "out of memory: lower train.micro_batch_size (or --batch-size), or set "
-            "train.gradient_checkpointing=true",
-            1,
+            "train.gradient_checkpointing=true"
         )
+    if words.startswith("DataLoader timed out"):
+        return "no image came for ten minutes: does the disk with the data still answer?"
+    if words.startswith("DataLoader worker"):
+        return (
+            "a loader process was ended from outside, most often by the system for want of memory: "
+            "use fewer (data.workers, --workers) and run the same command again"
+        )
+    return registry.blame(error)
 
 
 def _fail(sentence: str, code: int) -> None:
@@ -146,6 +191,8 @@ def _summary(metrics: dict[str, Any]) -> str:
     parts = []
     if "loss" in metrics:
         parts.append(f"loss {metrics['loss']:.4f}")
+    if "val_loss" in metrics:
+        parts.append(f"held-out loss {metrics['val_loss']:.4f}")
     if "images_per_s" in metrics:
         rate = metrics["images_per_s"]
         parts.append(f"{rate:,.{0 if rate >= 10 else 2}f} images/s")

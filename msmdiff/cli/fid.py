@@ -42,7 +42,11 @@ N = Annotated[
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Of metric or features; when drawing of sample, codec or model."),
+    typer.Option(
+        "--set",
+        help="Of metric, features, or data (a source's options); when drawing of sample, codec or "
+        "model.",
+    ),
 ]
 Run = Annotated[
     Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")
@@ -293,32 +297,43 @@ def _sides(wish: _Wish, save_stats: Path | None) -> _Sides:
 
 @dataclass
 class _Chosen:
-    """What `--set` says of metrics, of the feature network, and of drawing, with the flags of the
-    last.
+    """What `--set` says of metrics, of the feature network, of sources, and of drawing, with the
+    flags of the last.
     """
 
     metric: dict[str, Any]
     features: dict[str, Any]
     layers: dict[str, Any]
     flags: list[str]
+    source_options: list[str]
 
 
 def _split_sets(sets: list[str] | None) -> _Chosen:
     from msmdiff.core import config as configuration
+    from msmdiff.core.sections import DataConfig
 
     layers = configuration.parse_sets(sets or [])
     metric, features = layers.pop("metric", {}), layers.pop("features", {})
-    drawing = [pair for pair in sets or [] if pair.partition("=")[0].strip() != "data.float_range"]
+    options = [key for key in layers.get("data", {}) if key not in DataConfig.model_fields]
+    of_images = {f"data.{key}" for key in ("float_range", *options)}
+    drawing = [pair for pair in sets or [] if pair.partition("=")[0].strip() not in of_images]
     flags = [f"--set {pair}" for pair in drawing if pair.partition(".")[0].strip() in layers]
-    return _Chosen(metric, features, layers, flags)
+    return _Chosen(metric, features, layers, flags, options)
 
 
 def _refuse_idle_drawing(sides: _Sides, n: int | None, chosen: _Chosen) -> None:
+    from msmdiff.core.data import sources
     from msmdiff.core.metrics import inputs
 
     drawing = [f"--n {n}"] if n is not None else []
     drawing += chosen.flags
     specs = [spec for spec in (*sides.samples, sides.reference) if spec is not None]
+    for key in chosen.source_options:
+        if not any(sources.takes(spec, key) for spec in specs if not inputs.draws(spec)):
+            takers = ", ".join(sources.takers_of(key)) or "no source at all"
+            raise UsageError(
+                f"--set data.{key} has no effect on {' and '.join(specs)}, only on {takers}"
+            )
     if drawing and not any(inputs.draws(spec) for spec in specs):
         raise UsageError(f"{' '.join(drawing)}: nothing is drawn, for no side is a run or weights")
 

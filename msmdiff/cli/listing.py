@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         "list",
         epilog="Examples: `msmdiff list` · `msmdiff list samplers` · `msmdiff list samplers ddim` "
-        "· `msmdiff list keys train` · `msmdiff list presets`",
+        "· `msmdiff list keys train` · `msmdiff list presets digits-edt`",
     )(listing)
 
 
@@ -43,7 +43,8 @@ def listing(
         str | None, typer.Argument(metavar="[KIND]", help=f"One of {', '.join((*NAMES, *OTHERS))}.")
     ] = None,
     name: Annotated[
-        str | None, typer.Argument(help="One of them: its options; of keys: a section.")
+        str | None,
+        typer.Argument(help="One of them: its options; of keys: a section, or one key."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
@@ -53,17 +54,21 @@ def listing(
     from msmdiff.core.errors import UsageError, nearest
 
     known = [*NAMES, *OTHERS]
+    what = _plural(what)
     if what is not None and what not in known:
         near = nearest(what, known)
         raise UsageError(f"list {what}: no such kind{near}; there are {', '.join(known)}")
     if what is None:
         rows: list[tuple[str, ...]] = []
         for kind in known:
-            rows.append((kind, f"{len(_names(kind))} to choose from"))
-        header: tuple[str, ...] = ("kind", "")
+            count = f"{len(_names(kind))} to choose from"
+            rows.append((kind, count, NAMES.get(kind, "")))
+        header: tuple[str, ...] = ("kind", "", "as plugins register it")
     elif what == "keys":
         header, rows = ("key", "default", "what it is"), _keys(name)
-    elif what in OTHERS or name is None:
+    elif what == "presets" and name is not None:
+        header, rows = ("key", "value"), _preset(name)
+    elif what == "plugins" or name is None:
         if name is not None:
             raise UsageError(f"list {what} {name}: {what} have no options")
         header, rows = ("name", "what it is"), _summaries(what)
@@ -76,6 +81,24 @@ def listing(
         Console().table(
             " ".join(x for x in (what or "kinds", name) if x), header, rows, figures=False
         )
+
+
+def _plural(what: str | None) -> str | None:
+    """What users call a kind, of what plugins call it or of one of them: `sampler`, `preset`."""
+    plural = {kind: name for name, kind in NAMES.items()} | {name[:-1]: name for name in OTHERS}
+    return plural.get(what, what) if what is not None and what not in NAMES else what
+
+
+def _preset(name: str) -> list[tuple[str, ...]]:
+    """What a preset sets, its base's keys included."""
+    from msmdiff.core import presets
+    from msmdiff.core.config import flatten
+    from msmdiff.core.errors import UsageError, nearest
+
+    if name not in presets.names():
+        near = nearest(name, presets.names())
+        raise UsageError(f"list presets {name}: no such preset{near}")
+    return [(key, _shown(value)) for key, value in flatten(presets.read(name)).items()]
 
 
 def _names(what: str) -> list[str]:
@@ -101,16 +124,28 @@ def _options(entry: Any) -> list[tuple[str, ...]]:
     return [_row(key, field) for key, field in entry.options.model_fields.items()]
 
 
-def _keys(section: str | None) -> list[tuple[str, ...]]:
-    """Every key that does not depend on a choice, and where the choices are."""
+def _keys(wanted: str | None) -> list[tuple[str, ...]]:
+    """Every key that does not depend on a choice, and where the choices are; of a section, or one
+    of them alone.
+    """
     from msmdiff.core.errors import UsageError, nearest
     from msmdiff.core.layers import SECTIONS
 
-    if section is not None and section not in SECTIONS:
+    section, dot, one = (wanted or "").partition(".")
+    if dot and section in SECTIONS:
+        rows = [row for row in _keys(section) if row[0] == wanted]
+        if not rows:
+            near = nearest(one, list(SECTIONS[section].model_fields))
+            raise UsageError(
+                f"list keys {wanted}: no such key{near}; those of a choice are shown beside it, as "
+                "by `msmdiff list samplers ddim`"
+            )
+        return rows
+    if section and section not in SECTIONS:
         near = nearest(section, list(SECTIONS))
         raise UsageError(f"list keys {section}: no such section{near}: {', '.join(SECTIONS)}")
     shown = {kind: name for name, kind in NAMES.items()}
-    rows: list[tuple[str, ...]] = []
+    rows = []
     for name in [section] if section else SECTIONS:
         for key, field in SECTIONS[name].model_fields.items():
             dotted, default, about = _row(f"{name}.{key}", field)
@@ -122,11 +157,11 @@ def _keys(section: str | None) -> list[tuple[str, ...]]:
 
 def _row(key: str, field: Any) -> tuple[str, str, str]:
     default = "required" if field.is_required() else field.get_default(call_default_factory=True)
-    shown = (
-        "null"
-        if default is None
-        else str(default).lower()
-        if isinstance(default, bool)
-        else default
-    )
-    return key, str(shown), field.description or ""
+    return key, _shown(default), field.description or ""
+
+
+def _shown(value: Any) -> str:
+    """A value as YAML has it."""
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)

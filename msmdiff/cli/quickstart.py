@@ -2,38 +2,24 @@
 
 import shutil
 import time
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 SAMPLES = 500
-"""Images per arm for the distance."""
+"""Images per arm and seed for the distance."""
 
 PRETRAINING_SHARE = 1 / 6
 """Of an arm's seconds: what the masked arm spends on its primer, whose loss is flat after some
 seconds of it.
 """
 
+SEEDS = 3
+"""Of each arm; a quickstart of less than three minutes has time for one only."""
 
-@dataclass
-class Stage:
-    """One training: what the table says of it, and its loss over the arm's seconds."""
-
-    name: str
-    run: Path
-    steps: int
-    seconds: float
-    images_per_s: float
-    distance: float | None = None
-    curve: list[tuple[float, float]] = field(default_factory=list)
-
-    def figures(self) -> dict[str, float | int | None]:
-        """For the JSON file."""
-        return {
-            name: getattr(self, name) for name in ("steps", "seconds", "images_per_s", "distance")
-        }
+ARMS = {"masked": "masked + fine-tuned", "scratch": "from scratch"}
+"""Folder of an arm -> what the table calls it."""
 
 
 def register(app: typer.Typer) -> None:
@@ -44,9 +30,9 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
-    minutes: Annotated[
-        float, typer.Option(min=0.5, help="For everything; from 15 on, three seeds.")
-    ] = 6.0,
+    minutes: Annotated[float, typer.Option(min=0.5, help="For everything, on a quiet machine.")] = (
+        6.0
+    ),
     out: Annotated[Path, typer.Option(help="Folder for the runs and pictures.")] = Path(
         "quickstart"
     ),
@@ -55,12 +41,14 @@ def quickstart(
     ] = False,
 ) -> None:
     """Pretrain on a tenth of the tokens, fine-tune, sample; and train from scratch for the same
-    seconds beside it.
+    seconds beside it, in turns of three seconds.
 
     Everything runs on scikit-learn's 1,797 real digits: four fifths to train on, one fifth to
-    measure against.
+    measure against. From three minutes on, each arm is trained with three seeds. After a kill the
+    same command goes on.
     """
     from msmdiff.cli.console import Console
+    from msmdiff.core.compare import Comparison
     from msmdiff.core.errors import UsageError
     from msmdiff.core.files import write_json
 
@@ -72,165 +60,95 @@ def quickstart(
             f"{out} holds a finished quickstart: see its pictures, or give --fresh or another --out"
         )
     console = Console()
-    seeds = 3 if minutes >= 15 else 1
-    # What is not training: imports and set-up, and per seed the samples of both arms.
-    arm_seconds = max(5.0, (minutes * 60 - 15 - 20 * seeds) / seeds / 2)
+    # What is not training: imports, set-up and timing, and the samples of both arms per seed.
+    seeds = SEEDS if minutes >= 3 else 1
+    arm_seconds = max(2.0, (minutes * 60 - 25 - 20 * seeds) / seeds / len(ARMS))
     console.note(
-        f"two arms of {arm_seconds:.0f} s training each, {seeds} "
+        f"two arms of {arm_seconds:.0f} s training each, in turns, with {seeds} "
         f"seed{'s' if seeds > 1 else ''}, in {out}/"
     )
-    results = [_both_arms(seed, arm_seconds, out / f"seed{seed}", console) for seed in range(seeds)]
+    comparison = Comparison(_spec(arm_seconds, seeds), out, _Reporter(console))
+    outcome = comparison.run()
     floor = _floor()
-    _show(results, floor, console)
-    _draw(results, floor, out)
-    write_json(
-        out / "quickstart.json",
-        {
-            "arm_seconds": arm_seconds,
-            "real_train_to_held_out": floor,
-            "seeds": [{stage.name: stage.figures() for stage in stages} for stages in results],
-        },
-    )
+    _show(outcome, floor, console)
+    _draw(comparison, outcome, floor, out)
+    story = {
+        "arm_seconds": arm_seconds,
+        "real_train_to_held_out": floor,
+        "arms": outcome.arms,
+        "speed": outcome.speed,
+        "unsteady": outcome.unsteady,
+    }
+    write_json(out / "quickstart.json", story)
     console.note(
         f"pictures: {out}/samples.png, scratch.png, masked.png, curves.png "
         f"({time.perf_counter() - started:.0f} s)"
     )
     console.note(
-        f"next: msmdiff sample {out}/seed0/finetuned --cfg 2, or msmdiff pretrain --data "
+        f"next: msmdiff sample {_run(out, 'masked', 2)} --cfg 2, or msmdiff pretrain --data "
         "YOUR_IMAGES --dry-run"
     )
 
 
+def _spec(seconds: float, seeds: int) -> Any:
+    """Both arms: a primer that is fine-tuned, and the same network without one. The arm from
+    scratch comes first, so that speeds are told beside it.
+    """
+    from msmdiff.core.compare.spec import Spec
+
+    full = {"config": "digits-finetune"}
+    masked = [
+        {"config": "digits-pretrain", "share": PRETRAINING_SHARE},
+        {**full, "share": 1 - PRETRAINING_SHARE},
+    ]
+    content = {
+        "arms": {"scratch": full, "masked": masked},
+        "common": {"data": {"source": "digits:train"}, "train": {"log_every": 20}},
+        "budget": {"seconds": seconds},
+        "seeds": list(range(seeds)),
+        "measure": {"points": 1, "n": SAMPLES},
+    }
+    return Spec.model_validate(content)
+
+
+def _run(out: Path, arm: str, stage: int, seed: int = 0) -> Path:
+    return out / arm / f"seed-{seed}" / f"stage-{stage}"
+
+
 def _remove_results(out: Path) -> None:
     """Only what a quickstart writes: the folder may hold other things."""
-    for run in out.glob("seed[0-9]*"):
-        shutil.rmtree(run)
-    for name in ("samples.png", "scratch.png", "masked.png", "curves.png", "quickstart.json"):
+    for arm, stages in (("scratch", 1), ("masked", 2)):
+        for seed in range(SEEDS):
+            for stage in range(1, stages + 1):
+                run = _run(out, arm, stage, seed)
+                if (run / "run.json").is_file():
+                    shutil.rmtree(run)
+            folder = out / arm / f"seed-{seed}"
+            (folder / "measured.jsonl").unlink(missing_ok=True)
+            _remove_empty(folder)
+        _remove_empty(out / arm)
+    names = ["samples.png", "scratch.png", "masked.png", "curves.png"]
+    names += ["quickstart.json", "compare.json", "plan.json", "turns.jsonl"]
+    for name in names:
         (out / name).unlink(missing_ok=True)
 
 
-def _both_arms(seed: int, seconds: float, out: Path, console: Any) -> list[Stage]:
-    primer_seconds = seconds * PRETRAINING_SHARE
-    primer = _train(
-        name="masked primer",
-        preset="digits-pretrain",
-        seed=seed,
-        seconds=primer_seconds,
-        run=out / "primer",
-        console=console,
-    )
-    start = out / "primer" / "weights.safetensors"
-    rest = seconds - primer_seconds
-    finetuned = _train(
-        name="fine-tuned",
-        preset="digits-finetune",
-        seed=seed,
-        seconds=rest,
-        run=out / "finetuned",
-        console=console,
-        start=start,
-    )
-    finetuned.curve = [(primer.seconds + x, y) for x, y in finetuned.curve]
-    scratch = _train(
-        name="from scratch",
-        preset="digits-finetune",
-        seed=seed,
-        seconds=seconds,
-        run=out / "scratch",
-        console=console,
-    )
-    for stage in (finetuned, scratch):
-        stage.distance = _distance(stage.run, out, seed)
-    return [primer, finetuned, scratch]
+def _remove_empty(folder: Path) -> None:
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
-def _train(
-    name: str,
-    preset: str,
-    seed: int,
-    seconds: float,
-    run: Path,
-    console: Any,
-    start: Path | None = None,
-) -> Stage:
-    """Train a preset for so many seconds; the number of steps is what fits."""
-    from msmdiff.core import config as configuration
-    from msmdiff.core import presets
-    from msmdiff.core.training.run import Run
-    from msmdiff.core.training.trainer import train
+class _Reporter:
+    """Notes of the comparison."""
 
-    budget = {
-        "data": {"source": "digits:train"},
-        "train": {
-            "seed": seed,
-            "max_seconds": seconds,
-            "steps": 10_000_000,
-            "log_every": 20,
-            "checkpoint_every": 1000,
-            "preview_every": 0,
-            "init_from": str(start) if start else None,
-        },
-    }
-    config = configuration.build(presets.read(preset), budget)
-    summary = train(config, run, _Budget(console, name, seconds), command="msmdiff quickstart")
-    lines = Run(run, writes=False).metrics()
-    return Stage(
-        name=name,
-        run=run,
-        steps=summary.steps,
-        seconds=summary.seconds,
-        images_per_s=summary.images_seen / summary.seconds,
-        curve=[(line["seconds"], line["loss"]) for line in lines],
-    )
-
-
-class _Budget:
-    """Shows progress in seconds: the steps are not known beforehand."""
-
-    def __init__(self, console: Any, name: str, seconds: float) -> None:
-        self._console, self._name, self._seconds = console, name, seconds
-        self._shown = 0.0
+    def __init__(self, console: Any) -> None:
+        self._console = console
 
     def note(self, text: str) -> None:
-        self._console.note(f"[{self._name}] {text}")
+        self._console.note(text)
 
     def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None:
-        if metrics["seconds"] >= self._seconds or metrics["seconds"] - self._shown >= 10:
-            self._shown = metrics["seconds"]
-            self.note(
-                f"{metrics['seconds']:.0f}/{self._seconds:.0f} s, step {metrics['step']:,}, "
-                f"loss {metrics['loss']:.4f}, {metrics['images_per_s']:,.0f} images/s"
-            )
-
-
-def _distance(run: Path, out: Path, seed: int) -> float:
-    """Pixel Fréchet distance of SAMPLES images, classes in turn, to the held-out digits; keeps a
-    grid of 100.
-    """
-    import torch
-
-    from msmdiff.core import weights
-    from msmdiff.core.data.images import grid
-    from msmdiff.core.metrics import evaluate, inputs, scores
-    from msmdiff.core.metrics.features import PixelFeatures
-    from msmdiff.core.training.previews import to_hwc
-
-    first = seed * SAMPLES
-    drawn = inputs.Drawn("samples", weights.load(run / "weights.safetensors"), SAMPLES)
-    batches = [*drawn.batches(range(first, first + SAMPLES), 125)]
-    grid(to_hwc(torch.cat(batches)[:100]), columns=10).save(out / f"{run.name}.png")
-    features = PixelFeatures()
-    held_out = evaluate.of_images(_digits("digits:test", drawn.model.config), features)
-    return scores.compare(evaluate.of_images(batches, features), held_out, features).value
-
-
-def _digits(part: str, config: Any) -> Any:
-    """All images of a part of the digits at the size that was trained on, as uint8 batches."""
-    from msmdiff.core.data.loader import TrainingImages
-    from msmdiff.core.data.sources import open_source
-
-    source = open_source(part)
-    return TrainingImages(source, config.data, seed=0).sample(len(source))
+        pass
 
 
 def _floor() -> float:
@@ -239,80 +157,109 @@ def _floor() -> float:
     """
     from msmdiff.core import config as configuration
     from msmdiff.core import presets
+    from msmdiff.core.data.loader import TrainingImages
+    from msmdiff.core.data.sources import open_source
     from msmdiff.core.metrics import evaluate, scores
     from msmdiff.core.metrics.features import PixelFeatures
 
-    config, features = configuration.build(presets.read("digits-finetune")), PixelFeatures()
+    data, features = configuration.build(presets.read("digits-finetune")).data, PixelFeatures()
+    sources = [open_source(part) for part in ("digits:train", "digits:test")]
     a, b = (
-        evaluate.of_images(_digits(part, config), features)
-        for part in ("digits:train", "digits:test")
+        evaluate.of_images(TrainingImages(source, data, seed=0).sample(len(source)), features)
+        for source in sources
     )
     return scores.compare(a, b, features).value
 
 
-def _show(results: list[list[Stage]], floor: float, console: Any) -> None:
+def _show(outcome: Any, floor: float, console: Any) -> None:
     rows = []
-    for stages in zip(*results, strict=True):
-        distances = [s.distance for s in stages if s.distance is not None]
+    for name, title in ARMS.items():
+        arm = outcome.arms[name]
+        spread = arm["interval"]
+        shown = "" if spread is None else f" ({spread[0]:.2f} to {spread[1]:.2f})"
         rows.append(
             (
-                stages[0].name,
-                f"{sum(s.steps for s in stages) / len(stages):,.0f}",
-                f"{sum(s.seconds for s in stages) / len(stages):.1f}",
-                f"{sum(s.images_per_s for s in stages) / len(stages):,.0f}",
-                " ".join(f"{d:.2f}" for d in distances) or "-",
+                title,
+                f"{arm['images']:,}",
+                f"{arm['seconds']:.1f}",
+                " ".join(f"{value:.2f}" for value in arm["values"]),
+                f"{arm['mean']:.2f}{shown}",
             )
         )
     rows.append(("real training digits", "-", "-", "-", f"{floor:.2f}"))
-    header = ("stage", "steps", "seconds", "images/s", "pixel Fréchet distance")
+    header = ("arm", "images seen", "seconds", "seeds", "mean (95 %)")
     console.table(
-        "Distance of 500 samples to the held-out digits (lower is better; not FID)", header, rows
+        f"Pixel Fréchet distance of {SAMPLES} samples to the held-out digits (lower is better; not "
+        "FID)",
+        header,
+        rows,
     )
-    primer, finetuned, scratch = results[0]
-    ratio, masked = primer.images_per_s / scratch.images_per_s, primer.seconds + finetuned.seconds
-    console.note(f"a masked step sees {ratio:.1f} times as many images a second as a full one")
+    ratio = outcome.speed.get("masked")
+    if ratio is not None:
+        console.note(
+            f"a masked step is {ratio['median']:.1f} times as fast as a full one "
+            f"({ratio['low']:.1f} to {ratio['high']:.1f}, over {ratio['pairs']} pairs of turns)"
+        )
     console.note(
-        f"seconds of training: masked arm {masked:.0f}, from scratch {scratch.seconds:.0f}"
+        f"the slowest tenth of turns took {outcome.unsteady:.0%} longer than the median one"
     )
 
 
-def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
+def _draw(comparison: Any, outcome: Any, floor: float, out: Path) -> None:
     """The pictures: both arms' samples, what the masked network saw, and the curves."""
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    import matplotlib.pyplot as plt
+    import torch
 
     from msmdiff.core import build as road
     from msmdiff.core import weights
+    from msmdiff.core.data.images import grid
     from msmdiff.core.data.loader import TrainingImages
     from msmdiff.core.data.sources import open_source
     from msmdiff.core.training import previews
 
-    shutil.copyfile(out / "seed0" / "finetuned.png", out / "samples.png")
-    shutil.copyfile(out / "seed0" / "scratch.png", out / "scratch.png")
-    primer = weights.load(out / "seed0" / "primer" / "weights.safetensors")
-    images = next(TrainingImages(open_source("digits:test"), primer.config.data, 0).sample(10))
+    for name, arm, stage in (("samples.png", "masked", 2), ("scratch.png", "scratch", 1)):
+        model = weights.load(_run(out, arm, stage) / "weights.safetensors")
+        images = torch.cat(
+            [
+                batch.images
+                for batch in model.batches(range(100), model.condition.deal(None, range(100)))
+            ]
+        )
+        grid(previews.to_hwc(images), columns=10).save(out / name)
+    primer = weights.load(_run(out, "masked", 1) / "weights.safetensors")
+    held_out = next(TrainingImages(open_source("digits:test"), primer.config.data, 0).sample(10))
     *_, route_of = road.build(primer.config).objective.passes.values()
-    view = previews.masked_view(primer, route_of, images)
-    view.save(out / "masked.png")
+    previews.masked_view(primer, route_of, held_out).save(out / "masked.png")
+    _draw_curves(outcome, floor, out)
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.4), width_ratios=(3, 1))
-    colours = {"masked primer": "tab:orange", "fine-tuned": "tab:green", "from scratch": "tab:blue"}
-    for number, stages in enumerate(results):
-        for stage in stages:
-            label = stage.name if number == 0 else None
-            left.plot(
-                *zip(*stage.curve, strict=True), color=colours[stage.name], label=label, linewidth=1
-            )
+
+def _draw_curves(outcome: Any, floor: float, out: Path) -> None:
+    """Losses over an arm's seconds, and the distances of all seeds."""
+    from matplotlib.figure import Figure
+
+    from msmdiff.core.training.run import Run
+
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    left, right = figure.subplots(1, 2, width_ratios=(3, 1))
+    chains = {
+        "masked": [("masked primer", "tab:orange"), ("fine-tuned", "tab:green")],
+        "scratch": [("from scratch", "tab:blue")],
+    }
+    for arm, stages in chains.items():
+        for seed in outcome.arms[arm]["curves"]:
+            spent = 0.0
+            for number, (label, colour) in enumerate(stages, start=1):
+                lines = Run(_run(out, arm, number, seed), writes=False).metrics()
+                x = [spent + line["seconds"] for line in lines]
+                y = [line["loss"] for line in lines]
+                shown = label if seed == 0 else None
+                left.plot(x, y, color=colour, label=shown, linewidth=1)
+                spent = x[-1]
     left.set(xlabel="training seconds of the arm", ylabel="loss", yscale="log")
     left.legend(frameon=False)
-    arms = ("fine-tuned", "from scratch")
-    for x, arm in enumerate(arms):
-        found = [s.distance for stages in results for s in stages if s.name == arm]
-        values = [value for value in found if value is not None]
-        right.bar(x, sum(values) / len(values), color=colours[arm], width=0.6)
-        right.plot([x] * len(values), values, "k.", markersize=4)
+    for place, (arm, colour) in enumerate((("masked", "tab:green"), ("scratch", "tab:blue"))):
+        values = outcome.arms[arm]["values"]
+        right.bar(place, sum(values) / len(values), color=colour, width=0.6)
+        right.plot([place] * len(values), values, "k.", markersize=4)
     right.axhline(floor, color="grey", linestyle=":", label="real digits")
     right.set(
         xticks=range(2),
@@ -321,6 +268,4 @@ def _draw(results: list[list[Stage]], floor: float, out: Path) -> None:
     )
     right.set_ylim(top=1.25 * right.get_ylim()[1])  # room for the legend
     right.legend(frameon=False)
-    figure.tight_layout()
     figure.savefig(out / "curves.png", dpi=150)
-    plt.close(figure)

@@ -112,19 +112,27 @@ def finetune(
     ] = False,
     **options: Any,
 ) -> None:
-    """Start from weights and train on, by default without a mask, with the configuration they were
-    trained with.
+    """Start from weights and train on, by default without a mask, with the network and the settings
+    they were trained with; but for as long as asked, at a rate and precision chosen anew.
 
-    Image size, classes and codec may change: positions are interpolated, new parts start fresh; all
-    of it is named.
+    Image size, classes and codec may change: positions are interpolated, classes matched by name,
+    new parts start fresh; all of it is named.
     """
     from msmdiff.cli.weights import model_fields
     from msmdiff.core import weights
-    from msmdiff.core.build import derived_rate
+    from msmdiff.core.errors import UsageError
+    from msmdiff.core.training import warmstart
 
-    path = weights.locate(ckpt)
-    told = [item for item in options["sets"] or [] if item.startswith("model.")]
-    stored = weights.read(path, model_fields(told)).config
+    try:
+        path = str(weights.locate(ckpt))
+    except UsageError:
+        # A run that goes on needs the weights it started from no more.
+        if (stored := _begun_from(ckpt, options["run"])) is None:
+            raise
+        path = str(stored.train.init_from)
+    else:
+        told = [item for item in options["sets"] or [] if item.startswith("model.")]
+        stored = weights.read(Path(path), model_fields(told)).config
     changes: dict[str, Any] = {
         "mask": {
             "ratio": 0.0,
@@ -134,12 +142,9 @@ def finetune(
             "tail": 0.0,
         },
         "objective": {"name": "dsm"},
-        # The precision is what is fastest here, not where it came from.
-        "train": {"init_from": str(path), "precision": "auto"},
+        "train": {"init_from": path},
     }
-    if stored.optim.lr == derived_rate(stored.model):
-        changes["optim"] = {"lr": None}  # derived again, should the width change
-    config = _configure(options, stored.as_dict(), changes)
+    config = _configure(options, warmstart.next_stage(stored), changes)
     _measure_anew(config, stored)
     _train("finetune", options, config, allow_partial)
 
@@ -148,6 +153,22 @@ def finetune(
 def train(**options: Any) -> None:
     """Train from scratch on all tokens (or with whatever objective the configuration names)."""
     _train("train", options, _configure(_with_preset(options, "digits-finetune")))
+
+
+def _begun_from(ckpt: str, run: str | None) -> Any:
+    """The configuration of a run that was begun from the weights once called `ckpt`, else None."""
+    from msmdiff.core.training.run import Run
+
+    begun = Run(_place(run), writes=False).begun() if run else None
+    names = [str(folder / ckpt) for folder in (Path(), Path("runs"))]
+    places = [*names, *(str(Path(name) / "weights.safetensors") for name in names)]
+    return begun if begun and begun.train.init_from in places else None
+
+
+def _place(run: str) -> Path:
+    """The directory that `--run` means: a path, or a name under runs/."""
+    path = Path(run)
+    return path if len(path.parts) > 1 or path.is_absolute() else Path("runs") / path
 
 
 def _measure_anew(config: Any, stored: Any) -> None:
@@ -178,11 +199,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
     if options["dry_run"]:
         _show_plan(config, options["as_json"])
         return
-    if options["run"]:
-        name = Path(options["run"])
-        path = name if len(name.parts) > 1 or name.is_absolute() else Path("runs") / name
-    else:
-        path = Path("runs") / _default_name(verb, config)
+    path = _place(options["run"] or _default_name(verb, config))
 
     from msmdiff.core.training.trainer import train as fit
 
@@ -195,10 +212,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         console.finish()
     if summary.interrupted:
         if summary.writes:
-            console.note(
-                f"interrupted at image {summary.images_seen:,} and saved: the same command "
-                f"resumes {path}"
-            )
+            console.note(_interrupted(summary))
         raise typer.Exit(128 + signal.Signals(summary.interrupted))
     if not summary.writes:
         return
@@ -218,6 +232,20 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
                 "config": stored,
             }
         )
+
+
+def _interrupted(summary: Any) -> str:
+    """What a signal left behind."""
+    from msmdiff.core.training import checkpoint
+
+    if summary.images_seen:
+        return (
+            f"interrupted at image {summary.images_seen:,} and saved: the same command resumes "
+            f"{summary.run}"
+        )
+    if earlier := checkpoint.newest(summary.run):
+        return f"interrupted before the first step: the same command resumes {earlier}"
+    return "interrupted before the first step: nothing was saved yet"
 
 
 def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
@@ -353,6 +381,8 @@ def _show_plan(config: Any, as_json: bool) -> None:
         f"\n# per step        {_step_cost(counted, config.train.batch_size)}"
         f"\n# memory          about {taken.total / 2**30:.2f} GiB per process: {_parts(taken)}"
     )
+    for line in road.notes(config):
+        typer.echo(f"# note            {line}")
 
 
 def _step_cost(counted: Any, batch_size: int) -> str:

@@ -79,9 +79,9 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
 
 def derived_rate(model: ModelConfig) -> float:
     """The learning rate where none is given: MaskDM's 2e-4 at width 512, inversely with the width,
-    at most 1e-3.
+    at most 1e-3. 2e-4 of a network that names no width.
     """
-    return min(1e-3, 2e-4 * 512 / model.model_dump()["hidden_size"])
+    return min(1e-3, 2e-4 * 512 / (model.model_dump().get("hidden_size") or 512))
 
 
 def build(config: Config) -> Parts:
@@ -92,6 +92,12 @@ def build(config: Config) -> Parts:
     mask = masking.build(config.mask, network.grid)
     objective = objectives.build(config, noise, mask, network)
     return Parts(codec=codec, process=noise, mask=mask, backbone=network, objective=objective)
+
+
+def notes(config: Config) -> list[str]:
+    """What a resolved configuration says to no effect, or against its own interest; for people."""
+    network = _on_meta(config, codecs.build(config.codec, config.data.image_size).shape)
+    return [*objectives.idle(config, network), *process.unsuited(config.process)]
 
 
 def _on_meta(config: Config, shape: tuple[int, int, int]) -> Any:
@@ -183,10 +189,12 @@ def _check_groups(config: Config, channels: int) -> list[str]:
 
 
 def _check_sizes(config: Config) -> list[str]:
-    """The side of an image must divide by the codec's factor times the patch."""
+    """The side of an image must divide by the codec's factor times the patch. A network whose patch
+    is no option says itself what fits.
+    """
     entry = registry.find("codec", config.codec.name, "codec.name")
     factor = entry.make.factor_of(entry.takes(config.codec))
-    patch = config.model.model_dump()["patch_size"]
+    patch = config.model.model_dump().get("patch_size") or 1
     if config.data.image_size % (factor * patch) == 0:
         return []
     parts = (

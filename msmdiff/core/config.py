@@ -44,7 +44,13 @@ class Config(Section):
     plugins: list[str] = Field(default=[])
 
     def as_dict(self) -> dict[str, Any]:
-        content = {name: getattr(self, name).model_dump(mode="json") for name in SECTIONS}
+        """Everything, as it is stored. Of a choice that was left open, options that only plugins
+        take and nobody gave are left out, so that it is read without those plugins.
+        """
+        content = {}
+        for name in SECTIONS:
+            section = getattr(self, name)
+            content[name] = section.model_dump(mode="json", exclude=_ungiven(name, section))
         return {**content, "plugins": list(self.plugins)}
 
     def to_yaml(self) -> str:
@@ -72,7 +78,7 @@ def build(*layers: dict[str, Any]) -> Config:
     for layer in layers:
         _check_shape(layer)
         for spec in layer.get("plugins") or []:
-            registry.load_plugin(str(spec))
+            registry.load_plugin(str(spec), "plugins:")
         merged = merge(merged, layer)
     merged.pop("plugins", None)
     problems = [f"unknown configuration key '{name}'{nearest(name, list(SECTIONS))}"
@@ -128,9 +134,13 @@ def _complete(kind: type[Section], options: tuple[type[registry.Options], ...]) 
 
 
 def _plugins_of(complete: dict[str, Section]) -> list[str]:
-    """The plugins that what is chosen comes from."""
+    """The plugins that what is chosen comes from, and the options that were given."""
     found: set[str] = set()
     for name, content in complete.items():
+        for offered in _of_plugins(name, content):
+            own = set(offered.options.model_fields) - _built_in(name)
+            if own & content.model_fields_set:
+                found.add(offered.plugin or "")
         for key, kind in SECTIONS[name].CHOICES.items():
             entry = registry.entries(kind).get(str(getattr(content, key)))
             if entry is not None and entry.plugin:
@@ -141,6 +151,30 @@ def _plugins_of(complete: dict[str, Section]) -> list[str]:
         if entry is not None and entry.plugin:
             found.add(entry.plugin)
     return sorted(found)
+
+
+def _of_plugins(name: str, content: Section) -> list[Entry]:
+    """What plugins bring to a choice that a section leaves open."""
+    found: list[Entry] = []
+    for key, kind in SECTIONS[name].CHOICES.items():
+        if getattr(content, key) in (None, AUTO):
+            found += [entry for entry in registry.entries(kind).values() if entry.plugin]
+    return found
+
+
+def _ungiven(name: str, content: Section) -> set[str]:
+    """The options of plugins that might have been chosen, and were not given."""
+    options = {key for entry in _of_plugins(name, content) for key in entry.options.model_fields}
+    return options - content.model_fields_set - _built_in(name)
+
+
+def _built_in(name: str) -> set[str]:
+    """The keys of a section that need no plugin."""
+    keys = set(SECTIONS[name].model_fields)
+    for kind in SECTIONS[name].CHOICES.values():
+        for entry in registry.entries(kind).values():
+            keys |= set() if entry.plugin else set(entry.options.model_fields)
+    return keys
 
 
 def stored(content: dict[str, Any], where: str) -> dict[str, Any]:
@@ -164,10 +198,12 @@ def stored(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 def settled(name: str, chosen: Section) -> Any:
     """A section whose automatic choice has been made: options of the other choices, which nobody
-    gave, go. Raises UsageError for those that were given.
+    changed, go. Raises UsageError for those that were given.
     """
-    idle = _foreign(name, chosen.model_dump()) - chosen.model_fields_set
-    return section(name, **{k: v for k, v in chosen.model_dump().items() if k not in idle})
+    fields = chosen.model_dump()
+    usual = {key: field.default for key, field in type(chosen).model_fields.items()}
+    idle = {key for key in _foreign(name, fields) if fields[key] == usual[key]}
+    return section(name, **{key: value for key, value in fields.items() if key not in idle})
 
 
 def _foreign(name: str, fields: dict[str, Any]) -> set[str]:
@@ -271,6 +307,8 @@ def _explain(name: str, fields: dict[str, Any], problem: Any) -> str:
         return f"unknown configuration key '{where}'{nearest(key, known)}"
     message = problem["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
+    if problem["type"] == "missing":  # there the library gives all the other values
+        return f"{where}: {message}"
     return f"{where} = {problem['input']!r}: {message}"
 
 

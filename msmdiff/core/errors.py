@@ -19,5 +19,6 @@ class UsageError(MsmdiffError):
 
 def nearest(name: str, candidates: list[str]) -> str:
     """A clause `; did you mean 'x'?`, or nothing where no candidate is close."""
-    close = difflib.get_close_matches(name, candidates, n=1, cutoff=0.5)
-    return f"; did you mean '{close[0]}'?" if close else ""
+    lowered = {candidate.lower(): candidate for candidate in reversed(candidates)}
+    close = difflib.get_close_matches(name.lower(), lowered, n=1, cutoff=0.6)
+    return f"; did you mean '{lowered[close[0]]}'?" if close else ""

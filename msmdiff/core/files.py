@@ -7,6 +7,7 @@ import errno
 import fcntl
 import hashlib
 import json
+import logging
 import os
 import stat
 import weakref
@@ -249,12 +250,11 @@ class Lock:
         path: the file or the folder that is locked; a file is made when it does not exist.
         held: the sentence when another process holds it.
 
-    `works` is False on a file system without locks: nothing keeps a second process out there, and
-    the caller says so. Raises MsmdiffError with `held`, or OSError where the file cannot be made.
+    On a file system without locks nothing keeps a second process out: that is told once. Raises
+    MsmdiffError with `held`, or OSError where the file cannot be made.
     """
 
     def __init__(self, path: Path, held: str) -> None:
-        self.works = True
         flags = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT
         self._descriptor: int | None = os.open(path, flags | os.O_CLOEXEC, 0o666)
         try:
@@ -267,7 +267,7 @@ class Lock:
             if error.errno not in (*UNSUPPORTED, errno.EBADF):
                 self.close()
                 raise
-            self.works = False
+            _tell_unlocked(path)
         _held.add(self)
 
     def close(self) -> None:
@@ -282,6 +282,17 @@ class Lock:
     def __exit__(self, *exception: object) -> None:
         self.close()
 
+
+def _tell_unlocked(path: Path) -> None:
+    device = path.stat().st_dev
+    if device not in _unlocked:  # every file that is written has its lock: once is enough
+        _unlocked.add(device)
+        words = "note: the file system of %s has no locks: let no other process write there"
+        logging.getLogger(__name__).warning(words, path)
+
+
+_unlocked: set[int] = set()
+"""File systems (by device number) that were found without locks."""
 
 _held: "weakref.WeakSet[Lock]" = weakref.WeakSet()
 

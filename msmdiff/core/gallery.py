@@ -363,19 +363,18 @@ class Gallery:
             out.mkdir(parents=True, exist_ok=True)
             held.enter_context(files.Lock(out, f"another process is sampling into {out}: wait"))
         stored = _stored_record(out / "sample.json")
+        drawn = any(path.suffix == ".png" for path in out.iterdir())
         if stored is None:
             files.require_ours(out / "sample.json", False, self.request.overwrite)
-            if any(path.suffix == ".png" for path in out.iterdir()):
+            if drawn:
                 raise UsageError(
                     f"{out} holds images that were not sampled here: give another --out"
                 )
+        if stored is None or not drawn:  # a sampling that failed at once claims nothing
             files.write_json(out / "sample.json", self._record([]))
             return []
-        if isinstance(stored.get("sample"), dict):  # in the keys of today
-            layer = configuration.stored({"sample": stored["sample"]}, str(out))
-            stored["sample"] = configuration.section("sample", **layer["sample"]).model_dump(
-                mode="json"
-            )
+        if isinstance(stored.get("sample"), dict):
+            stored["sample"] = _of_today(stored["sample"], out)
         old, new = flatten(stored), flatten(settings)
         changed = [
             f"{key}: {old.get(key)!r} there, {value!r} now"
@@ -454,6 +453,18 @@ def is_ours(path: Path) -> bool:
         with Image.open(path) as picture:
             return RECORD in picture.info
     return False
+
+
+def _of_today(sample: dict[str, Any], out: Path) -> dict[str, Any]:
+    """A stored `sample` section in the keys of today; as it is where it chose what is not there
+    today, such as a plugin's sampler: then it differs in any case.
+    """
+    layer = configuration.stored({"sample": sample}, str(out))
+    try:
+        section = configuration.section("sample", **layer["sample"])
+    except UsageError:
+        return sample
+    return dict(section.model_dump(mode="json"))
 
 
 def _stored_record(path: Path) -> dict[str, Any] | None:

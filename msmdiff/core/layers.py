@@ -32,6 +32,9 @@ def merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     for name, content in layer.items():
         if name in SECTIONS and content is None:
             continue
+        if name == "plugins" and isinstance(content, list) and isinstance(base.get(name), list):
+            merged[name] = [*dict.fromkeys([*base[name], *content])]
+            continue
         if name not in SECTIONS or not isinstance(content, dict):
             merged[name] = copy.deepcopy(content)
             continue
@@ -40,6 +43,8 @@ def merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
         under = base.get(name)
         under = dict(section.prepare(under)) if isinstance(under, dict) else {}
         stale = _stale_dimensions(under, over) if name == "model" else _stale(section, under, over)
+        if name == "data":
+            stale |= _stale_source(section, under, over)
         kept = {key: value for key, value in under.items() if key not in stale}
         merged[name] = {**kept, **copy.deepcopy(over)}
     return merged
@@ -49,6 +54,15 @@ def _stale_dimensions(under: dict[str, Any], over: dict[str, Any]) -> set[str]:
     """Another size: what was said of the old one's dimensions no longer applies."""
     same = over.get("name") in (None, under.get("name"))
     return set() if same else set(under) - {"num_classes"}
+
+
+def _stale_source(section: type[Section], under: dict[str, Any], over: dict[str, Any]) -> set[str]:
+    """Other data, whose kind goes by its look: what was said of the old kind's options no longer
+    applies.
+    """
+    same = over.get("source") in (None, under.get("source"))
+    named = over.get("kind", under.get("kind", sections.AUTO)) != sections.AUTO
+    return set() if same or named else set(under) - set(section.model_fields)
 
 
 def _stale(section: type[Section], under: dict[str, Any], over: dict[str, Any]) -> set[str]:

@@ -1,12 +1,36 @@
-"""Making a process use its CPU well."""
+"""Making a process use its CPU well. Torch is imported late here: how its threads wait must be said
+before.
+"""
 
 import ctypes
 import os
 
-import torch
+from msmdiff.core.errors import UsageError
 
 # glibc's mallopt parameters (malloc.h).
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
+
+SPINS = "1000"
+"""How often a waiting OpenMP thread looks before it sleeps (docs/benchmarks.md)."""
+_SAID = ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME", "KMP_LIBRARY")
+
+
+def wait_briefly() -> None:
+    """Let OpenMP threads that wait for each other sleep soon, unless the user has said how they
+    wait. To be called before torch is imported.
+
+    By default they spin, for milliseconds: where another program keeps a core busy, the thread that
+    is waited for does not run, and a training step takes several times as long.
+    """
+    if not any(os.environ.get(name) for name in _SAID):
+        os.environ["GOMP_SPINCOUNT"] = SPINS  # GNU's, which torch's wheels carry
+        os.environ["KMP_BLOCKTIME"] = "0"  # Intel's and LLVM's, in milliseconds
+
+
+def waiting() -> str:
+    """How OpenMP threads wait, for people."""
+    said = [f"{name}={os.environ[name]}" for name in _SAID if os.environ.get(name)]
+    return f"by {', '.join(said)}" if said else "as OpenMP does by default"
 
 
 def prepare(threads: int | None = None) -> None:
@@ -15,14 +39,21 @@ def prepare(threads: int | None = None) -> None:
     threads None: OMP_NUM_THREADS, else this process's share of the cores. By default glibc hands
     every large tensor back to the system and asks for fresh, zeroed pages at the next step; keeping
     them makes a training step on a CPU up to 1.5 times as fast (docs/benchmarks.md).
+
+    Raises UsageError where OMP_NUM_THREADS is no number.
     """
+    import torch
+
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     # torchrun sets OMP_NUM_THREADS=1 by itself, so that it is somebody's wish only in a single
     # process.
-    wished = int(os.environ.get("OMP_NUM_THREADS", "0").split(",")[0] or 0) if processes == 1 else 0
+    words = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if words and not (words.isdecimal() and int(words) < 2**15):
+        raise UsageError(f"OMP_NUM_THREADS={words}: give a number of threads, such as 4")
+    wished = int(words or 0) if processes == 1 else 0
     torch.set_num_threads(threads or wished or max(1, cores // processes))
     torch.set_flush_denormal(True)
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc

@@ -1,6 +1,6 @@
 """A model: a trained network and the road around it, which images are drawn from."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from msmdiff.core import registry
 from msmdiff.core.backbones.routes import Route
 from msmdiff.core.condition import Condition
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion import routing
 from msmdiff.core.diffusion.codecs import Codec
 from msmdiff.core.diffusion.process import Denoiser, Estimate, Process
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -75,13 +76,19 @@ class Model:
             classes: one class for all, one for each seed, or the features of a text for each
                 [N, tokens, width]; None draws the classes in turn, by the seeds.
 
-        Raises what `batches` raises.
+        Raises UsageError for what are not seeds or not as many classes, and what `batches` raises.
         """
+        seeds = checked_seeds(seeds)
         if classes is None:
             y = self.condition.deal(None, seeds)
         else:
             wanted = [classes] * len(seeds) if isinstance(classes, int) else classes
             y = self.condition.values(wanted)
+            if y is not None and len(y) != len(seeds):
+                raise UsageError(
+                    f"classes has {len(y)} values for {len(seeds)} seeds: give one for each, or "
+                    "one number for all"
+                )
         drawn = self.batches(seeds, y, batch_size=batch_size)
         return torch.cat([batch.images for batch in drawn])
 
@@ -125,13 +132,20 @@ class Model:
             x = x if start is None else start[rows].to(device)
             if schedule.start_std != 1:
                 x = x * schedule.start_std
-            weak = guidance.weak_route(options, self.config.mask, self.backbone, noise)
+            weak = routing.weak_route(options, self.config.mask, self.backbone, noise)
             denoise = self.denoiser(told, network, weak)
             for wrap in wraps:
                 denoise, x = wrap(denoise, x)
             half = options.precision == "bf16"
             with torch.autocast(device.type, dtype=torch.bfloat16, enabled=half):
-                z = entry.make(denoise, schedule, x, times, noise, **entry.takes(options))[:count]
+                z = entry.make(denoise, schedule, x, times, noise, **entry.takes(options))
+            if getattr(z, "shape", None) != x.shape:
+                gave = list(z.shape) if isinstance(z, Tensor) else type(z).__name__
+                raise MsmdiffError(
+                    f"the sampler {entry.name} gave {gave}, not images of the noise's shape "
+                    f"{list(x.shape)}"
+                )
+            z = z[:count]
             labels = told[:count].cpu() if told is not None and self.condition.count else None
             yield Images([seeds[i] for i in rows[:count]], self._decoded(z), labels)
 
@@ -142,7 +156,7 @@ class Model:
         weak: Callable[[], Route] | None = None,
     ) -> Denoiser:
         """(x_t [B, C, H, W], t) -> x0 and eps, guided and clipped as `sample` says; `weak` as
-        `guidance.weak_route` gives it.
+        `routing.weak_route` gives it.
 
         t is one number on the CPU for the whole batch, which lets steps without guidance do without
         its second pass, or [B] on x_t's device. After clipping, eps is derived again from the
@@ -199,6 +213,21 @@ class Model:
         rounding = self.config.sample.rounding
         parts = [self.codec.decode(part, rounding).cpu() for part in z.split(DECODED_AT_ONCE)]
         return torch.cat(parts)
+
+
+def checked_seeds(seeds: Sequence[int]) -> list[int]:
+    """Seeds as plain integers. Raises UsageError for what are none."""
+    example = "give whole numbers of 0 or more, such as range(16) or [3]"
+    if not isinstance(seeds, Iterable):
+        raise UsageError(f"seeds {seeds!r}: {example}")
+    checked = []
+    for seed in seeds:
+        if not hasattr(seed, "__index__") or isinstance(seed, bool) or int(seed) < 0:
+            raise UsageError(f"seeds: {seed!r} is no seed: {example}")
+        checked.append(int(seed))
+    if not checked:
+        raise UsageError(f"seeds: there are none: {example}")
+    return checked
 
 
 def dynamic_threshold(x0: Tensor, quantile: float) -> Tensor:

@@ -189,9 +189,10 @@ def _locate(name_or_path: str, where: str, beside: Path | None = None) -> Path:
     for path in candidates:
         if path.is_file():
             return path
-    near = nearest(name_or_path, names())
+    files = [path.name for path in beside.glob("*.y*ml")] if beside is not None else []
     raise UsageError(
-        f"{where} {name_or_path}: no such file and no such preset{near}; presets: {names()}"
+        f"{where} {name_or_path}: no such file and no such preset"
+        f"{nearest(name_or_path, [*files, *names()])}; `msmdiff list presets` shows them"
     )
 
 
@@ -207,8 +208,18 @@ def _read(path: Path, above: tuple[Path, ...]) -> dict[str, Any]:
         content = {}
     if not isinstance(content, dict):
         raise UsageError(f"{path} must be a mapping of sections: data, model, train and so on")
+    if isinstance(content.get("plugins"), list):
+        content["plugins"] = [_beside(path, spec) for spec in content["plugins"]]
     base = content.pop("base", None)
     if base is None:
         return content
-    under = _read(_locate(str(base), f"{path}: base", path.parent), (*above, path.resolve()))
+    if not isinstance(base, str):
+        raise UsageError(f"{path}: base must be one preset's name or one file, not {base!r}")
+    under = _read(_locate(base, f"{path}: base", path.parent), (*above, path.resolve()))
     return merge(under, content)
+
+
+def _beside(path: Path, spec: Any) -> str:
+    """A plugin's file that a YAML file names: beside it, or where the command runs."""
+    beside = path.parent / str(spec)
+    return str(beside) if str(spec).endswith(".py") and beside.is_file() else str(spec)

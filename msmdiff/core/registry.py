@@ -14,7 +14,8 @@ import importlib.util
 import inspect
 import pkgutil
 import sys
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -26,6 +27,9 @@ from msmdiff.core.errors import MsmdiffError, UsageError, nearest
 
 ENTRY_POINTS = "msmdiff.plugins"
 """The group under which installed packages offer plugins by name."""
+
+OR_A_PLUGINS = "(or those of a plugin: --plugin FILE.py)"
+"""Behind what there is to choose from, in messages."""
 
 T = TypeVar("T")
 
@@ -57,31 +61,43 @@ class Kind:
     Attributes:
         title: for people, in the plural.
         home: the package or module whose import registers the built-in ones.
+        call: what it is called with before its own options, which are keywords: "a, b, *, c" gives
+            c by its name. None: it is not called, or in more than one way.
+        base: the class that it must be of, as module:name; "" where a protocol is enough.
     """
 
     title: str
     home: str
+    call: str | None = None
+    base: str = ""
 
+
+DIFFUSION, SAMPLERS = "msmdiff.core.diffusion", "msmdiff.core.samplers"
+BACKBONES, CODECS = "msmdiff.core.backbones", "msmdiff.core.diffusion.codecs"
+METRICS, DATA = "msmdiff.core.metrics", "msmdiff.core.data"
+OPTIMISERS, WEIGHTS = "msmdiff.core.training.optim", "msmdiff.core.weights"
 
 KINDS: dict[str, Kind] = {
-    "backbone": Kind("backbones", "msmdiff.core.backbones"),
-    "size": Kind("models", "msmdiff.core.backbones"),
-    "mask": Kind("masks", "msmdiff.core.diffusion"),
-    "route": Kind("routes", "msmdiff.core.diffusion"),
-    "schedule": Kind("schedules", "msmdiff.core.diffusion"),
-    "prediction": Kind("predictions", "msmdiff.core.diffusion"),
-    "weighting": Kind("weightings", "msmdiff.core.diffusion"),
-    "time_sampling": Kind("time samplings", "msmdiff.core.diffusion"),
-    "objective": Kind("objectives", "msmdiff.core.diffusion"),
-    "codec": Kind("codecs", "msmdiff.core.diffusion.codecs"),
-    "sampler": Kind("samplers", "msmdiff.core.samplers"),
-    "times": Kind("sampling times", "msmdiff.core.samplers"),
-    "guidance": Kind("guidance schedules", "msmdiff.core.samplers"),
-    "optimiser": Kind("optimisers", "msmdiff.core.training.optim"),
-    "metric": Kind("metrics", "msmdiff.core.metrics"),
-    "features": Kind("feature networks", "msmdiff.core.metrics"),
-    "source": Kind("sources", "msmdiff.core.data"),
-    "layout": Kind("checkpoint layouts", "msmdiff.core.weights"),
+    "backbone": Kind("backbones", BACKBONES, "input_shape, num_classes"),
+    "size": Kind("models", BACKBONES),
+    "mask": Kind("masks", DIFFUSION, "grid, ratio"),
+    "route": Kind("routes", DIFFUSION, "section, mask, network"),
+    "schedule": Kind("schedules", DIFFUSION, "timesteps"),
+    "prediction": Kind("predictions", DIFFUSION, "schedule"),
+    "weighting": Kind("weightings", DIFFUSION, ""),
+    "time_sampling": Kind("time samplings", DIFFUSION, "schedule"),
+    "objective": Kind("objectives", DIFFUSION, ""),
+    "codec": Kind("codecs", CODECS, "image_size", f"{CODECS}:Codec"),
+    "sampler": Kind("samplers", SAMPLERS, "denoise, schedule, x, times, noise"),
+    "times": Kind("sampling times", SAMPLERS),
+    "guidance": Kind("guidance schedules", SAMPLERS, "scale"),
+    "optimiser": Kind("optimisers", OPTIMISERS, "parameters, *, lr, eps, weight_decay"),
+    "metric": Kind("metrics", METRICS, "", f"{METRICS}.scores:Metric"),
+    "features": Kind(
+        "feature networks", METRICS, "weights, device, *, spatial", f"{METRICS}.features:Features"
+    ),
+    "source": Kind("sources", DATA, "spec", f"{DATA}.source:Source"),
+    "layout": Kind("checkpoint layouts", WEIGHTS),
 }
 
 
@@ -113,6 +129,12 @@ _plugins: dict[str, str] = {}
 """Loaded plugins: name -> where it came from."""
 _loading: list[str] = []
 """The plugin that is being imported, if one is."""
+_places: dict[str, str] = {}
+"""Where the code of plugins lies: a file, or a package's folder -> the plugin's name."""
+_taken: dict[str, frozenset[str]] = {}
+"""The keys that a kind's section has already: no choice may call an option so."""
+_automatic: set[str] = set()
+"""The kinds whose choice may be left open: then a section has the options of all of them."""
 
 
 def register(
@@ -121,8 +143,14 @@ def register(
     """Decorate (or call on) what `name` stands for among its `kind`; `summary` is else the
     docstring's first paragraph, in one line.
 
-    Raises UsageError for a name that another plugin, or the package itself, has already taken.
+    Raises UsageError for a kind that there is not, for a name that another plugin, or the package
+    itself, has already taken, and for what a plugin registers that could not be called.
     """
+    if kind not in KINDS:
+        raise UsageError(
+            f"{_who()} registers the kind '{kind}'{nearest(str(kind), list(KINDS))}; "
+            f"the kinds are {', '.join(KINDS)}"
+        )
 
     def enter(make: T) -> T:
         plugin = _loading[-1] if _loading else None
@@ -132,6 +160,8 @@ def register(
             raise UsageError(
                 f"the plugin {plugin} registers the {kind} '{name}', which {owner} has already"
             )
+        if plugin is not None:
+            _check(kind, name, make, options)
         paragraph = inspect.cleandoc(summary or make.__doc__ or "").partition("\n\n")[0]
         _entries[kind][name] = Entry(
             kind=kind,
@@ -146,6 +176,15 @@ def register(
     return enter
 
 
+def reserve(kind: str, keys: Iterable[str], automatic: bool = False) -> None:
+    """Keep the keys of a kind's section from being options of a choice; `automatic` says that the
+    choice may be left open.
+    """
+    _taken[kind] = frozenset(keys)
+    if automatic:
+        _automatic.add(kind)
+
+
 def find(kind: str, name: str, where: str) -> Entry:
     """The entry of a name; `where` is the key or option that asked, for the message.
 
@@ -156,7 +195,7 @@ def find(kind: str, name: str, where: str) -> Entry:
         raise UsageError(
             f"{where} '{name}' is none of the "
             f"{KINDS[kind].title}{nearest(str(name), list(known))}; "
-            f"there are {', '.join(known)}"
+            f"there are {', '.join(known)} {OR_A_PLUGINS}"
         )
     return known[name]
 
@@ -175,6 +214,69 @@ def _import_home(home: str) -> None:
         importlib.import_module(f"{home}.{found.name}")
 
 
+# ------------------------------------------------------------------ what plugins register
+
+
+def _who() -> str:
+    return f"the plugin {_loading[-1]}" if _loading else "msmdiff"
+
+
+def _check(kind: str, name: str, make: Any, options: type[Options]) -> None:
+    """Refuse what would fail only once it is used. Raises UsageError."""
+    problem = (
+        _wrong_options(kind, options) or _wrong_base(kind, make) or _wrong_call(kind, make, options)
+    )
+    if problem:
+        raise UsageError(f"{_who()}: the {kind} '{name}' {problem}")
+
+
+def _wrong_options(kind: str, options: Any) -> str:
+    if not (isinstance(options, type) and issubclass(options, Options)):
+        return f"has options {getattr(options, '__name__', options)}, not a subclass of Options"
+    if clash := sorted(set(options.model_fields) & _taken.get(kind, frozenset())):
+        return f"has an option {clash[0]}, which is a key of its section already: rename it"
+    open_ones = [key for key, field in options.model_fields.items() if field.is_required()]
+    if kind in _automatic and open_ones:
+        return f"has an option {open_ones[0]} without a default, which it needs: give it one"
+    return ""
+
+
+def _wrong_base(kind: str, make: Any) -> str:
+    module, _, base = KINDS[kind].base.partition(":")
+    if not base:
+        return ""
+    wanted = getattr(importlib.import_module(module), base)
+    if isinstance(make, type) and issubclass(make, wanted):
+        return ""
+    return f"must be a subclass of {base} (from {module} import {base})"
+
+
+def _wrong_call(kind: str, make: Any, options: type[Options]) -> str:
+    """Why it cannot be called with what its kind gives and its options."""
+    call = KINDS[kind].call
+    if call is None:
+        return ""
+    if not callable(make):
+        return f"must be a function or a class, not {type(make).__name__}"
+    try:
+        signature = inspect.signature(make)
+    except ValueError:  # written in C
+        return ""
+    places, _, keywords = call.partition("*")
+    given = [word.strip() for word in places.split(",") if word.strip()]
+    if kind == "source" and not make.brings_labels:
+        given.append("labels")
+    named = [word.strip() for word in keywords.split(",") if word.strip()]
+    own = list(options.model_fields)
+    try:
+        signature.bind(*given, **dict.fromkeys([*named, *own]))
+    except TypeError as error:
+        keys = ", ".join([*named, *own])
+        shown = ", ".join([*given, *(["*", keys] if keys else [])])
+        return f"must take the arguments ({shown}), its options behind the *: {error}"
+    return ""
+
+
 # ------------------------------------------------------------------ plugins
 
 
@@ -183,11 +285,11 @@ def plugins() -> dict[str, str]:
     return dict(_plugins)
 
 
-def load_plugin(spec: str) -> str:
+def load_plugin(spec: str, where: str = "--plugin") -> str:
     """Import a plugin that the user named: a Python file, or the name of an installed entry point.
 
-    Loading one again does nothing. Returns the plugin's name. Raises UsageError where there is
-    none, and MsmdiffError where it cannot be imported.
+    `where` is the option or key that named it. Loading one again does nothing. Returns the plugin's
+    name. Raises UsageError where there is none, and MsmdiffError where it cannot be imported.
     """
     path = Path(spec)
     name = path.stem if path.suffix == ".py" else spec
@@ -195,17 +297,17 @@ def load_plugin(spec: str) -> str:
         there = _plugins[name]
         if path.suffix == ".py" and path.is_file() and there != str(path.resolve()):
             raise UsageError(
-                f"--plugin {spec}: a plugin called {name} was loaded from {there} already"
+                f"{where} {spec}: a plugin called {name} was loaded from {there} already"
             )
         return name
     points = importlib.metadata.entry_points(group=ENTRY_POINTS)
     if path.suffix == ".py":
         if not path.is_file():
-            raise UsageError(f"--plugin {spec}: there is no such file")
+            raise UsageError(f"{where} {spec}: there is no such file")
     elif name not in points.names:
         offered = ", ".join(sorted(points.names)) or "none"
         raise UsageError(
-            f"--plugin {spec} is neither a .py file nor an installed plugin (installed: {offered})"
+            f"{where} {spec} is neither a .py file nor an installed plugin (installed: {offered})"
         )
     for kind in KINDS.values():  # what the plugin imports of the package is not the plugin's own
         _import_home(kind.home)
@@ -215,6 +317,7 @@ def load_plugin(spec: str) -> str:
             _import_file(name, path)
         else:
             points[name].load()
+            _remember_place(name, sys.modules[points[name].module])
     except MsmdiffError:
         raise
     except Exception as error:  # a user's file can raise anything
@@ -235,7 +338,29 @@ def _import_file(name: str, path: Path) -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[module_name] = module  # pickled classes and worker processes look it up here
+    _places[str(path.resolve())] = name
     spec.loader.exec_module(module)
+
+
+def _remember_place(name: str, module: Any) -> None:
+    file = Path(module.__file__ or "").resolve()
+    _places[str(file.parent if file.name == "__init__.py" else file)] = name
+
+
+def blame(error: BaseException) -> str | None:
+    """A sentence on an error that a plugin's code raised or led to, with the line; None for an
+    error of anyone else's.
+    """
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename).resolve()
+        for place in (file, *file.parents):
+            if name := _places.get(str(place)):
+                reason = " ".join(str(error).split()) or "no message"
+                return (
+                    f"the plugin {name} failed: {type(error).__name__}: {reason} "
+                    f"({file.name}, line {frame.lineno})"
+                )
+    return None
 
 
 def require_plugins(names: list[str], where: str) -> None:
@@ -245,7 +370,7 @@ def require_plugins(names: list[str], where: str) -> None:
     if missing := [name for name in names if name not in _plugins]:
         raise UsageError(
             f"{where} needs the plugin{'s' if len(missing) > 1 else ''} {', '.join(missing)}: "
-            "name the file with --plugin FILE.py"
+            "name the file with --plugin FILE.py (in Python: plugins=[FILE.py])"
         )
 
 

@@ -9,6 +9,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import ConfigDict, Field, StrictBool, field_validator
 
+from msmdiff.core import registry
 from msmdiff.core.registry import Checked
 
 AUTO = "auto"
@@ -20,6 +21,13 @@ class Section(Checked):
 
     CHOICES: ClassVar[dict[str, str]] = {}
     """Keys that choose something registered: key -> kind."""
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **options: Any) -> None:
+        """Keep the section's own keys from being options of what it chooses."""
+        for key, kind in vars(cls).get("CHOICES", {}).items():
+            automatic = cls.model_fields[key].default in (None, AUTO)
+            registry.reserve(kind, cls.model_fields, automatic)
 
     @classmethod
     def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +89,9 @@ class ModelConfig(Section):
     num_classes: Annotated[int, Field(le=10_000_000)] | Literal["auto"] = Field(
         0, description="0: unconditional; auto: as many as the data has"
     )
+
+
+registry.reserve("backbone", ModelConfig.model_fields)
 
 
 class ProcessConfig(Section):
@@ -318,3 +329,14 @@ class EvalConfig(Section):
         None, description="the features' weights file; null: as `msmdiff fid` finds them"
     )
     reference: str | None = Field(None, description="images or statistics; null: the training data")
+    heldout: str | None = Field(
+        None,
+        description="images that are not trained on, opened as data.source is, for the held-out "
+        "loss; null: digits:test beside digits:train, else none",
+    )
+    heldout_n: int = Field(256, ge=1, description="of those, how many are looked at")
+    heldout_every: int | None = Field(
+        None,
+        ge=0,
+        description="steps between held-out losses; 0: none; null: train.checkpoint_every",
+    )

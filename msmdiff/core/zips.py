@@ -13,6 +13,7 @@ from typing import IO, Literal
 
 import numpy as np
 
+from msmdiff.core import npy_header
 from msmdiff.core.files import reading, require_regular
 
 FREE_BYTES = 64 * 2**20
@@ -72,7 +73,7 @@ def read_arrays(path: Path | str, names: Iterable[str]) -> dict[str, np.ndarray]
             if name in entries:
                 with reading(f"{path} ({name})", WHAT):
                     content = member(archive, entries[name])
-                    shape, order, dtype, start = _header(io.BytesIO(content), len(content))
+                    dtype, shape, order, start = _header(io.BytesIO(content), len(content))
                     flat = np.frombuffer(content, dtype, math.prod(shape), start)
                     found[name] = flat.reshape(shape, order=order)
     return found
@@ -96,28 +97,16 @@ def map_array(path: Path | str, name: str) -> np.ndarray:
             begin = entry.header_offset + 30 + name_length + extra_length
             file.seek(begin)
             end = min(begin + entry.file_size, _size_of(archive))
-            shape, order, dtype, start = _header(file, end)
+            dtype, shape, order, start = _header(file, end)
         return np.memmap(path, dtype, "r", start, shape, order)
 
 
-def _header(file: IO[bytes], end: int) -> tuple[tuple[int, ...], Literal["C", "F"], np.dtype, int]:
-    """Shape, order, type and first byte of the array at a file's place.
+def _header(file: IO[bytes], end: int) -> tuple[np.dtype, tuple[int, ...], Literal["C", "F"], int]:
+    """Type, shape, order and first byte of the array of numbers or text at a file's place.
 
-    Raises ValueError where the array would not end before `end`.
+    Raises ValueError where it holds something else, or would not end before `end`.
     """
-    readers = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }
-    version = np.lib.format.read_magic(file)
-    if version not in readers:
-        raise ValueError(f"it is of format {version}, not 1.0 or 2.0")
-    shape, fortran, dtype = readers[version](file)
-    if dtype.hasobject or dtype.names is not None:
-        raise ValueError(f"it holds {dtype}, not plain numbers")
-    start = file.tell()
-    # An item without bytes would fit any number of times.
-    needed = math.prod(shape) * max(1, dtype.itemsize)
-    if min(shape, default=0) < 0 or start + needed > end:
-        raise ValueError(f"its header claims {dtype} {list(shape)}, which it has not the bytes for")
-    return shape, "F" if fortran else "C", dtype, start
+    found = npy_header.parsed(file, end, texts=True)
+    if found.dtype is None:
+        raise ValueError("it holds Python objects, not plain numbers")
+    return found.dtype, found.shape, "F" if found.fortran else "C", found.offset

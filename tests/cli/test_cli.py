@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -225,34 +227,46 @@ def test_a_conditional_model_needs_labels(cli, tmp_path):
     cli("train", "--data", "flat", "--steps", "2", *TINY)
 
 
-def test_ctrl_c_with_loader_workers_saves(tmp_path, photos):
-    """A terminal's Ctrl-C reaches the workers too."""
-    command = [
-        sys.executable,
-        "-m",
-        "msmdiff",
-        "train",
-        "--data",
-        "photos",
-        "--steps",
-        "100000",
-        "--run",
-        "r",
-        *TINY,
-    ]
-    command += ["--set", "data.workers=2", "--set", "train.log_every=1"]
+@contextmanager
+def training(folder, *options):
+    """A training with two loader workers in a session of its own, once it has logged a line."""
+    arguments = ["train", "--data", "photos", "--steps", "100000", "--run", "r", *TINY, *options]
+    arguments += ["--set", "data.workers=2", "--set", "train.log_every=1"]
     process = subprocess.Popen(
-        command, cwd=tmp_path, start_new_session=True, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-m", "msmdiff", *arguments],
+        cwd=folder,
+        start_new_session=True,
+        stderr=subprocess.PIPE,
+        text=True,
     )
-    log = tmp_path / "runs" / "r" / "metrics.jsonl"
+    log = folder / "runs" / "r" / "metrics.jsonl"
     deadline = time.monotonic() + 120
     while not (log.is_file() and log.read_text()) and time.monotonic() < deadline:
         time.sleep(0.2)
-    os.killpg(process.pid, signal.SIGINT)
-    errors = process.communicate(timeout=60)[1]
+    try:
+        yield process
+    finally:
+        process.kill()
+
+
+def test_ctrl_c_with_loader_workers_saves(tmp_path, photos):
+    """A terminal's Ctrl-C reaches the workers too."""
+    with training(tmp_path) as process:
+        os.killpg(process.pid, signal.SIGINT)
+        errors = process.communicate(timeout=60)[1]
     assert process.returncode == 128 + signal.SIGINT, errors
     assert "Traceback" not in errors
     assert (tmp_path / "runs" / "r" / "weights.safetensors").is_file()
+
+
+def test_a_loader_worker_that_the_system_ends_is_a_sentence(tmp_path, photos):
+    with training(tmp_path) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(children[0]), signal.SIGKILL)
+        errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 1, errors
+    assert errors.startswith("error: a loader process was ended from outside")
+    assert errors.count("\n") == 1
 
 
 def test_a_summary_that_runs_over_two_lines_is_listed_whole(cli):
@@ -319,30 +333,42 @@ def test_training_on_photos_in_wavelet_space(cli, tmp_path, photos):
 
 
 def test_quickstart_tells_the_whole_story(cli, tmp_path):
-    done = cli("quickstart", "--minutes", "0.5", "--out", "demo")
+    (tmp_path / "demo" / "seed1_photos").mkdir(parents=True)
+    (tmp_path / "demo" / "thesis.txt").write_text("mine")
+    done = cli("quickstart", "--minutes", "0.5", "--out", "demo", "--fresh")
     for part in (
-        "masked primer",
-        "fine-tuned",
+        "masked + fine-tuned",
         "from scratch",
         "real training digits",
-        "pixel Fréchet distance",
+        "Pixel Fréchet distance",
+        "a masked step is",
     ):
         assert part in done.stdout
     for name in ("samples", "scratch", "masked", "curves"):
         assert Image.open(tmp_path / "demo" / f"{name}.png").width > 200
     story = json.loads((tmp_path / "demo" / "quickstart.json").read_text())
-    assert story["real_train_to_held_out"] == pytest.approx(1.21, abs=0.01)
-    arms = {
-        name: stage for name, stage in story["seeds"][0].items() if stage["distance"] is not None
-    }
-    assert set(arms) == {"fine-tuned", "from scratch"}
-    assert all(stage["distance"] > story["real_train_to_held_out"] for stage in arms.values())
-    (tmp_path / "demo" / "thesis.txt").write_text("mine")
+    floor = story["real_train_to_held_out"]
+    assert floor == pytest.approx(1.21, abs=0.01)
+    assert set(story["arms"]) == {"scratch", "masked"}
+    for arm in story["arms"].values():
+        assert min(arm["values"]) > floor
     _remove_results(tmp_path / "demo")
-    assert [p.name for p in (tmp_path / "demo").iterdir()] == ["thesis.txt"]
+    assert sorted(p.name for p in (tmp_path / "demo").iterdir()) == ["seed1_photos", "thesis.txt"]
     (tmp_path / "demo" / "quickstart.json").write_text("{}")
     done = cli("quickstart", "--out", "demo", code=2)
     assert "holds a finished quickstart" in done.stderr
+
+
+def test_fresh_removes_what_a_quickstart_wrote_and_nothing_else(tmp_path):
+    kept = ("seed1_photos/a.jpg", "masked/seed-0/mine.txt", "scratch/seed-1/stage-1/mine.txt")
+    written = ("masked/seed-0/stage-1/run.json", "scratch/seed-2/stage-1/run.json", "plan.json")
+    for name in (*kept, *written):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    _remove_results(tmp_path)
+    left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
+    assert left == sorted(kept)
+    assert not (tmp_path / "scratch" / "seed-2").exists()
 
 
 def test_training_starts_where_git_is_not_installed(cli, tmp_path):

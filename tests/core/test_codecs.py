@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import section
-from msmdiff.core.data.sources import Digits
+from msmdiff.core.data.embedded import Digits
 from msmdiff.core.diffusion.codecs import build, to_uint8, to_unit
 from msmdiff.core.diffusion.codecs.dwt import DwtCodec
 from msmdiff.core.diffusion.codecs.pixel import PixelCodec

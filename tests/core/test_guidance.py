@@ -9,9 +9,9 @@ from msmdiff.core import build as road
 from msmdiff.core import condition as conditions
 from msmdiff.core import config as configuration
 from msmdiff.core.backbones.routes import Route
+from msmdiff.core.diffusion import routing
 from msmdiff.core.errors import UsageError
 from msmdiff.core.model import Model
-from msmdiff.core.samplers import guidance
 from msmdiff.core.seeding import SeedNoise
 
 DIT = dict(name=None, family="dit", patch_size=2, hidden_size=16, depth=8, num_heads=2)
@@ -100,7 +100,7 @@ def test_a_network_without_labels_can_be_guided_by_its_route():
 def test_as_many_tokens_are_hidden_as_asked():
     model = make(mask={"route": "tread"}, cfg_scale=2.0, cfg_against="route", cfg_hidden=0.75)
     noise = SeedNoise([0, 1], (3, 16, 16), "cpu")
-    weak = guidance.weak_route(model.config.sample, model.config.mask, model.backbone, noise)
+    weak = routing.weak_route(model.config.sample, model.config.mask, model.backbone, noise)
     first, second = weak().keep, weak().keep
     assert first.shape == (2, 16)
     assert not torch.equal(first, second)

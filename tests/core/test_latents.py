@@ -4,6 +4,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
@@ -139,6 +140,28 @@ def test_packed_moments_train_as_encoding_in_the_loop_does(photos, tmp_path, qui
         )
     assert losses(tmp_path / "a") == pytest.approx(losses(tmp_path / "b"), rel=1e-3)
     assert Run(tmp_path / "b", writes=False).stored_config().codec.vae == str(vae)  # to sample with
+
+
+def test_held_out_images_and_their_moments_have_one_loss(photos, tmp_path, quiet, vae):
+    make(photos, tmp_path / "p", vae, mirror=True, dtype="float32")
+    held = tmp_path / "held"
+    for path in sorted(photos.rglob("*.png"))[4:9]:  # of both classes
+        place = held / path.relative_to(photos)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        Image.open(path).rotate(180).save(place)
+    make(held, tmp_path / "packed", vae, mirror=True, dtype="float32")
+    values = []
+    for name in ("held", "packed"):
+        layer = {
+            "data": {"source": str(tmp_path / "p")},
+            "codec": {"name": "vae"},
+            "eval": {"heldout": str(tmp_path / name)},
+            "model": {"patch_size": 1},
+        }
+        train(configuration.build(SMALL, layer), tmp_path / f"run-{name}", quiet)
+        values.append(Run(tmp_path / f"run-{name}", writes=False).metrics()[-1])
+    keys = [f"val_loss_{number}" for number in range(6)]
+    assert [values[0][k] for k in keys] == pytest.approx([values[1][k] for k in keys], rel=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -396,4 +419,4 @@ def test_names_that_are_no_utf8_are_kept(photos, tmp_path):
     make(photos, tmp_path / "p")
     packed = sources.open_source(str(tmp_path / "p"))
     assert len(packed) == 12
-    assert any("caf\udce9" in name for name in packed.names)
+    assert any("caf%E9" in name for name in packed.names)

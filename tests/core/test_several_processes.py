@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from msmdiff.core import config as configuration
+from msmdiff.core.training import launch
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer
 
@@ -77,7 +78,8 @@ def train(name, folder, target):
         return checked_norm(*given)
 
     trainer.parts.objective.terms, step._checked_norm = spy, watch
-    trainer.fit()
+    with launch.Signals() as signals:
+        trainer.fit(signals)
     seen["parameters"] = trainer.accelerator.unwrap_model(step.model).state_dict()
     seen["threads"] = torch.get_num_threads()
     torch.save(seen, target)

@@ -12,6 +12,7 @@ from msmdiff.core.data.encode import encode
 from msmdiff.core.data.text import Captions, TextEncoder, features, read_captions
 from msmdiff.core.diffusion.codecs.pixel import PixelCodec
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer, train
 
 T2I = {
@@ -152,6 +153,16 @@ def test_training_feeds_captions_and_the_empty_one(captioned, clip, tmp_path, qu
     stored = trainer.run.stored_config()
     assert stored.codec.text == str(clip)  # to sample with
     assert features(stored, ["a dog"])[0].shape == (1, 7, 16)
+
+
+def test_the_held_out_loss_tells_captions(captioned, clip, tmp_path, quiet):
+    packed = pack(captioned, clip, tmp_path / "p")
+    held = pack(captioned, clip, tmp_path / "held")
+    layer = {"data": {"source": packed.spec}, "eval": {"heldout": held.spec, "heldout_n": 5}}
+    train(configuration.build(T2I, layer), tmp_path / "r", quiet)
+    line = Run(tmp_path / "r", writes=False).metrics()[-1]
+    assert line["val_of"] == f"{held.spec}, 5 images"
+    assert line["val_loss"] == pytest.approx(1, abs=0.2)  # a network that starts with zeros
 
 
 def test_what_does_not_draw_from_text_says_so(photos, captioned, clip, tmp_path, quiet):

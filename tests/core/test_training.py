@@ -1,8 +1,10 @@
 import json
 import os
+import shutil
 import signal
 import threading
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,7 +15,7 @@ from msmdiff.core import weights
 from msmdiff.core.config import section
 from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint, cost, optim, previews
+from msmdiff.core.training import checkpoint, cost, evaluation, optim, origins, previews
 from msmdiff.core.training.ema import Averages
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import Trainer, train
@@ -159,12 +161,12 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, quiet):
     for batch in chunks:
         trainer.step.model.zero_grad()
         trainer.step.accumulate = 1
-        trainer.step._backward(batch)
+        trainer.step._backward(batch, 0.0)
         expected.append([p.grad.clone() for p in trainer.step.model.parameters()])
     trainer.step.model.zero_grad()
     for batch in chunks:
         trainer.step.accumulate = 2
-        trainer.step._backward(batch)
+        trainer.step._backward(batch, 0.0)
     for p, a, b in zip(trainer.step.model.parameters(), *expected, strict=True):
         torch.testing.assert_close(p.grad, (a + b) / 2, rtol=1e-5, atol=1e-7)
     trainer.close()
@@ -555,7 +557,7 @@ def test_as_many_other_images_or_classes_are_refused(tmp_path, photos, quiet):
     train(small(layers, {"train": {"steps": 2}}), tmp_path / "run", quiet)
     (photos / "cat").rename(photos / "eel")
     with pytest.raises(
-        UsageError, match=r"was trained on 12 images, .* now has 12 others, or of other classes"
+        UsageError, match=r"was trained on 12 images, .* now has 12, others or of other classes"
     ):
         train(small(layers, {"train": {"steps": 4}}), tmp_path / "run", quiet)
     (photos / "eel").rename(photos / "cat")
@@ -573,7 +575,7 @@ def test_what_a_kill_after_a_checkpoint_prevented_is_made_up_for(tmp_path, quiet
     def killed(*_):
         raise RuntimeError("killed")
 
-    for patched in ("_preview", "_sampled"):  # before the pictures, then before the distance
+    for patched in ("_preview", "sampled"):  # before the pictures, then before the distance
         with monkeypatch.context() as patch:
             patch.setattr(Trainer, patched, killed)
             with pytest.raises(RuntimeError, match="killed"):
@@ -615,6 +617,9 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
     rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics()]
     assert len(rates) == 9
     assert rates[-1] == 0
+    assert any(
+        "the rate reaches 0 at step 8 and stays there until step 9" in n for n in quiet.notes
+    )
     with pytest.raises(UsageError, match=r"optim.decay_steps: 8 there, 12 now"):
         train(
             small(decaying, {"train": {"steps": 9}, "optim": {"decay_steps": 12}}), tmp_path, quiet
@@ -628,7 +633,7 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
             {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"},
             "starts one process whatever --num_processes says",
         ),
-        ({"WORLD_SIZE": "2"}, "2 processes were started but would each train alone"),
+        ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but no RANK, MASTER_ADDR, MASTER_PORT: unset it"),
     ],
 )
 def test_launches_that_would_not_work_together_are_refused(
@@ -638,3 +643,142 @@ def test_launches_that_would_not_work_together_are_refused(
         monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=message):
         train(small(), tmp_path, quiet)
+
+
+def test_data_and_weights_that_lie_elsewhere_now_are_the_same(tmp_path, photos, quiet):
+    train(small({"train": {"steps": 1}}), tmp_path / "primer", quiet)
+    primer = tmp_path / "primer" / "weights.safetensors"
+    layer = {"data": {"source": str(photos)}, "train": {"steps": 2, "init_from": str(primer)}}
+    train(small(layer), tmp_path / "run", quiet)
+    moved = photos.rename(tmp_path / "moved")
+    copy = tmp_path / "copy.safetensors"
+    copy.write_bytes(primer.read_bytes())
+    layer = {"data": {"source": str(moved)}, "train": {"steps": 3, "init_from": str(copy)}}
+    assert train(small(layer), tmp_path / "run", quiet).steps == 3
+    primer.unlink()
+    again = copy.rename(tmp_path / "again.safetensors")
+    layer["train"] = {"steps": 4, "init_from": str(again)}
+    assert train(small(layer), tmp_path / "run", quiet).steps == 4
+    copy.write_bytes(b"another")
+    layer["train"]["init_from"] = str(copy)
+    with pytest.raises(UsageError, match=r"was started from the weights in .*which were others"):
+        train(small(layer), tmp_path / "run", quiet)
+
+
+@pytest.mark.parametrize("kind", ["folder", "npz"])
+def test_other_images_of_the_same_names_are_refused(tmp_path, photos, quiet, kind):
+    source = photos
+    if kind == "npz":
+        source = tmp_path / "a.npz"
+        np.savez(source, arr_0=np.arange(12 * 8 * 8 * 3, dtype=np.uint8).reshape(12, 8, 8, 3))
+    data = {"source": str(source)}
+    train(small({"data": data, "train": {"steps": 1}}), tmp_path / "run", quiet)
+    data["source"] = str(source.rename(tmp_path / f"moved{source.suffix}"))
+    layer = {"data": data, "train": {"steps": 2}}
+    assert train(small(layer), tmp_path / "run", quiet).steps == 2
+    if kind == "npz":
+        np.savez(data["source"], arr_0=np.ones((12, 8, 8, 3), np.uint8))
+    else:
+        moved = tmp_path / "moved" / "cat"
+        (moved / "1.png").write_bytes((moved / "3.png").read_bytes())
+    with pytest.raises(UsageError, match=r"has 12, others or of other classes"):
+        train(small(layer), tmp_path / "run", quiet)
+
+
+def test_a_checkpoint_of_before_knows_its_data_by_their_place(tmp_path, photos, quiet, monkeypatch):
+    layer = {"data": {"source": str(photos)}, "train": {"steps": 1}}
+    with monkeypatch.context() as before:
+        before.setattr(origins, "of", lambda config, source: {"listing": source.listing()})
+        train(small(layer), tmp_path / "run", quiet)
+    layer["train"]["steps"] = 2
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(photos, elsewhere)
+    with pytest.raises(UsageError, match=r"has 12, others or of other classes"):
+        train(small(layer, {"data": {"source": str(elsewhere)}}), tmp_path / "run", quiet)
+    layer["data"]["source"] = f"{photos}/"
+    assert train(small(layer), tmp_path / "run", quiet).steps == 2
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "weights.safetensors"])
+def test_foreign_files_in_a_run_directory_are_not_replaced(tmp_path, quiet, name):
+    (tmp_path / name).write_text("mine")
+    with pytest.raises(UsageError, match=rf"{name} was not written by a training: move it"):
+        train(small(), tmp_path, quiet)
+    assert (tmp_path / name).read_text() == "mine"
+
+
+def test_a_wrong_number_of_threads_is_named(tmp_path, quiet, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "x")
+    with pytest.raises(UsageError, match="OMP_NUM_THREADS=x: give a number of threads"):
+        train(small(), tmp_path, quiet)
+
+
+def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
+    every = {"train": {"steps": 2, "preview_every": 2}, "sample": {"steps": 2}}
+    train(small(every), tmp_path, quiet)
+    pictures = sorted((tmp_path / "previews").glob("img-000000016-*.png"))
+    assert len(pictures) == 2
+    whole = [path.read_bytes() for path in pictures]
+    pictures[0].unlink()
+    pictures[1].write_bytes(whole[1][:300])
+    train(small(every), tmp_path, quiet)
+    assert [path.read_bytes() for path in pictures] == whole
+
+
+def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
+    train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
+    assert "decay 0.999, which has gone 0.8% of the way" in quiet.notes[-1]
+
+
+def test_a_kill_before_the_best_was_noted_is_made_up_for(tmp_path, quiet):
+    layer = {"eval": {"every": 2, "n": 10, "features": "pixel"}, "sample": {"steps": 2}}
+    train(small(layer, {"train": {"steps": 2}}), tmp_path, quiet)
+    best, curve = tmp_path / "best.json", tmp_path / "previews" / "best.png"
+    noted = best.read_text()
+    best.unlink()
+    curve.unlink()
+    train(small(layer, {"train": {"steps": 2}}), tmp_path, quiet)
+    assert best.read_text() == noted
+    assert curve.is_file()
+
+
+def test_nothing_half_written_stays_in_a_run(tmp_path, quiet):
+    train(small({"train": {"steps": 1}}), tmp_path, quiet)
+    (tmp_path / "previews" / ".a.png.part").write_bytes(b"torn")
+    (tmp_path / ".weights.safetensors.part").write_bytes(b"torn")
+    train(small({"train": {"steps": 1}}), tmp_path, quiet)
+    assert not list(tmp_path.rglob("*.part"))
+
+
+def test_a_signal_before_the_first_step_ends_at_once(tmp_path, quiet, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on")
+
+    monkeypatch.setattr(cost, "measure", told)
+    summary = train(small(), tmp_path, quiet)
+    assert (summary.interrupted, summary.images_seen) == (signal.SIGTERM, 0)
+    assert checkpoint.newest(tmp_path) is None
+    Run(tmp_path).close()  # the run is not locked
+
+
+def test_a_signal_does_not_wait_for_distances(tmp_path, quiet, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on measuring")
+
+    monkeypatch.setattr(evaluation.Evaluator, "__call__", told)
+    layer = {"eval": {"every": 2, "n": 10, "features": "pixel"}}
+    summary = train(small(layer), tmp_path, quiet)
+    assert (summary.interrupted, summary.steps) == (signal.SIGTERM, 2)
+    assert checkpoint.newest(tmp_path).name == "img-000000016"
+
+
+def test_a_signal_does_not_wait_for_pictures(tmp_path, quiet, monkeypatch):
+    def told(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise AssertionError("went on drawing")
+
+    monkeypatch.setattr(previews, "draw", told)
+    summary = train(small({"train": {"steps": 2, "preview_every": 2}}), tmp_path, quiet)
+    assert (summary.interrupted, summary.images_seen) == (signal.SIGTERM, 0)

@@ -68,7 +68,17 @@ def network_class(config: ModelConfig) -> Any:
 
 
 def build(config: ModelConfig, shape: tuple[int, int, int]) -> Any:
-    """A freshly initialised network for inputs [B, *shape], from a resolved section."""
+    """A freshly initialised network for inputs [B, *shape], from a resolved section.
+
+    Raises UsageError for one of a plugin that lacks what every network has.
+    """
     apart = {"name", "family", "num_classes"}
     fields = {k: v for k, v in config.model_dump().items() if k not in apart}
-    return network_class(config)(shape, config.num_classes, **fields)
+    network = network_class(config)(shape, config.num_classes, **fields)
+    needed = ("patch_size", "grid", "num_classes", "gradient_checkpointing")
+    if missing := [name for name in needed if not hasattr(network, name)]:
+        raise UsageError(
+            f"a network of model.family {config.family} lacks the attribute {missing[0]}: see "
+            "Backbone in msmdiff.core.backbones.family"
+        )
+    return network

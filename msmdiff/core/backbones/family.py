@@ -10,6 +10,7 @@ from pydantic import Field, create_model
 from torch import Tensor
 
 from msmdiff.core.backbones.routes import Route
+from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import Options, register
 
 ALIASES: dict[str, str] = {}
@@ -19,13 +20,20 @@ Network = TypeVar("Network", bound=type)
 
 
 class Backbone(Protocol):
-    """What the objectives and samplers ask of a network.
+    """What the objectives and samplers ask of a network: made of its input's shape (C, H, W), the
+    number of classes, and its own keyword arguments, it maps x [B, C, H, W] and network times t [B]
+    to an output of x's shape, or of twice the channels with a learned variance; along a route that
+    fills no gaps, to the kept patches [B, K, p*p*C].
+
+    Keyword arguments called `hidden_size` and `patch_size` are used where there are any: the first
+    for the derived learning rate and the precision, the second to check the size of images.
 
     Attributes:
         patch_size, grid: side of a patch, and (rows, columns) of patches.
         num_classes: 0 without labels.
         fills: the fillings of gaps that it knows (`routes.Route.fill`); empty: it drops no tokens.
         published_objective: the objective that it was published with, if one of its own.
+        gradient_checkpointing: set by the trainer.
     """
 
     patch_size: int
@@ -46,6 +54,13 @@ def family(
     """Register a network under a family's name, and its sizes: tables of constructor arguments."""
 
     def enter(network: Network) -> Network:
+        if missing := [
+            key for key in ("fills", "published_objective") if not hasattr(network, key)
+        ]:
+            raise UsageError(
+                f"the backbone '{name}' lacks the class attribute {missing[0]}: see Backbone in "
+                "msmdiff.core.backbones.family"
+            )
         register("backbone", name, _options(network))(network)
         for size, fields in sizes.items():
             summary = ", ".join(f"{key} {value}" for key, value in fields.items())

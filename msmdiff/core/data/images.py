@@ -2,6 +2,7 @@
 
 import io
 import math
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +18,10 @@ FORMATS = (
 """What is decoded. Not everything that Pillow opens: EPS starts another program. TGA has no mark
 that it could be known by, and is tried last.
 """
+
+
+# What Pillow warns of, it reads or refuses all the same; the lines name no file of the user's.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 def _known() -> tuple[list[str], frozenset[str]]:

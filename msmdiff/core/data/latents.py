@@ -92,6 +92,9 @@ class Latents(Source):
         entry = self.gather(np.array([index]))[0][0]
         return Image.fromarray((entry[0] if self.mirrored else entry).permute(1, 2, 0).numpy())
 
+    def sight(self, index: int) -> bytes:
+        return self.gather(np.array([index]))[0].numpy().tobytes()
+
     def check(self, config: Config) -> None:
         """Complete `codec.vae` and `codec.text`, and raise UsageError unless the configuration fits
         these entries.

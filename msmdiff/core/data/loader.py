@@ -21,7 +21,7 @@ from msmdiff.core.data import images, sources
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.data.source import Source
-from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.sections import DataConfig
 from msmdiff.core.seeding import numpy_stream
 
@@ -50,6 +50,16 @@ class Batch:
     def pin_memory(self) -> "Batch":
         y = self.y.pin_memory() if self.y is not None else None
         return Batch(self.position, self.images.pin_memory(), y)
+
+    def __reduce__(self) -> Any:
+        # To another process as arrays, which go through a pipe. Tensors would go through /dev/shm,
+        # of which Docker gives 64 MB; torch waits without end where it is full.
+        y = self.y.numpy() if self.y is not None else None
+        return _batch_of_arrays, (self.position, self.images.numpy(), y)
+
+
+def _batch_of_arrays(position: int, images: np.ndarray, y: np.ndarray | None) -> Batch:
+    return Batch(position, torch.from_numpy(images), None if y is None else torch.from_numpy(y))
 
 
 def flip(images: Tensor, flipped: Tensor | None) -> Tensor:
@@ -153,15 +163,15 @@ class TrainingImages(Dataset):
 
     def crops(self, indices: Iterable[int]) -> Tensor:
         """The centre crops of the images at `indices`: uint8 [B, 3, H, W]."""
-        pixels = np.stack(
-            [images.center_crop(self.source.image(int(i)), self.config.image_size) for i in indices]
-        )
-        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
+        return center_crops(self.source, indices, self.config.image_size)
 
 
-def as_is(batch: Any) -> Any:
-    """For loaders whose data set makes whole batches."""
-    return batch
+def center_crops(source: Source, indices: Iterable[int], size: int) -> Tensor:
+    """The images of a source at `indices`, resized and cropped as ADM does: uint8 [B, 3, size,
+    size]. Raises Unreadable.
+    """
+    pixels = np.stack([images.center_crop(source.image(int(i)), size) for i in indices])
+    return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 def default_workers() -> int:
@@ -169,27 +179,40 @@ def default_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
-def _leave_signals_to_the_trainer(worker: int) -> None:
-    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end
-    # the step.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterator[Batch]:
     """The endless stream of a process's batches."""
     workers = dataset.config.workers
     if workers is None:
         workers = 0 if dataset.cached else default_workers()
+    return through_workers(dataset, chunks, workers, pin_memory=pin_memory)
+
+
+# ------------------------------------------------------------------ worker processes
+
+PATIENCE = 600
+"""Seconds that a batch is waited for: a file that never comes (a dead network disk) ends a command.
+"""
+
+
+def through_workers(
+    dataset: Any, chunks: Iterable[list[int]], workers: int, *, pin_memory: bool = False
+) -> Iterator[Any]:
+    """`dataset.__getitems__(chunk)` for every chunk, in order, made by so many processes (0: here).
+
+    What it returns must travel without tensors, as arrays (see `Batch.__reduce__`). Raises the
+    MsmdiffError that comes in a batch's place, and RuntimeError "DataLoader ..." for a worker that
+    the system ended or that makes nothing for PATIENCE seconds; `console` has the sentence.
+    """
     others = multiprocessing.active_children()
     loader = iter(
         DataLoader(
             dataset,
             batch_sampler=chunks,
-            collate_fn=as_is,
-            worker_init_fn=_leave_signals_to_the_trainer,
+            collate_fn=_as_is,
+            worker_init_fn=_leave_signals_to_the_parent,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
+            timeout=PATIENCE if workers else 0,
             pin_memory=pin_memory,
         )
     )
@@ -206,6 +229,21 @@ def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterat
             worker.kill()
 
 
+def _as_is(batch: Any) -> Any:
+    """The data sets make whole batches."""
+    return batch
+
+
+def _leave_signals_to_the_parent(worker: int) -> None:
+    # Ctrl-C reaches every process of a terminal's group; the trainer still needs its batches to end
+    # the step.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+# ------------------------------------------------------------------ checking
+
+
 def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     """Open a data set for training and decode every image of it once, unless that was done before.
 
@@ -216,7 +254,7 @@ def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
     source = sources.open_configured(config)
     if source.unlabelled:
         report(f"note: {config.source} has {source.unlabelled}")
-    if not config.verify or isinstance(source, sources.Digits | sources.Npz | Latents):
+    if not config.verify or source.verified or isinstance(source, Latents):
         return source
     bad = _verdict(source, report)
     if not bad:
@@ -270,5 +308,13 @@ def _remembered(place: Path, count: int) -> list[int] | None:
 
 
 def cache_folder() -> Path:
-    """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff."""
-    return Path(os.environ.get("MSMDIFF_CACHE") or Path.home() / ".cache" / "msmdiff")
+    """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff.
+
+    Raises UsageError for a user without a home (a container's number without a name).
+    """
+    if given := os.environ.get("MSMDIFF_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "msmdiff"
+    except RuntimeError:
+        raise UsageError("there is no home folder for a cache: set HOME or MSMDIFF_CACHE") from None

@@ -1,11 +1,9 @@
 """`.npy` files: those of other projects, read without running anything that is in them, and our
 own, whose rows several processes fill.
 
-NumPy's own reader is not asked about foreign files: it would unpickle arrays of objects, and
-allocate whatever a header claims.
+NumPy's own reader is not asked about foreign files: it would unpickle arrays of objects.
 """
 
-import ast
 import math
 import os
 import pickletools
@@ -14,29 +12,16 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from msmdiff.core import files
+from msmdiff.core import files, npy_header
 from msmdiff.core.errors import MsmdiffError
-
-LONGEST_HEADER = 10_000
-"""Bytes, as NumPy itself allows."""
+from msmdiff.core.npy_header import Header, require_shape
 
 LONGEST_PICKLE = 1000
 """Opcodes; a pair of an array and a label has about 150."""
-
-
-class Header(NamedTuple):
-    """What a `.npy` file says of itself; `dtype` is None for an array of Python objects, `offset`
-    where the content begins.
-    """
-
-    dtype: np.dtype | None
-    fortran: bool
-    shape: tuple[int, ...]
-    offset: int
 
 
 # Reading
@@ -88,45 +73,8 @@ def _opened(path: Path) -> Iterator[tuple[BinaryIO, Header]]:
     """
     files.require_regular(path)
     with files.reading(path, "a .npy file of numbers"), path.open("rb") as file:
-        found = _parsed(file)
-        if found.dtype is not None:
-            # Before anything is allocated or mapped: a header may claim any size.
-            claimed = math.prod(found.shape) * found.dtype.itemsize
-            there = os.fstat(file.fileno()).st_size - found.offset
-            if claimed > there:
-                raise ValueError(f"its header speaks of {claimed:,} bytes, it has {there:,}")
+        found = npy_header.parsed(file, os.fstat(file.fileno()).st_size)
         yield file, found
-
-
-def _parsed(file: BinaryIO) -> Header:
-    start = file.read(8)
-    if start[:6] != b"\x93NUMPY" or len(start) < 8:
-        raise ValueError("it does not begin as one")
-    size = int.from_bytes(file.read(2 if start[6] == 1 else 4), "little")
-    if size > LONGEST_HEADER:
-        raise ValueError(f"its header has {size:,} bytes")
-    try:
-        fields = ast.literal_eval(file.read(size).decode("latin1").strip())
-        kind, fortran, shape = (fields[key] for key in ("descr", "fortran_order", "shape"))
-    except (ValueError, SyntaxError, TypeError, KeyError, RecursionError, MemoryError):
-        raise ValueError("its header is damaged") from None
-    dtype = None if kind in ("|O", "O") else _dtype(kind)
-    return Header(dtype, fortran is True, _shape(shape), file.tell())
-
-
-def _dtype(kind: Any) -> np.dtype:
-    """Of a plain number: nothing structured, no text, no objects."""
-    if not isinstance(kind, str) or not re.fullmatch(r"[<>=|]?(f[248]|[iu][1248]|b1)", kind):
-        raise ValueError("it does not hold plain numbers")
-    return np.dtype(kind)
-
-
-def _shape(shape: Any) -> tuple[int, ...]:
-    if not isinstance(shape, tuple) or len(shape) > 32:
-        raise ValueError("its shape is damaged")
-    if not all(type(side) is int and side >= 0 for side in shape):
-        raise ValueError("its shape is damaged")
-    return shape
 
 
 def _numbers(content: bytes, about: Header) -> np.ndarray:
@@ -244,7 +192,7 @@ def _array(node: Any) -> np.ndarray:
             fortran = order == "F"
         case _:
             raise ValueError("it holds Python objects that are no arrays of numbers")
-    about = Header(_pickled_dtype(kind), fortran is True, _shape(shape), 0)
+    about = Header(_pickled_dtype(kind), fortran is True, require_shape(shape), 0)
     return _numbers(_bytes(content), about)
 
 
@@ -270,7 +218,7 @@ def _pickled_dtype(call: _Call) -> np.dtype:
     """Of `dtype("f4", ...)` and its state (3, "<", ...)."""
     match call:
         case _Call("dtype", (str(kind), *_), (3, str(order), *_)):
-            return _dtype(order + kind)
+            return npy_header.plain(order + kind)
     raise ValueError("it does not hold plain numbers")
 
 

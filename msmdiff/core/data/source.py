@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import numpy as np
 from PIL import Image
@@ -12,6 +12,9 @@ from msmdiff.core.config import Config
 from msmdiff.core.data.images import Decoding
 from msmdiff.core.errors import UsageError
 from msmdiff.core.files import reading
+
+PROBES = 16
+"""Images, evenly spaced, whose content tells data from others of the same names."""
 
 
 class Source:
@@ -28,8 +31,12 @@ class Source:
 
     priority: ClassVar[int] = 1
     """Sources of higher priority are asked first whether they open a spec."""
+    named_by_place: ClassVar[bool] = False
+    """Whether the names of its images hold the place where they lie."""
     brings_labels: ClassVar[bool] = True
     """Whether its labels are its own: else the constructor takes a rule for them."""
+    verified: ClassVar[bool] = False
+    """Whether its images are in memory and whole: none has to be decoded to know."""
 
     spec: str
     labels: np.ndarray | None = None
@@ -71,16 +78,38 @@ class Source:
         """The image at `index` for messages."""
         return self.describe(index)
 
-    def identity(self) -> str:
-        """sha256 of the images' names and classes in their order: another one makes it another
-        training.
+    def sight(self, index: int) -> bytes:
+        """What tells the image at `index` from another of its name: its file, else its pixels.
+
+        Raises Unreadable.
         """
-        digest = hashlib.sha256(
-            "\n".join(map(self.name, range(len(self)))).encode(errors="surrogateescape")
-        )
+        content = self.content(index)
+        return content if content is not None else self.image(index).tobytes()
+
+    def identity(self) -> str:
+        """sha256 that says, wherever the data lie, whether they are the same: another one makes it
+        another training. Of all names and classes in their order, and of a few images' content.
+
+        Raises Unreadable for an image that is looked at and cannot be read.
+        """
+        names = "" if self.named_by_place else self._names()
+        digest = self._of_classes(f"{len(self)}\n{names}")
+        for index in sorted({i * len(self) // PROBES for i in range(PROBES)}):
+            digest.update(hashlib.sha256(self.sight(index)).digest())
+        return digest.hexdigest()
+
+    def listing(self) -> str:
+        """What checkpoints kept before they had `identity`: names and classes only."""
+        return self._of_classes(self._names()).hexdigest()
+
+    def _names(self) -> str:
+        return "\n".join(map(self.name, range(len(self))))
+
+    def _of_classes(self, names: str) -> Any:
+        digest = hashlib.sha256(names.encode(errors="surrogateescape"))
         digest.update(repr(list(self.class_names)).encode())
         digest.update(b"" if self.labels is None else self.labels.tobytes())
-        return digest.hexdigest()
+        return digest
 
     @property
     def num_classes(self) -> int | None:

@@ -1,4 +1,5 @@
-"""Where images come from: folders, zip archives, ADM `.npz` files, and the embedded digits.
+"""Where images come from: folders, zip archives and ADM `.npz` files (`embedded` has what packages
+carry, `archives` and `latents` the rest).
 
 A new kind of source is one class, here or in a plugin, with `opens`, `__len__`, `read` and
 `describe`, registered as a "source".
@@ -15,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from msmdiff.core import files, registry, zips
+from msmdiff.core.config import section
 from msmdiff.core.data import names
 from msmdiff.core.data.images import SUFFIXES, Decoding, read_rgb
 from msmdiff.core.data.source import Source
@@ -24,44 +26,6 @@ from msmdiff.core.sections import AUTO, DataConfig
 
 LARGEST_CLASS = 1_000_000
 """Class indices stay below: each class has a name, and a row in the network."""
-
-
-@register("source", "digits", summary="`digits[:train|:test]`, scikit-learn's scans")
-class Digits(Source):
-    """scikit-learn's 1,797 real scans of handwritten digits, 8x8 grey, ten classes.
-
-    `digits:test` is every fifth scan, `digits:train` the others.
-    """
-
-    @classmethod
-    def opens(cls, spec: str) -> bool:
-        return spec.partition(":")[0] == "digits" and not Path(spec).exists()
-
-    def __init__(self, spec: str = "digits") -> None:
-        from sklearn.datasets import load_digits
-
-        part = spec.partition(":")[2]
-        if part not in ("", "train", "test"):
-            raise UsageError(
-                f"data source '{spec}': the parts of digits are digits:train and digits:test"
-            )
-        bunch = load_digits()
-        chosen = np.arange(len(bunch.target))
-        if part:
-            chosen = chosen[(chosen % 5 == 0) == (part == "test")]
-        self.spec = spec
-        self._pixels = (bunch.images[chosen] * (255 / 16)).round().astype(np.uint8)
-        self.labels = bunch.target[chosen].astype(np.int64)
-        self.class_names = [str(i) for i in range(10)]
-
-    def __len__(self) -> int:
-        return len(self._pixels)
-
-    def read(self, index: int) -> Image.Image:
-        return Image.fromarray(self._pixels[index]).convert("RGB")
-
-    def describe(self, index: int) -> str:
-        return f"{self.spec}[{index}]"
 
 
 @register("source", "files", summary="a folder of images, or a .zip")
@@ -145,6 +109,9 @@ class Files(Source):
 class Npz(Source):
     """ADM's sample files: `arr_0` uint8 [N, H, W, 3], and labels in `arr_1` where present."""
 
+    named_by_place = True
+    verified = True
+
     @classmethod
     def opens(cls, spec: str) -> bool:
         path = Path(spec)
@@ -213,6 +180,9 @@ class Subset(Source):
     def content(self, index: int) -> bytes | None:
         return self._source.content(self._indices[index])
 
+    def sight(self, index: int) -> bytes:
+        return self._source.sight(self._indices[index])
+
     def caption_file(self, index: int) -> bytes | None:
         return self._source.caption_file(self._indices[index])
 
@@ -227,8 +197,11 @@ def open_source(
 
     `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all
     are of that form with at least two classes, else none), `folders`, `adm` or `none`; `kind` is
-    the name of a registered source, whose `options` it takes, or else found by the spec's look.
-    Raises UsageError when nothing is there, or when the labels asked for are not.
+    the name of a registered source, or else found by the spec's look; `options` are those of the
+    source that it is.
+
+    Raises UsageError when nothing is there, when the labels asked for are not, and for an option
+    that this source does not take.
     """
     if names.shown(spec) != spec:
         raise UsageError(
@@ -238,17 +211,38 @@ def open_source(
     if entry is None:
         kinds = "; ".join(e.summary for e in registry.entries("source").values())
         there = "is a file of no known kind" if Path(spec).exists() else "does not exist"
-        raise UsageError(f"data source '{spec}' {there}: give one of: {kinds}")
+        raise UsageError(
+            f"data source '{spec}' {there}: give one of: {kinds} {registry.OR_A_PLUGINS}"
+        )
+    for key, value in (options or {}).items():
+        if key not in entry.options.model_fields:
+            takers = ", ".join(takers_of(key)) or "no source at all"
+            raise UsageError(
+                f"data.{key} {value} has no effect on the source {entry.name}, only on {takers}"
+            )
+    complete = section("data", kind=entry.name, **(options or {}))
+    own = entry.takes(complete)
     if not entry.make.brings_labels:
-        return entry.make(spec, labels, **(options or {}))
-    return _with_labels(entry.make(spec, **(options or {})), labels)
+        return entry.make(spec, labels, **own)
+    return _with_labels(entry.make(spec, **own), labels)
+
+
+def takers_of(option: str) -> list[str]:
+    """The sources that take an option."""
+    every = registry.entries("source").values()
+    return [entry.name for entry in every if option in entry.options.model_fields]
+
+
+def takes(spec: str, option: str) -> bool:
+    """Whether the source that opens `spec` takes an option."""
+    entry = _recognised(spec)
+    return entry is not None and option in entry.options.model_fields
 
 
 def open_configured(config: DataConfig) -> Source:
-    """The source of a `data` section."""
-    options: dict[str, Any] = {}
-    if config.kind != AUTO:
-        options = registry.find("source", config.kind, "data.kind").takes(config)
+    """The source of a `data` section, with the options that were given."""
+    given = config.model_fields_set - set(DataConfig.model_fields)
+    options = {key: getattr(config, key) for key in sorted(given)}
     source = open_source(config.source, config.labels, config.kind, options)
     source.decoding = Decoding(float_range=config.float_range)
     return source
@@ -298,7 +292,11 @@ def survey(
             return error
 
     chosen = range(len(source)) if indices is None else indices
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    pool = ThreadPoolExecutor(os.cpu_count())
+    try:
         results = dict(zip(chosen, pool.map(attempt, chosen), strict=True))
+    finally:
+        # After Ctrl-C, the images that are left are not waited for.
+        pool.shutdown(cancel_futures=True)
     bad = {index: result for index, result in results.items() if isinstance(result, MsmdiffError)}
     return bad, Counter(size for size in results.values() if not isinstance(size, MsmdiffError))

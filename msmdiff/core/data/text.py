@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from msmdiff.core import files
+from msmdiff.core import files, hub
 from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Cache
@@ -40,8 +40,9 @@ class TextEncoder:
         logging.set_verbosity_error()
         logging.disable_progress_bar()
         try:
-            self._tokenizer = CLIPTokenizer.from_pretrained(source)
-            loaded: Any = CLIPTextModel.from_pretrained(source, output_loading_info=True)
+            with hub.loading(source, "text encoder", "give a folder (codec.text, --text)"):
+                self._tokenizer = CLIPTokenizer.from_pretrained(source)
+                loaded: Any = CLIPTextModel.from_pretrained(source, output_loading_info=True)
         except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
             reason = " ".join(str(error).split())[:200]
             raise MsmdiffError(

@@ -5,6 +5,7 @@ from pydantic import Field
 from torch import Tensor
 
 from msmdiff.core.diffusion.schedules import Continuous, Schedule, spread
+from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import Options, register
 
 
@@ -22,6 +23,10 @@ class Edm(Continuous):
 
     def __init__(self, timesteps: int, *, sigma_min: float, sigma_max: float, rho: float) -> None:
         super().__init__(timesteps)
+        if sigma_min >= sigma_max:
+            raise UsageError(
+                f"process.sigma_min {sigma_min:g} must be less than process.sigma_max {sigma_max:g}"
+            )
         self.rho, self.start_std = rho, sigma_max
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 

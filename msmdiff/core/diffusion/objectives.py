@@ -247,6 +247,8 @@ class Mdt:
         if backbone.published_objective != "mdt":
             return [_does_not_suit(config, backbone)]
         mask: Any = config.mask
+        if mask.route not in (AUTO, "side"):
+            return [f"objective.name 'mdt' takes mask.route side, not {mask.route}"]
         mask.ratio = mask.ratio or 0.3
         if mask.spread is None:
             mask.spread = backbone.published_spread
@@ -349,7 +351,7 @@ def _settle_route(config: Config, backbone: Any) -> list[str]:
     route = registry.find("route", name, "mask.route").make
     needed = getattr(route, "sparse", None)
     if needed is None:
-        return [] if route.fill in backbone.fills else [_does_not_suit(config, backbone)]
+        return [] if route.fill in backbone.fills else [_knows_no_route(config, backbone, name)]
     if part is None:
         return [f"mask.route {name} is not for model.family {config.model.family}: use uvit or dit"]
     if part == "none":
@@ -357,6 +359,25 @@ def _settle_route(config: Config, backbone: Any) -> list[str]:
     elif part != needed:
         return [f"mask.route {name} needs model.sparse {needed}, not {part}"]
     return []
+
+
+def _knows_no_route(config: Config, backbone: Any, name: str) -> str:
+    """Why a network cannot take the route `name`, and which ones it can."""
+    family, objective = config.model.family, config.objective.name
+    if backbone.published_objective:
+        return _does_not_suit(config, backbone)
+    if not backbone.fills:
+        return (
+            f"objective.name '{objective}' hides tokens, and a network of model.family {family} "
+            "drops none: use 'dsm' and mask.ratio 0"
+        )
+    known = [
+        entry.name
+        for entry in registry.entries("route").values()
+        if entry.make.fill in backbone.fills and getattr(entry.make, "sparse", None) is None
+    ]
+    fits = ", ".join(known)
+    return f"mask.route {name} is not for model.family {family}, which takes {fits}"
 
 
 def _does_not_suit(config: Config, backbone: Any) -> str:
@@ -377,7 +398,7 @@ def settle(config: Config, backbone: Any) -> list[str]:
         config.objective.name = backbone.published_objective or (wanted if routed else "dsm")
         config.objective = settled("objective", config.objective)
     entry = registry.find("objective", config.objective.name, "objective.name")
-    problems = entry.make(**entry.takes(config.objective)).settle(config, backbone)
+    problems: list[str] = entry.make(**entry.takes(config.objective)).settle(config, backbone)
     changes = len(masking.over_training(config.mask)) > 1
     if changes and config.objective.name not in ("msm", "maskdit"):
         problems.append(
@@ -385,6 +406,34 @@ def settle(config: Config, backbone: Any) -> list[str]:
             f"msm or maskdit, not {config.objective.name}"
         )
     return problems
+
+
+def idle(config: Config, network: Any) -> list[str]:
+    """What a resolved `mask` section says that has no effect on this training, a sentence each."""
+    section = config.mask
+    name = {"msm": "visible", "mdt": "side"}.get(config.objective.name, "none")
+    if section.route != AUTO:
+        name = section.route
+    taken = registry.entries("route")[name].options.model_fields if name != "none" else {}
+    found = []
+    for entry in registry.entries("route").values():
+        for key, field in entry.options.model_fields.items():
+            value = getattr(section, key, field.default)
+            if key not in taken and value != field.default:
+                found.append(f"mask.{key} {value} has no effect on the route {name}")
+    route = registry.entries("route").get(section.route)
+    needs_a_part = route is not None and getattr(route.make, "sparse", None)
+    if route is not None and not needs_a_part and not masking.hides(section):
+        found.append(f"mask.route {name} has no effect while mask.ratio is 0")
+    joins = getattr(getattr(network, "trunk", None), "joins", None)
+    options: Any = section
+    if name == "tread" and joins and options.leave != taken["leave"].default:
+        leave = network.trunk.symmetric_leave(options.enter, options.leave)
+        found.append(
+            f"mask.leave {options.leave} has no effect: the long skips let the route that enters "
+            f"at block {options.enter} leave at {leave} of {network.trunk.depth}"
+        )
+    return list(dict.fromkeys(found))
 
 
 def build(config: Config, process: Process, mask: Mask, network: Any) -> Objective:

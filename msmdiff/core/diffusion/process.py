@@ -128,6 +128,27 @@ def min_snr(*, min_snr_gamma: float) -> Weighting:
     return weight
 
 
+LARGE_TARGET = 10.0
+"""Targets of this size, of an image and noise of size 1, make a loss that is all scale."""
+
+
+def unsuited(config: ProcessConfig) -> list[str]:
+    """A sentence where the prediction's targets are too large to learn from, as velocities are of
+    noise that rises to 80.
+    """
+    made = build(config)
+    t = torch.linspace(made.schedule.earliest, made.schedule.latest, 100, dtype=torch.float64)
+    ones = torch.ones(len(t), 1, 1, 1, dtype=torch.float64)
+    size = made.target(ones, -ones, t).square().mean().sqrt().item()
+    if not size > LARGE_TARGET:
+        return []
+    return [
+        f"process.prediction {config.prediction} asks for numbers of about {size:,.0f} on "
+        f"process.schedule {config.schedule}, and the loss is of their squares: predictions that "
+        "suit a schedule stand in docs/recipes.md"
+    ]
+
+
 def build(config: ProcessConfig) -> Process:
     """The process a configuration asks for."""
     schedule = registry.find("schedule", config.schedule, "process.schedule")

@@ -4,18 +4,23 @@ A new one is a class here or in a plugin, registered with its options: made of t
 the mask and the network, it draws a `Route` for every batch.
 """
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from msmdiff.core.backbones.routes import Route
-from msmdiff.core.diffusion.masking import Mask, mdt_kept
+from msmdiff.core import registry
+from msmdiff.core.backbones.layers import patchify
+from msmdiff.core.backbones.routes import Route, Trunk
+from msmdiff.core.diffusion.masking import Mask, PatchMask, mdt_kept
+from msmdiff.core.diffusion.process import Noise
 from msmdiff.core.diffusion.time_sampling import Draw
 from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import Options, register
-from msmdiff.core.sections import MaskConfig
+from msmdiff.core.sections import MaskConfig, SampleConfig
 
 
 class DrawsRoutes(Protocol):
@@ -105,7 +110,7 @@ class Tread:
         if not enter < self.leave <= depth:
             raise UsageError(
                 f"mask.enter {enter} and mask.leave {leave} leave no block between them in a "
-                f"network of {depth}: lower them, for example to 1"
+                f"network of {depth}: {_room(network.trunk, enter, leave)}"
             )
 
     def draw(self, batch: int, draw: Draw) -> Route | None:
@@ -115,6 +120,16 @@ class Tread:
             if keep is None
             else Route(keep=keep, enter=self.enter, leave=self.leave, fill="own", scored="all")
         )
+
+
+def _room(trunk: Trunk, enter: int, leave: int) -> str:
+    """What would fit instead of a route that does not, nearest to it."""
+    for shorter in range(min(leave, trunk.depth), -1, -1):
+        for earlier in range(min(enter, trunk.depth), -1, -1):
+            end = trunk.symmetric_leave(earlier, shorter)
+            if earlier < end <= trunk.depth:
+                return f"use mask.enter {earlier} and mask.leave {shorter}"
+    return "no such route fits, use another mask.route"
 
 
 class SprintOptions(Options):
@@ -214,3 +229,52 @@ class Separate:
         noise = torch.rand(images, self.tokens, generator=generator, device=generator.device)
         order = noise.argsort(dim=1)[:, : self.copies * self.kept]
         return Route(order.reshape(-1, self.kept)[:batch].sort(dim=1).values)
+
+
+# ------------------------------------------------------------------ a weaker pass, for guidance
+
+
+def weak_route(
+    options: SampleConfig, mask: MaskConfig, network: Any, noise: Noise
+) -> Callable[[], Route] | None:
+    """What draws the route of the weaker pass that `sample.cfg_against` asks for; None: there is no
+    such pass.
+
+    Args:
+        mask: that of the training: its route, where it has one that gives whole images; else
+            SPRINT's or TREAD's, as the network has it.
+        noise: [B, C, H, W] of every image's own; its order tells which tokens are kept, so that a
+            seed stays one image.
+
+    Raises UsageError for a network that cannot do it.
+    """
+    if options.cfg_against == "null" or options.cfg_scale == 1:
+        return None
+    fusion = getattr(network, "fusion", None) is not None
+    if options.cfg_against == "path":
+        if not fusion:
+            raise UsageError(
+                "sample.cfg_against path needs a network with model.sparse fusion (SPRINT): use "
+                "null or route"
+            )
+        return lambda: Route(fill="mask", scored="all", dropped=True)
+    given = registry.entries("route").get(mask.route)
+    trained = given is not None and given.make.fill in ("own", "mask")
+    name = mask.route if trained else ("sprint" if fusion else "tread")
+    entry = registry.find("route", name, "mask.route")
+    own = entry.takes(mask) if trained else entry.options().model_dump()
+    if entry.make.fill == "own" and "own" not in network.fills:
+        raise UsageError(
+            "sample.cfg_against route: this network knows no route of fewer tokens that gives "
+            "whole images: use null"
+        )
+    hiding = PatchMask(network.grid, options.cfg_hidden)
+    way = entry.make(mask, hiding, network, **own)
+    generator = torch.Generator()
+    drawn = way.draw(1, lambda *_: generator)
+
+    def draw() -> Route:
+        order = patchify(noise(), network.patch_size).sum(dim=-1).argsort(dim=1)
+        return replace(drawn, keep=order[:, : hiding.kept].sort(dim=1).values, dropped=False)
+
+    return draw

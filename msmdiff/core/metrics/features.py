@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationError
 from torch import Tensor, nn
 
-from msmdiff.core import files, registry, tensor_files
+from msmdiff.core import files, hub, registry, tensor_files
 from msmdiff.core.data.loader import cache_folder
 from msmdiff.core.diffusion.codecs import to_unit
 from msmdiff.core.errors import MsmdiffError, UsageError, nearest
@@ -226,6 +226,12 @@ class InceptionFeatures(Features):
         return f"Fréchet Inception distance{suffix}", suffix
 
 
+DINOV2_FILES = (
+    "give dinov2_vitl14_pretrain.pth or timm's file with --weights (beside Inception: "
+    "--dinov2-weights)"
+)
+
+
 @register("features", "dinov2")
 class DinoFeatures(Features):
     """DINOv2's class token after the last norm, of images brought to 224 by the clean rule (Stein
@@ -253,13 +259,17 @@ class DinoFeatures(Features):
 
         try:
             if weights is None:
-                state = timm.create_model(model, pretrained=True, num_classes=0).state_dict()
+                with hub.loading(model, "DINOv2's weights", DINOV2_FILES):
+                    made = timm.create_model(model, pretrained=True, num_classes=0)
+                state = made.state_dict()
             else:
                 state = tensor_files.read(weights)
             state.pop("mask_token", None)
             state["pos_embed"] = _positions(state["pos_embed"], 16)
             network: Any = timm.create_model(model, num_classes=0, img_size=224)
             network.load_state_dict(state)
+        except hub.OutOfReach:
+            raise
         except (
             Exception
         ) as error:  # the hub's client, damaged pickles and other networks raise nearly anything
@@ -268,11 +278,7 @@ class DinoFeatures(Features):
                 if weights
                 else "DINOv2's weights are neither cached nor to be had"
             )
-            hint = (
-                "give dinov2_vitl14_pretrain.pth or timm's file with --weights (beside Inception: "
-                "--dinov2-weights)"
-            )
-            raise MsmdiffError(f"{given} as {model} ({_short(error)}): {hint}") from None
+            raise MsmdiffError(f"{given} as {model} ({_short(error)}): {DINOV2_FILES}") from None
         digest = hashlib.sha256()
         for key in sorted(state):
             digest.update(state[key].float().numpy().tobytes())
@@ -348,25 +354,28 @@ def _published_weights() -> Path:
     """pytorch-fid's file in MSMDIFF_CACHE or torch hub's cache, downloaded to the latter when it is
     in neither.
     """
-    hub, ours = (
+    theirs, ours = (
         Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE,
         cache_folder() / INCEPTION_FILE,
     )
-    if not ours.is_file() and not hub.is_file():
+    if not ours.is_file() and not theirs.is_file():
         from pytorch_fid.inception import FID_WEIGHTS_URL
 
         try:
-            hub.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(FID_WEIGHTS_URL, str(hub), hash_prefix=INCEPTION_SHA256)
+            theirs.parent.mkdir(parents=True, exist_ok=True)
+            hub.require(FID_WEIGHTS_URL)
+            torch.hub.download_url_to_file(
+                FID_WEIGHTS_URL, str(theirs), hash_prefix=INCEPTION_SHA256
+            )
         except (OSError, RuntimeError) as error:
             raise MsmdiffError(
-                f"Inception weights are neither at {ours} nor at {hub}, nor can they be "
+                f"Inception weights are neither at {ours} nor at {theirs}, nor can they be "
                 f"downloaded ({error}): get "
                 f"{INCEPTION_FILE} (sha256 {INCEPTION_SHA256}...) from pytorch-fid's releases and "
                 "pass it with "
                 "--weights FILE, or compare with --features pixel"
             ) from None
-    return ours if ours.is_file() else hub
+    return ours if ours.is_file() else theirs
 
 
 def build(

@@ -8,17 +8,17 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from msmdiff.core import files, weights
 from msmdiff.core.config import section
 from msmdiff.core.data import images, sources
-from msmdiff.core.data.loader import as_is, default_workers
+from msmdiff.core.data.loader import default_workers, through_workers
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import statistics
 from msmdiff.core.metrics.statistics import Statistics
 from msmdiff.core.model import Model
+from msmdiff.core.sections import DataConfig
 
 UNREADABLE_SHARE = 0.01
 """Up to this share of a set's images may be unreadable; they are left out, named and counted."""
@@ -69,7 +69,7 @@ class Stored(Images):
                 f"{source.spec} holds {len(source)} image: a distance needs at least two "
                 "on each side"
             )
-        fast = len(source) < 64 or isinstance(source, sources.Digits | sources.Npz)
+        fast = len(source) < 64 or source.verified
         if workers is None:
             workers = 0 if fast else default_workers()
         self._workers = workers
@@ -92,7 +92,7 @@ class Stored(Images):
 
     def __getitems__(
         self, indices: list[int]
-    ) -> tuple[Tensor | None, dict[int, str]] | MsmdiffError:
+    ) -> tuple[np.ndarray | None, dict[int, str]] | MsmdiffError:
         """A batch and what of it could not be read; an error as a value, since a worker would send
         a traceback.
         """
@@ -113,26 +113,16 @@ class Stored(Images):
         if not good:
             return None, bad
         batch = np.stack(good).transpose(0, 3, 1, 2)  # [B, 3, H, W]
-        return torch.from_numpy(batch.copy()), bad
+        return batch.copy(), bad
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        chunks: Any = [
-            list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)
-        ]
-        dataset: Any = self
-        for item in DataLoader(
-            dataset,
-            batch_sampler=chunks,
-            collate_fn=as_is,
-            num_workers=self._workers if self._size else 0,  # none to find the first image
-        ):
-            if isinstance(item, MsmdiffError):
-                raise item
-            batch, bad = item
+        chunks = [list(indices[i : i + batch_size]) for i in range(0, len(indices), batch_size)]
+        workers = self._workers if self._size else 0  # none to find the first image
+        for batch, bad in through_workers(self, chunks, workers):
             self.bad |= bad
             self.unreadable()  # stops as soon as they are too many
             if batch is not None:
-                yield batch
+                yield torch.from_numpy(batch)
 
     def _name(self, index: int) -> str:
         return self.source.name(index)
@@ -177,6 +167,15 @@ def draws(spec: str) -> bool:
     return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")
 
 
+def _for_drawing(layer: dict[str, Any]) -> dict[str, Any]:
+    """A layer without the network's fields and the options of sources."""
+    kept = {name: content for name, content in layer.items() if name != "model"}
+    if "data" in kept:
+        known = DataConfig.model_fields
+        kept["data"] = {key: value for key, value in kept["data"].items() if key in known}
+    return kept
+
+
 def open_input(
     spec: str,
     *,
@@ -190,7 +189,7 @@ def open_input(
     or weights.
 
     Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored
-    one. Of the `layers`, images on disk take `data.float_range`.
+    one. Of the `layers`, images on disk take `data.float_range` and their source's options.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
@@ -198,19 +197,17 @@ def open_input(
         opened = Images(spec)
     elif draws(spec):
         fields = {name: value for layer in layers for name, value in layer.get("model", {}).items()}
-        others = [
-            {name: section for name, section in layer.items() if name != "model"}
-            for layer in layers
-        ]
+        others = [_for_drawing(layer) for layer in layers]
         loaded = weights.load(spec, device, others, **fields)
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
     else:
-        source = sources.open_source(spec, "none")
-        for layer in layers:
-            if "float_range" in layer.get("data", {}):
-                data = section("data", float_range=layer["data"]["float_range"])
-                source.decoding = images.Decoding(float_range=data.float_range)
+        given = {key: value for layer in layers for key, value in layer.get("data", {}).items()}
+        options = {key: value for key, value in given.items() if sources.takes(spec, key)}
+        source = sources.open_source(spec, "none", options=options)
+        if "float_range" in given:
+            data = section("data", float_range=given["float_range"])
+            source.decoding = images.Decoding(float_range=data.float_range)
         opened = Stored(source, crop, workers)
     opened.stored = found
     return opened

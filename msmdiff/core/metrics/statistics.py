@@ -20,13 +20,16 @@ SETTINGS = ("features", "resize", "precision", "image_size", "crop")
 size, crop.
 """
 
+RECORDED = (*SETTINGS, "alpha")
+"""What is kept beside statistics; `alpha` (what became of transparency) is told, not compared."""
+
 
 @dataclass
 class Statistics:
     """What one set of images is, to the metrics.
 
     `pooled` is the Gaussian of the features, `spatial` that of sFID's; `count` is 0 where a file
-    does not say; `settings` are those of SETTINGS that are known, `assumed` from the layout where a
+    does not say; `settings` are those of RECORDED that are known, `assumed` from the layout where a
     file does not state them; `rows` are the features, float32 [N, D], where they were kept.
     """
 
@@ -166,7 +169,7 @@ def load(path: Path) -> Statistics | None:
     spatial = gaussians[1] if len(gaussians) > 1 else None
     with files.reading(path, "an archive of statistics"):
         count = int(found["count"]) if "count" in found else 0
-    settings = {name: str(found[name]) for name in SETTINGS if name in found}
+    settings = {name: str(found[name]) for name in RECORDED if name in found}
     assumed = "features" not in settings and len(pooled.mean) == 2048
     if assumed:
         rule = "adm" if spatial is not None else "pytorch-fid"
@@ -195,7 +198,7 @@ def _read(path: Path) -> dict[str, np.ndarray] | None:
     if "mu" not in there or "sigma" not in there:
         return None
     means = [f"{name}{suffix}" for suffix in _suffixes(there) for name in ("mu", "sigma")]
-    found = zips.read_arrays(path, [*means, "count", "rows", *SETTINGS])
+    found = zips.read_arrays(path, [*means, "count", "rows", *RECORDED])
     with files.reading(path, "a file of statistics"):
         return found | {name: found[name].astype(np.float64) for name in means}
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,15 +10,12 @@ from pydantic import Field
 from torch import Tensor
 
 from msmdiff.core import registry
-from msmdiff.core.backbones.layers import patchify
-from msmdiff.core.backbones.routes import Route
 from msmdiff.core.condition import Condition
-from msmdiff.core.diffusion.masking import PatchMask
-from msmdiff.core.diffusion.process import Network, Noise, call
+from msmdiff.core.diffusion.process import Network, call
 from msmdiff.core.diffusion.schedules import Schedule
 from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import Options, register
-from msmdiff.core.sections import MaskConfig, SampleConfig
+from msmdiff.core.sections import SampleConfig
 
 Strength = Callable[[Tensor], Tensor]
 """Times -> the guidance scale at each."""
@@ -50,7 +47,7 @@ class Guided:
     scale: float | Tensor
     channels: int | None = None
     guide: Network | None = None
-    weak: Callable[[], Route] | None = None
+    weak: Callable[[], Any] | None = None
 
     def __call__(
         self, x: Tensor, time: Tensor, y: Tensor | None = None, route: Any = None
@@ -94,52 +91,6 @@ class Guided:
                 f"the guide gives {other.shape[1]} channels, the network {conditional.shape[1]}"
             )
         return conditional, other
-
-
-def weak_route(
-    options: SampleConfig, mask: MaskConfig, network: Any, noise: Noise
-) -> Callable[[], Route] | None:
-    """What draws the route of the weaker pass that `sample.cfg_against` asks for; None: there is no
-    such pass.
-
-    Args:
-        mask: that of the training: its route, where it has one that gives whole images; else
-            SPRINT's or TREAD's, as the network has it.
-        noise: [B, C, H, W] of every image's own; its order tells which tokens are kept, so that a
-            seed stays one image.
-
-    Raises UsageError for a network that cannot do it.
-    """
-    if options.cfg_against == "null" or options.cfg_scale == 1:
-        return None
-    fusion = getattr(network, "fusion", None) is not None
-    if options.cfg_against == "path":
-        if not fusion:
-            raise UsageError(
-                "sample.cfg_against path needs a network with model.sparse fusion (SPRINT): use "
-                "null or route"
-            )
-        return lambda: Route(fill="mask", scored="all", dropped=True)
-    given = registry.entries("route").get(mask.route)
-    trained = given is not None and given.make.fill in ("own", "mask")
-    name = mask.route if trained else ("sprint" if fusion else "tread")
-    entry = registry.find("route", name, "mask.route")
-    own = entry.takes(mask) if trained else entry.options().model_dump()
-    if entry.make.fill == "own" and "own" not in network.fills:
-        raise UsageError(
-            "sample.cfg_against route: this network knows no route of fewer tokens that gives "
-            "whole images: use null"
-        )
-    hiding = PatchMask(network.grid, options.cfg_hidden)
-    way = entry.make(mask, hiding, network, **own)
-    generator = torch.Generator()
-    drawn = way.draw(1, lambda *_: generator)
-
-    def draw() -> Route:
-        order = patchify(noise(), network.patch_size).sum(dim=-1).argsort(dim=1)
-        return replace(drawn, keep=order[:, : hiding.kept].sort(dim=1).values, dropped=False)
-
-    return draw
 
 
 # ------------------------------------------------------------------ schedules of the scale

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ def save(
     networks: dict[str, dict[str, Tensor]],
     config: Config,
     retain: int,
+    class_names: Sequence[str] = (),
 ) -> Path:
     """Write `checkpoints/img-NNNNNNNNN/` and refresh `weights.safetensors`; then drop all but the
     newest `retain`.
@@ -33,6 +35,7 @@ def save(
             model) is what sample and finetune take.
         config: goes into every weights file.
         retain: how many checkpoints stay.
+        class_names: the data's, kept in a conditional network's files for a next stage.
 
     Everything goes to a temporary directory that is renamed when it is on the disk, so a kill or a
     full disk leaves the earlier checkpoints as they were. Raises MsmdiffError when it cannot be
@@ -41,13 +44,14 @@ def save(
     folder = run / "checkpoints"
     final, part = folder / f"img-{images_seen:09d}", folder / f".img-{images_seen:09d}.part"
     averages = [name for name in networks if name != "model"]
+    notes = {"images_seen": str(images_seen)}
+    if config.model.num_classes and class_names:
+        notes["class_names"] = json.dumps(list(class_names))
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
         for name, tensors in networks.items():
-            weights.save(
-                part / f"{name}.safetensors", tensors, config, images_seen=images_seen, weights=name
-            )
+            weights.save(part / f"{name}.safetensors", tensors, config, weights=name, **notes)
         tensor_files.write_torch(part / "state.pt", state)
         files.write_json(part / "DONE", {p.name: _identity(p) for p in part.iterdir()})
         shutil.rmtree(final, ignore_errors=True)
@@ -101,6 +105,8 @@ def clear_torn(run: Path) -> list[Path]:
         )
     for path in [*torn, *(run / "checkpoints").glob(".img-*.part")]:
         shutil.rmtree(path, ignore_errors=True)
+    for part in [*run.glob(".*.part"), *(run / "previews").glob(".*.part")]:
+        part.unlink(missing_ok=True)
     return torn
 
 
@@ -108,15 +114,15 @@ def publish(path: Path, run: Path, stem: str) -> None:
     """Make the run's `weights.safetensors` that of a checkpoint, atomically; a link where the file
     system has links.
     """
-    target = run / "weights.safetensors"
-    part = target.with_name(f".{target.name}.part")
-    part.unlink(missing_ok=True)
-    try:
-        os.link(path / f"{stem}.safetensors", part)
-    except OSError:
-        shutil.copyfile(path / f"{stem}.safetensors", part)
-        files.fsync(part)
-    part.replace(target)
+    source, target = path / f"{stem}.safetensors", run / "weights.safetensors"
+    if target.is_file() and target.samefile(source):
+        return  # to rename one of two links to a file to the other does nothing, and leaves both
+    with files.atomic(target) as part:
+        part.unlink()
+        try:
+            os.link(source, part)
+        except OSError:
+            shutil.copyfile(source, part)
 
 
 def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:

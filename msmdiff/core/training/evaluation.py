@@ -68,7 +68,8 @@ class Evaluator:
                 self._reference.stored = found
         evaluate.check(self._drawn(self.parts.backbone), self._reference, self.features)
         sample = self.config.sample.model_dump()
-        how = {"sample": sample, **options.model_dump(exclude={"every"})}
+        other = {"every", "heldout", "heldout_n", "heldout_every"}
+        how = {"sample": sample, **options.model_dump(exclude=other)}
         self._how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]
 
     def _drawn(self, network: Any) -> Drawn:
@@ -78,11 +79,22 @@ class Evaluator:
     def measured(self, images_seen: int) -> bool:
         """Whether the run's log has this step's distance, measured as now: settings may change
         between two starts.
+
+        Then the curve and `best.json` are written again: a kill may have come before them.
         """
-        return any(m["images"] == images_seen for m in self._alike())
+        if not any(m["images"] == images_seen for m in self._alike()):
+            return False
+        self._keep_best()
+        return True
 
     def _alike(self) -> list[dict[str, Any]]:
         return [m for m in self.run.metrics() if m.get("measured_as") == self._how]
+
+    def _keep_best(self) -> str:
+        """Draw the curve of those measured alike, write the best to `best.json`, and tell it."""
+        name = self.features.metric
+        points = [(m["images"], m[name], m["saved"]) for m in self._alike()]
+        return record(self.run.path, "best", self.features.title, points)
 
     def __call__(self, network: Any, images_seen: int, saved: bool) -> None:
         """Measure, log, draw the curve, and note the best of those measured alike.
@@ -111,9 +123,9 @@ class Evaluator:
         }
         self.run.log({**line, "saved": saved, "measured_as": self._how})
         if self.run.writes:
-            points = [(m["images"], m[score.name], m["saved"]) for m in self._alike()]
-            best = record(self.run.path, "best", score.title, points)
-            if others := sum("eval_n" in m for m in self.run.metrics()) - len(points):
+            best = self._keep_best()
+            others = sum("eval_n" in m for m in self.run.metrics()) - len(self._alike())
+            if others:
                 best += f" ({others} earlier, with other settings of eval or sample, do not count)"
             self._note(
                 f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} "
@@ -144,7 +156,8 @@ def open_run(
     The weights are the first average's, or else the model's; the reference, unless given, the
     training data.
     """
-    path = run if run.is_dir() else Path("runs") / run
+    # A folder of a run's name does not hide it.
+    path = run if (run / "config.yaml").is_file() else Path("runs") / run
     config = Run(path, writes=False).stored_config()
     if config is None:
         raise UsageError(f"--run {run}: no run with a config.yaml, here or under runs/")

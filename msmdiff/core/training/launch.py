@@ -3,6 +3,8 @@
 import importlib.util
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
@@ -34,7 +36,7 @@ def choose_precision(config: Config, device: str) -> Any:
         return wanted
     if device == "cuda":
         return "bf16" if torch.cuda.is_bf16_supported() else "fp32"
-    wide = config.model.model_dump()["hidden_size"] >= AUTOCAST_WIDTH
+    wide = (config.model.model_dump().get("hidden_size") or 0) >= AUTOCAST_WIDTH
     can = torch.cpu.get_capabilities()
     return "bf16" if wide and (can.get("avx512_bf16") or can.get("amx_bf16")) else "fp32"
 
@@ -88,6 +90,13 @@ def accelerator(config: Config, run_path: Path) -> Any:
     return made
 
 
+def first() -> bool:
+    """Whether this process is the only one, or the first of those that were started: it reports
+    and writes.
+    """
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
+
+
 def _refuse_lonely_launch() -> None:
     # Where `accelerate launch --cpu --num_processes N` means N processes, it starts one, and leaves
     # only this trace.
@@ -99,6 +108,16 @@ def _refuse_lonely_launch() -> None:
         raise UsageError(
             "`accelerate launch --cpu` starts one process whatever --num_processes says: "
             "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
+        )
+    world = os.environ.get("WORLD_SIZE", "1")
+    if world == "1":
+        return
+    absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
+    if absent or not world.isdecimal():
+        missing = f", but no {', '.join(absent)}" if absent else ""
+        raise UsageError(
+            f"WORLD_SIZE is {world}{missing}: unset it, or start several processes with "
+            "`torchrun --nproc_per_node N -m -- msmdiff ...`"
         )
 
 
@@ -154,6 +173,18 @@ class Signals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self._breaks_off = False
+
+    @contextmanager
+    def breaking_off(self) -> Iterator[None]:
+        """Here the first signal ends what is done: it can be made again."""
+        self._breaks_off = True
+        try:
+            yield
+        except KeyboardInterrupt:
+            pass
+        finally:
+            self._breaks_off = False
 
     def __enter__(self) -> "Signals":
         try:
@@ -168,5 +199,8 @@ class Signals:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            self.__exit__()  # whoever asks a third time does not meet us again
             raise KeyboardInterrupt  # asked twice: do not wait for the step
         self.received = number
+        if self._breaks_off:
+            raise KeyboardInterrupt

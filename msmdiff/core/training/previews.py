@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from msmdiff.core import files
 from msmdiff.core.backbones.layers import gather_tokens, patchify, unpatchify
 from msmdiff.core.backbones.routes import Route, partial
 from msmdiff.core.build import Parts
@@ -18,6 +19,7 @@ from msmdiff.core.config import Config
 from msmdiff.core.data.images import grid
 from msmdiff.core.data.loader import TrainingImages
 from msmdiff.core.diffusion.objectives import DrawRoute
+from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.model import Model
 from msmdiff.core.sections import SampleConfig
 from msmdiff.core.seeding import stream
@@ -45,6 +47,28 @@ def samples_at(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}-samples.png")
 
 
+def masked_at(stem: Path) -> Path:
+    """Where `draw` writes what a masked model sees."""
+    return stem.with_name(f"{stem.name}-masked.png")
+
+
+def masks(config: Config) -> bool:
+    """Whether there is something to show of the mask."""
+    return config.objective.name in ("msm", "mdt", "maskdit")
+
+
+def drawn(stem: Path, config: Config) -> bool:
+    """Whether everything that `draw` writes is there, and whole: a kill may have come between."""
+    wanted = [samples_at(stem)] + ([masked_at(stem)] if masks(config) else [])
+    try:
+        for path in wanted:
+            with files.reading(path, "a picture"), Image.open(path) as picture:
+                picture.load()
+    except MsmdiffError:
+        return False
+    return True
+
+
 def model_in_training(network: Any, parts: Parts, config: Config) -> Model:
     """The model that a training would draw from now."""
     sample = alone(config.sample, parts.objective.condition.count > 0)
@@ -66,14 +90,19 @@ def draw(model: Model, parts: Parts, dataset: TrainingImages, stem: Path) -> Non
     training = model.backbone.training
     model.backbone.eval()
     context = dataset.context(40)
-    samples(model, context=context).save(samples_at(stem))
+    _save(samples(model, context=context), samples_at(stem))
     *_, route_of = parts.objective.passes.values()
-    if model.config.objective.name in ("msm", "mdt"):
+    if masks(model.config):
         images = next(dataset.sample(8, "preview"))
         seen = None if context is None else context[: len(images)].to(model.device)
         picture = masked_view(model, route_of, images, seen)
-        picture.save(stem.with_name(f"{stem.name}-masked.png"))
+        _save(picture, masked_at(stem))
     model.backbone.train(training)
+
+
+def _save(picture: Image.Image, path: Path) -> None:
+    with files.atomic(path) as part:
+        picture.save(part, "PNG")
 
 
 def samples(model: Model, count: int = 40, context: Tensor | None = None) -> Image.Image:
@@ -101,8 +130,8 @@ def curve(path: Path, title: str, points: Sequence[tuple[int, float]]) -> None:
     axis.plot(*zip(*points, strict=True), "o-", markersize=3)
     axis.plot(*min(points, key=lambda point: point[1]), "o", color="tab:red")
     axis.set(xlabel="images seen", ylabel=title)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with files.atomic(path) as part:
+        figure.savefig(part, dpi=110, format="png")
 
 
 @torch.no_grad()

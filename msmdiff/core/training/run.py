@@ -17,7 +17,7 @@ from msmdiff.core import config as configuration
 from msmdiff.core import files, presets, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint
+from msmdiff.core.training import checkpoint, origins
 
 
 class Reporter(Protocol):
@@ -57,6 +57,11 @@ class Run:
         self._lock: files.Lock | None = None
         if not writes:
             return
+        for name in ("config.yaml", "weights.safetensors"):
+            if (path / name).exists() and not self._is_run():
+                raise UsageError(
+                    f"{path / name} was not written by a training: move it, or give another --run"
+                )
         try:
             (path / "previews").mkdir(parents=True, exist_ok=True)
             self._lock = files.Lock(
@@ -67,6 +72,10 @@ class Run:
             raise MsmdiffError(
                 f"run directory {path} cannot be written: {error.strerror or error}"
             ) from None
+
+    def _is_run(self) -> bool:
+        """Whether a training of ours wrote in this directory."""
+        return (self.path / "run.json").is_file() or checkpoint.newest(self.path) is not None
 
     def stored_config(self) -> Config | None:
         """The configuration this run was started with, or None for a new run.
@@ -97,24 +106,32 @@ class Run:
     def admit(self, config: Config) -> None:
         """Check that `config` continues what this run computed. Raises UsageError with the
         differences.
+
+        Data and the weights it started from may lie elsewhere now: what they hold tells whether
+        they are the same (`origins.known_again`).
         """
         if (stored := self.begun()) is None:
             return
-        if changes := configuration.difference(stored, config):
+        changes = configuration.difference(stored, config)
+        for key in origins.MOVABLE:
+            if all(changes.get(key, ())):
+                changes.pop(key, None)
+        if changes:
             shown = "; ".join(
                 f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items()
             )
             raise UsageError(
                 f"{self.path} was trained with another configuration ({shown}): "
-                "run the same command to resume it, or give another --run"
+                "give the same settings to resume it, or another --run"
             )
 
     def start(self, config: Config, command: str, images_seen: int) -> None:
         """Record the configuration and the circumstances; drop log lines past `images_seen`."""
         if not self.writes:
             return
-        files.write_text(self.path / "config.yaml", config.to_yaml())
+        # First what tells the directory from a foreign one (`_is_run`).
         files.write_json(self.path / "run.json", _circumstances(command))
+        files.write_text(self.path / "config.yaml", config.to_yaml())
         kept = [line for line in self._lines() if line["images"] <= images_seen]
         files.write_text(
             self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)

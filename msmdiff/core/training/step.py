@@ -61,6 +61,7 @@ class Step:
         self.device = accelerator.device
         self.micro, self.accumulate = launch.shares(config.train, accelerator.num_processes)
         self.skipped = 0
+        self.passed = 0.0  # the share of the training
         parts.process.to(self.device)
         if parts.objective.history is not None:
             parts.objective.history.gather = accelerator.gather
@@ -85,7 +86,7 @@ class Step:
         # Nothing draws from the global generators; this keeps it so even for a layer that one day
         # would.
         torch.manual_seed(key(train.seed, "global", self.accelerator.process_index, images_seen))
-        passed = min(images_seen / (train.steps * train.batch_size), 1.0)
+        self.passed = min(images_seen / (train.steps * train.batch_size), 1.0)
         terms: dict[str, Tensor] = {}
         for i in range(self.accumulate):
             asked = time.perf_counter()
@@ -93,9 +94,9 @@ class Step:
             waited += time.perf_counter() - asked
             if i < self.accumulate - 1:
                 with self.accelerator.no_sync(self.model):
-                    part = self._backward(batch, passed)
+                    part = self._backward(batch)
             else:
-                part = self._backward(batch, passed)
+                part = self._backward(batch)
             terms = {name: terms.get(name, 0.0) + value for name, value in part.items()}
         norm = self._checked_norm(terms, images_seen)
         if norm is not None:
@@ -105,7 +106,7 @@ class Step:
         finite = norm if norm is not None and math.isfinite(norm) else 0.0
         return Taken(terms, finite, time.perf_counter() - started, waited)
 
-    def _backward(self, batch: Batch, passed: float) -> dict[str, Tensor]:
+    def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-batch, forth and back; its share of the step's loss terms, detached."""
         seed, hflip = self.config.train.seed, self.config.data.hflip
 
@@ -120,7 +121,7 @@ class Step:
         if hflip:
             flipped = torch.rand(len(images), generator=draw("flip"), device=self.device) < hflip
         x0 = self.parts.codec.encode(flip(images, flipped), draw("codec"))
-        terms = self.parts.objective(self.model, x0, y, draw, passed)
+        terms = self.parts.objective(self.model, x0, y, draw, self.passed)
         self.accelerator.backward(terms["loss"] / self.accumulate)
         return {name: value.detach() / self.accumulate for name, value in terms.items()}
 

@@ -1,15 +1,16 @@
 """The one training loop. `pretrain`, `finetune` and `train` differ in their configuration only."""
 
 import functools
-import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
 
 import torch
 
-from msmdiff.core import backbones, weights
+from msmdiff.core import backbones, machine, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.condition import Text
@@ -18,13 +19,22 @@ from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs, masking
-from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import key
-from msmdiff.core.training import checkpoint, cost, launch, previews, sharding, warmstart
+from msmdiff.core.training import (
+    checkpoint,
+    cost,
+    launch,
+    origins,
+    previews,
+    sharding,
+    validation,
+    warmstart,
+)
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
 from msmdiff.core.training.step import Step
+from msmdiff.core.training.validation import Validation
 
 
 def train(
@@ -48,17 +58,31 @@ def train(
     Raises UsageError for a configuration that cannot work or differs from the run's, and
     MsmdiffError when training has to stop; whatever was checkpointed by then is intact.
     """
-    trainer = Trainer(
-        config=config,
-        run_path=run_path,
-        reporter=reporter,
-        allow_partial=allow_partial,
-        command=command,
-    )
-    try:
-        return trainer.fit()
-    finally:
-        trainer.close()
+    with launch.Signals() as signals:
+        trainer = None
+        with signals.breaking_off():
+            trainer = Trainer(
+                config=config,
+                run_path=run_path,
+                reporter=reporter,
+                allow_partial=allow_partial,
+                command=command,
+            )
+        if trainer is None:  # while data were checked or the network was built
+            return Summary(run_path, 0, 0, 0.0, writes=launch.first(), interrupted=signals.received)
+        try:
+            return trainer.fit(signals)
+        finally:
+            trainer.close()
+
+
+@dataclass
+class Reached:
+    """At how many images seen the last of each was; -1 where there was none."""
+
+    saved: int
+    pictured: int
+    evaluated: int
 
 
 class Trainer:
@@ -68,7 +92,7 @@ class Trainer:
         self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str
     ) -> None:
         self.reporter = reporter
-        self.main = int(os.environ.get("WORLD_SIZE", "1")) == 1 or os.environ.get("RANK") == "0"
+        self.main = launch.first()
         source = open_training(config.data, self._note)
         config = config.model_copy(deep=True)
         begun = Run(run_path, writes=False).begun()
@@ -80,7 +104,6 @@ class Trainer:
             config, "cuda" if torch.cuda.is_available() else "cpu"
         )
         self.dataset = TrainingImages(source, config.data, config.train.seed)
-        self.listing = source.identity()
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
@@ -104,6 +127,8 @@ class Trainer:
         # The network: fresh, from other weights, or (below) from this run's newest checkpoint.
         torch.manual_seed(key(config.train.seed, "init"))
         self.parts = road.build(config)
+        for line in road.notes(config):
+            self._note(f"note: {line}")
         self._tell_empty_text()
         found = self._clear_checkpoints()
         if config.train.init_from and not found:
@@ -120,11 +145,16 @@ class Trainer:
         self.images_seen, self.seconds = 0, 0.0
         if found:
             self._restore(found)
+        else:
+            self.origins = origins.of(config, self.dataset.source)
 
         # What watches it.
         self.cost = cost.measure(config)
         mean = functools.partial(self.accelerator.reduce, reduction="mean")
         self.meter = Meter(self.cost, self.device, mean)
+        self.validation = Validation.of(
+            config, self.parts, self.dataset.source, self.device, self._note
+        )
         self.evaluator = None
         if config.eval.every:
             judged = Judged(
@@ -155,62 +185,51 @@ class Trainer:
         return checkpoint.newest(self.run.path)
 
     def _start_from_weights(self, source: str, allow_partial: bool) -> None:
-        # Only a published file asks for this: shapes do not tell how many heads a network has.
-        fields = self.config.model.model_dump()
-        told = {name: fields[name] for name in ("num_heads",) if name in fields}
-        stored = weights.read(weights.locate(source), told)
-        report = warmstart.start_from(self.parts.backbone, stored, allow_partial)
+        stored = weights.read(weights.locate(source), warmstart.told_by(self.config))
+        report = warmstart.start_from(
+            self.parts.backbone, stored, allow_partial, self.dataset.source.class_names
+        )
         for line in report.lines():
             self._note(line)
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self) -> Summary:
+    def fit(self, signals: launch.Signals) -> Summary:
+        """Train to the end, or until a signal asks to stop."""
+        steps = self.steps(signals)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as ended:
+                return ended.value
+
+    def steps(self, signals: launch.Signals) -> Generator[None, None, Summary]:
+        """The loop, which pauses after every step; what it returns is the `Summary`. Several of
+        these may take turns in one process.
+        """
         train = self.config.train
         total = train.steps * train.batch_size
         self._introduce(total)
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
-        saved_at = self.images_seen or -1
-        # A kill may have come between a checkpoint and what follows it; the first process can tell.
-        pictured = self.main and previews.samples_at(self._stem).is_file()
-        previewed_at = saved_at if self._agree(pictured) else -1
-        evaluator = self.evaluator if self.main else None
-        measured = evaluator is not None and evaluator.measured(self.images_seen)
-        evaluated_at = saved_at if self._agree(measured) else -1
-        with launch.Signals() as signals:
-            while True:
-                step = self.images_seen // train.batch_size
-                told = self._agree(signals.received is not None)
-                late = train.max_seconds is not None and self._agree(
-                    self.seconds >= train.max_seconds
-                )
-                done = self.images_seen >= total or told or late
-                if self.images_seen and (done or step % train.log_every == 0):
-                    self._log(total)
-                if (
-                    self.images_seen
-                    and saved_at != self.images_seen
-                    and (done or step % train.checkpoint_every == 0)
-                ):
-                    self._save()
-                    saved_at = self.images_seen
-                if told and self.images_seen < total:
-                    break  # whoever stops us may not wait for pictures and distances
-                shows = train.preview_every and (done or step % train.preview_every == 0)
-                if shows and previewed_at != self.images_seen:
-                    self._preview()
-                    previewed_at = self.images_seen
-                due = done or (self.config.eval.every and step % self.config.eval.every == 0)
-                if self.evaluator and due and self.images_seen and evaluated_at != self.images_seen:
-                    self.evaluator(
-                        self._sampled(),
-                        self.images_seen,
-                        done or step % train.checkpoint_every == 0,
-                    )
-                    evaluated_at = self.images_seen
-                if done:
-                    break
-                self._take_step(stream_of_batches)
+        reached = self._reached()
+        while True:
+            step = self.images_seen // train.batch_size
+            told = self._agree(signals.received is not None)
+            late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
+            done = self.images_seen >= total or told or late
+            if self.images_seen:
+                self._record(reached, step, done, told, total)
+            if told:
+                break  # whoever stops us may not wait for pictures and distances
+            self._show(reached, step, done, signals)
+            self._evaluate(reached, step, done, signals)
+            if self._alone and signals.received is not None:
+                continue
+            if done:
+                break
+            self._take_step(stream_of_batches)
+            yield
+        self._tell_unmoved_average(step)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
         return Summary(
@@ -221,6 +240,75 @@ class Trainer:
             writes=self.main,
             interrupted=signal,
         )
+
+    def _reached(self) -> Reached:
+        """Where a start stands. A kill may have come between a checkpoint and what follows it; the
+        first process can tell.
+        """
+        saved = self.images_seen or -1
+        pictured = self.main and previews.drawn(self._stem, self.config)
+        evaluator = self.evaluator if self.main else None
+        measured = evaluator is not None and evaluator.measured(self.images_seen)
+        return Reached(
+            saved=saved,
+            pictured=saved if self._agree(pictured) else -1,
+            evaluated=saved if self._agree(measured) else -1,
+        )
+
+    def _record(self, reached: Reached, step: int, done: bool, told: bool, total: int) -> None:
+        """Log and save, where that is due; whoever stops us does not wait for a held-out loss."""
+        train = self.config.train
+        validates = not told and self._validates(done, step)
+        if done or validates or step % train.log_every == 0:
+            self._log(total, validates)
+        due = done or step % train.checkpoint_every == 0
+        if due and reached.saved != self.images_seen:
+            self._save()
+            reached.saved = self.images_seen
+
+    def _show(self, reached: Reached, step: int, done: bool, signals: launch.Signals) -> None:
+        """Draw pictures, where that is due; a signal breaks them off."""
+        every = self.config.train.preview_every
+        due = every and (done or step % every == 0)
+        if not due or reached.pictured == self.images_seen:
+            return
+        with self._breaking_off(signals):
+            self._preview()
+        reached.pictured = self.images_seen
+
+    def _evaluate(self, reached: Reached, step: int, done: bool, signals: launch.Signals) -> None:
+        """Measure samples, where that is due; a signal breaks it off."""
+        every = self.config.eval.every
+        due = self.images_seen and (done or (every and step % every == 0))
+        if not (self.evaluator and due) or reached.evaluated == self.images_seen:
+            return
+        if self._alone and signals.received is not None:
+            return
+        with self._breaking_off(signals):
+            saved = reached.saved == self.images_seen
+            self.evaluator(self.sampled(), self.images_seen, saved)
+        reached.evaluated = self.images_seen
+
+    @property
+    def _alone(self) -> bool:
+        return self.accelerator.num_processes == 1
+
+    def _breaking_off(self, signals: launch.Signals) -> AbstractContextManager[None]:
+        # Of several processes the others would wait at a barrier.
+        return signals.breaking_off() if self._alone else nullcontext()
+
+    def _tell_unmoved_average(self, steps: int) -> None:
+        """What is sampled from may be nearly the network before training."""
+        ema = self.config.ema
+        if not ema.decays or ema.warmup != "constant":
+            return  # a ramp follows the weights from the start
+        moved = 1 - ema.decays[0] ** (steps // ema.update_every)
+        if moved < 0.9:
+            self._note(
+                f"weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
+                f"{moved:.1%} of the way from the first weights to the trained ones: train longer, "
+                "or with a lower ema.decays or ema.warmup=power"
+            )
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)
@@ -237,7 +325,7 @@ class Trainer:
 
     # ------------------------------------------------------------------ what happens between steps
 
-    def _log(self, total: int) -> None:
+    def _log(self, total: int, validates: bool = False) -> None:
         metrics = self.meter.read()
         if not metrics:
             return
@@ -250,18 +338,32 @@ class Trainer:
             "skipped_steps": self.step.skipped,
             "seconds": self.seconds,
         }
+        if validates and self.validation is not None:
+            network = self._averaged(None)  # every process has to ask for it where it is sharded
+            line |= self.validation(network) if self.main else {}
         self.run.log(line)
         if self.config.train.trackers:
             self.accelerator.log(line, step=self.images_seen)
         if self.main:
             self.reporter.progress(self.images_seen, total, line)
+        if validates:
+            if self.main:
+                validation.draw(self.run)
+            self.accelerator.wait_for_everyone()
 
-    def _sampled(self) -> Any:
-        """The network that samples are drawn from, a copy where sharded.
+    def _validates(self, done: bool, step: int) -> bool:
+        """Whether this step has a held-out loss."""
+        return self.validation is not None and (done or step % self.validation.every == 0)
 
-        It is the average of `sample.ema`, else the first one, else the trained network.
+    def sampled(self) -> Any:
+        """The network that samples are drawn from: the average of `sample.ema`, else the first."""
+        return self._averaged(self.config.sample.ema)
+
+    def _averaged(self, wanted: float | None) -> Any:
+        """An average by its decay, else the first one, else the trained network; a copy where
+        sharded.
         """
-        averages, wanted = self.step.averages.networks, self.config.sample.ema
+        averages = self.step.averages.networks
         first = next(iter(averages.values()), self.accelerator.unwrap_model(self.step.model))
         network = averages.get(f"{wanted:g}", first) if wanted is not None else first
         if not self.accelerator.is_fsdp2:
@@ -272,7 +374,7 @@ class Trainer:
         return alone
 
     def _preview(self) -> None:
-        network = self._sampled()
+        network = self.sampled()
         if self.main:
             model = previews.model_in_training(network, self.parts, self.config)
             previews.draw(model, self.parts, self.dataset, self._stem)
@@ -293,9 +395,9 @@ class Trainer:
             "averages": self.step.averages.counters(),
             "times": history.state_dict() if history is not None else None,
             "data": len(self.dataset.source),
-            "listing": self.listing,
             "processes": self.accelerator.num_processes,
             "scaler": scaler.state_dict() if scaler is not None else None,
+            **self.origins,
         }
         networks = {"model": self.accelerator.unwrap_model(self.step.model).state_dict()}
         networks |= {
@@ -310,11 +412,16 @@ class Trainer:
                 networks=networks,
                 config=self.config,
                 retain=self.config.train.keep_checkpoints,
+                class_names=self.dataset.source.class_names,
             )
         self.accelerator.wait_for_everyone()
 
     def _restore(self, path: Path) -> None:
         state, networks = checkpoint.load(path)
+        begun = self.run.begun()
+        assert begun is not None
+        source = self.dataset.source
+        self.origins = origins.known_again(self.run.path, begun, self.config, source, state)
         sharding.load(self.accelerator.unwrap_model(self.step.model), networks["model"])
         averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
         self.step.averages.load(state["averages"], averaged)
@@ -328,14 +435,6 @@ class Trainer:
             state["seconds"],
             state["skipped"],
         )
-        listing = state.get("listing", self.listing)
-        if (state["data"], listing) != (count := len(self.dataset.source), self.listing):
-            others = " others, or of other classes" if state["data"] == count else ""
-            raise UsageError(
-                f"{self.run.path} was trained on {state['data']:,} images, "
-                f"{self.config.data.source} now has "
-                f"{count:,}{others}: restore the data, or finetune --ckpt from it in another --run"
-            )
         if self.main:
             stem = next((f"ema-{decay}" for decay in self.step.averages.networks), "model")
             checkpoint.publish(path, self.run.path, stem)
@@ -368,7 +467,8 @@ class Trainer:
         return config
 
     def _introduce(self, total: int) -> None:
-        mask, cost_, limit = self.parts.mask, self.cost, self.config.train.max_seconds
+        train, mask, cost_ = self.config.train, self.parts.mask, self.cost
+        limit = train.max_seconds
         goal = (
             f"{total:,} images to see"
             if limit is None
@@ -381,6 +481,14 @@ class Trainer:
             f"{self.device.type} x "
             f"{self.accelerator.num_processes}, {goal}"
         )
+        if self.device.type == "cpu":
+            self._note(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")
+        optim = self.config.optim
+        if optim.decay_steps and optim.schedule != "constant" and optim.decay_steps < train.steps:
+            self._note(
+                f"the rate reaches {optim.final_lr:g} at step {optim.decay_steps:,} and stays "
+                f"there until step {train.steps:,}: optim.decay_steps keeps what it was begun with"
+            )
         if self.config.objective.name == "mdt":
             mask_section: Any = self.config.mask
             low, spread = mask_section.ratio, mask_section.spread or 0.0

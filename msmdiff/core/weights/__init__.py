@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msmdiff.core import backbones, files, tensor_files
+from msmdiff.core import backbones, files, registry, tensor_files
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.config import Config
@@ -126,6 +126,7 @@ def load(
     path: str | Path,
     device: torch.device | str = "cpu",
     layers: Sequence[dict[str, Any]] = (),
+    plugins: Sequence[str | Path] = (),
     **model_fields: Any,
 ) -> Model:
     """The model of a weights file, a run, or a published checkpoint, in evaluation mode on
@@ -134,12 +135,15 @@ def load(
     Args:
         path: as `locate` takes it; of a run, `sample.ema` says which average.
         layers: nested configuration dictionaries laid over the stored one, for example
-            {"codec": {"vae": FOLDER}}.
+            {"codec": {"vae": FOLDER}} or {"sample": {"sampler": "heun", "steps": 20}}.
+        plugins: files, or names of installed ones, to load first: those that it was made with.
         model_fields: what the shapes of a published checkpoint do not tell, such as num_heads=16.
 
     Raises MsmdiffError where the file's tensors are not exactly a network's, and UsageError for a
     source that is not there or does not say enough.
     """
+    for spec in [plugins] if isinstance(plugins, str | Path) else plugins:
+        registry.load_plugin(str(spec), "plugins")
     stored, config = _stored_with(path, layers, model_fields)
     parts = road.build(config)
     try:
@@ -224,7 +228,10 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     `ema` picks another average of a run than the first: that of its newest checkpoint. Raises
     UsageError when there is no such run, or none of its weights yet.
     """
-    for path in (Path(source), runs / source):
+    places = [Path(source), runs / source]
+    if places[0].is_dir() and not any(places[0].glob("nnet*.pth")) and _is_run(places[1]):
+        places = [place for place in places if _is_run(place)]  # a folder hides no run of its name
+    for path in places:
         if path.is_dir() and any(path.glob("nnet*.pth")):
             return path  # the training state that U-ViT writes
         if path.is_dir():
@@ -250,6 +257,10 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     raise UsageError(
         f"'{source}' is neither a weights file nor a run directory, here or under {runs}/"
     )
+
+
+def _is_run(path: Path) -> bool:
+    return (path / "weights.safetensors").is_file()
 
 
 def newest(runs: Path = Path("runs")) -> Path:

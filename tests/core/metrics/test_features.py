@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from msmdiff.core import hub
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import features as module
 from msmdiff.core.metrics.features import RESIZES, DinoFeatures, InceptionFeatures, PixelFeatures
@@ -89,6 +90,7 @@ def test_missing_or_wrong_weights_are_one_sentence(tmp_path, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no network")
 
+    monkeypatch.setattr(hub, "require", lambda url: None)
     monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
     with pytest.raises(
         MsmdiffError,

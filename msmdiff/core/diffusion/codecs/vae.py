@@ -8,7 +8,7 @@ import torch
 from pydantic import Field, StrictBool
 from torch import Tensor
 
-from msmdiff.core import tensor_files
+from msmdiff.core import hub, tensor_files
 from msmdiff.core.diffusion.codecs import Codec, to_uint8, to_unit
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import Options, register
@@ -193,16 +193,15 @@ def _load_vae(config: VaeOptions) -> Any:
         raise MsmdiffError("latents need diffusers: pip install 'msmdiff[vae]'") from None
     try:
         if not Path(source).is_file():
-            vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
-            missing = loading[
-                "missing_keys"
-            ]  # diffusers only warns, and goes on with random numbers
+            with hub.loading(source, "codec.vae", "give a folder or a file"):
+                vae, loading = AutoencoderKL.from_pretrained(source, output_loading_info=True)
+            # Of these diffusers only warns, and goes on with random numbers.
+            missing = loading["missing_keys"]
         else:
-            settings = (
-                AutoencoderKL.load_config(config.vae_config)
-                if config.vae_config
-                else STABLE_DIFFUSION_VAE
-            )
+            settings = STABLE_DIFFUSION_VAE
+            if config.vae_config:
+                with hub.loading(config.vae_config, "codec.vae_config", "give a folder"):
+                    settings = AutoencoderKL.load_config(config.vae_config)
             vae = AutoencoderKL.from_config(settings)
             tensors = tensor_files.read(source)
             held = tensors.get("state_dict", tensors)
@@ -214,6 +213,8 @@ def _load_vae(config: VaeOptions) -> Any:
             ):  # the layout of Stable Diffusion's own code
                 tensors = convert_ldm_vae_checkpoint(tensors, settings)
             missing = vae.load_state_dict(tensors, strict=False).missing_keys
+    except hub.OutOfReach:
+        raise
     except Exception as error:  # a library's own words, nearly anything
         reason = " ".join(str(error).split())[:200]
         raise MsmdiffError(

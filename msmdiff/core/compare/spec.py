@@ -1,0 +1,77 @@
+"""What a file of `msmdiff compare` asks for: arms, their budget, how they are judged."""
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from msmdiff.core import files, presets
+from msmdiff.core.errors import UsageError
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class Budget(_Strict):
+    """What every arm gets with one seed: exactly one of these."""
+
+    seconds: float | None = Field(None, gt=0, description="of stepping, at the paces timed")
+    flops: float | None = Field(None, gt=0, description="of forward and backward passes, counted")
+    images: int | None = Field(None, gt=0, description="seen in training")
+
+    @model_validator(mode="after")
+    def _one(self) -> "Budget":
+        if sum(value is not None for value in (self.seconds, self.flops, self.images)) != 1:
+            raise ValueError("give one of seconds, flops and images")
+        return self
+
+
+class Measure(_Strict):
+    """How an arm is judged."""
+
+    points: int = Field(4, ge=1, le=100, description="measurements along the budget")
+    n: int = Field(500, ge=2, description="samples of each")
+    features: str = Field("pixel", description="what images are compared by")
+    weights: str | None = Field(None, description="the features' weights file")
+    reference: str = Field("digits:test", description="images or statistics to compare with")
+
+
+class Spec(_Strict):
+    """A comparison: arms by name, each a configuration or a list of stages, with the keys of a
+    configuration, `config` (a preset or file under them) and `share` (of the budget).
+    """
+
+    arms: dict[str, list[dict[str, Any]]] = Field(min_length=1)
+    budget: Budget
+    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of each arm")
+    slice: float = Field(3.0, gt=0, description="seconds of an arm's turn")
+    common: dict[str, Any] = Field(
+        {}, description="keys of all arms: over their presets, under their own"
+    )
+    sweep: list[float] = Field([], description="learning rates that every arm tries with seed one")
+    measure: Measure = Measure()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _lists(cls, content: Any) -> Any:
+        if isinstance(content, dict) and isinstance(content.get("arms"), dict):
+            arms = content["arms"].items()
+            listed = {k: [v or {}] if not isinstance(v, list) else v for k, v in arms}
+            content = {**content, "arms": listed}
+        return content
+
+
+def read(path: Path) -> Spec:
+    """The comparison that a YAML file asks for. Raises UsageError naming the file."""
+    files.require_regular(path)
+    with files.reading(path, "a comparison in YAML"):
+        text = path.read_text(encoding="utf-8")
+    try:
+        return Spec.model_validate(presets.parse_yaml(text, str(path)))
+    except ValidationError as error:
+        problems = "; ".join(
+            f"{'.'.join(map(str, problem['loc'])) or 'the file'}: {problem['msg']}"
+            for problem in error.errors()
+        )
+        raise UsageError(f"{path}: {problems}") from None

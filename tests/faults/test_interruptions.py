@@ -1,0 +1,149 @@
+"""Whatever ends a command early, the same command ends with the same bits: kills at any instant,
+and every operation on a file failed once.
+"""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+from children import Children, End, require_calm
+from scenarios import SCENARIOS, Scenario, make_inputs, numbers
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory) -> Path:
+    return make_inputs(tmp_path_factory.mktemp("inputs"))
+
+
+class Undisturbed:
+    """How each scenario ends when nothing happens to it: the bits, its file operations for each
+    kind of fault, and how long it takes.
+    """
+
+    def __init__(self, children: Children, inputs: Path, folder: Path) -> None:
+        self._children, self._inputs, self._folder = children, inputs, folder
+        self._known: dict[str, tuple[dict[str, str], dict[str, list[str]], float]] = {}
+
+    def of(self, name: str) -> tuple[dict[str, str], dict[str, list[str]], float]:
+        if name not in self._known:
+            scenario, bits, operations, took = SCENARIOS[name], {}, {}, 0.0
+            for kind in ("writes", "all"):
+                folder = scenario.prepare(self._inputs, self._folder / name / kind)
+                # No operation has this number.
+                fault = "none" if kind == "writes" else "EIO"
+                end = self._children.command(folder, *scenario.argv, fault=fault, at=-1)
+                require_calm(end, 0)
+                again = numbers(folder)
+                assert not bits or bits == again
+                bits, operations[kind], took = again, end.operations, end.took
+            self._known[name] = bits, operations, took
+        return self._known[name]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(children, inputs, tmp_path_factory) -> Undisturbed:
+    return Undisturbed(children, inputs, tmp_path_factory.mktemp("undisturbed"))
+
+
+def run_again(children: Children, scenario: Scenario, place: Path) -> None:
+    """The same command, which ends well, or says that what it makes was there already."""
+    end = children.command(place, *scenario.argv)
+    require_calm(end, 0, 2)
+    assert end.code == 0 or "is there already" in end.err, end.err
+
+
+def assert_same_bits(folder: Path, bits: dict[str, str]) -> None:
+    """A folder holds what an undisturbed command leaves, number for number, and nothing else."""
+    found = numbers(folder)
+    assert found.keys() == bits.keys(), f"other files: {found.keys() ^ bits.keys()}"
+    different = [name for name in bits if found[name] != bits[name]]
+    assert not different, f"other bits in {different}"
+
+
+def instants(count: int, few: int, name: str) -> list[int]:
+    """Some numbers of operations; with `few` 0 all."""
+    every = list(range(count))
+    return random.Random(name).sample(every, min(few, count)) if few else every
+
+
+def names_the_file(end: End, operation: str) -> bool:
+    """Whether the sentence names what the operation was on, or a folder above it."""
+    path = Path(operation.split("\t")[1])
+    own = [path.name.removeprefix(".").removesuffix(".npy").removesuffix(".part")]
+    return any(part in end.err for part in [*own, *path.parts[:-1]])
+
+
+def fail_at(children, inputs, undisturbed, folder, name, kind, few):
+    """Fail, or kill at, some operations of a scenario, and run it again after each."""
+    scenario = SCENARIOS[name]
+    bits, operations, _ = undisturbed.of(name)
+    problems = []
+    for at in instants(len(operations["all" if kind == "EIO" else "writes"]), few, name + kind):
+        place = scenario.prepare(inputs, folder / str(at))
+        end = children.command(place, *scenario.argv, fault=kind, at=at)
+        # Threads do not always read in the same order.
+        hit = end.operations[at] if at < len(end.operations) else "none\tnone"
+        try:
+            assert_failed_well(end, kind, hit)
+            if end.code:
+                run_again(children, scenario, place)
+            assert_same_bits(place, bits)
+        except AssertionError as error:
+            problems.append(f"{name}: {kind} at {at}, {hit}: {error}")
+        shutil.rmtree(place)
+    assert not problems, "\n\n".join([f"{len(problems)} problems", *problems])
+
+
+def assert_failed_well(end: End, kind: str, hit: str) -> None:
+    """What is asked of a command that was killed, or one of whose operations failed."""
+    if kind == "kill":
+        assert end.code == -9, end
+        assert end.seen == []
+        return
+    require_calm(end, 0, 1, 2)
+    assert end.code == 0 or names_the_file(end, hit), end.err
+
+
+KINDS = ("kill", "ENOSPC", "EIO")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_a_few_operations(children, inputs, undisturbed, tmp_path, name, kind):
+    fail_at(children, inputs, undisturbed, tmp_path, name, kind, few=2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_every_operation(children, inputs, undisturbed, tmp_path, name, kind):
+    fail_at(children, inputs, undisturbed, tmp_path, name, kind, few=0)
+
+
+def kill_at_random(children, inputs, undisturbed, folder, name, times):
+    """Kill a scenario at random instants, several times on the way to one end."""
+    scenario, draw = SCENARIOS[name], random.Random(name)
+    bits, _, took = undisturbed.of(name)
+    for i in range(times):
+        place = scenario.prepare(inputs, folder / str(i))
+        for _ in range(3):
+            after = draw.uniform(0, took)
+            end = children.command(place, *scenario.argv, kill_after=after)
+            assert end.code in (0, -9), f"{end.code}\n{end.out}\n{end.err}"
+            if end.code == 0:
+                break
+        else:
+            run_again(children, scenario, place)
+        assert_same_bits(place, bits)
+
+
+@pytest.mark.parametrize("name", ["train", "sample"])
+def test_kills_at_a_few_random_instants(children, inputs, undisturbed, tmp_path, name):
+    kill_at_random(children, inputs, undisturbed, tmp_path, name, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_kills_at_many_random_instants(children, inputs, undisturbed, tmp_path, name):
+    kill_at_random(children, inputs, undisturbed, tmp_path, name, 20)
