@@ -60,8 +60,9 @@ def save(
         publish(final, run, (averages or ["model"])[0])
     except (OSError, MsmdiffError) as error:
         shutil.rmtree(part, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise MsmdiffError(
-            f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
+            f"checkpoint at image {images_seen:,} could not be written to {folder}: {reason}; "
             "earlier checkpoints are intact, run the same command again to go on from the newest"
         ) from None
     for old in [path for path in complete(run) if _images(path) <= images_seen][:-retain]:

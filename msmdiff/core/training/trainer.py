@@ -194,8 +194,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self, signals: launch.Signals) -> Summary:
+    def fit(self, signals: launch.Signals | None = None) -> Summary:
         """Train to the end, or until a signal asks to stop."""
+        if signals is None:
+            with launch.Signals() as own:
+                return self.fit(own)
         steps = self.steps(signals)
         while True:
             try:
