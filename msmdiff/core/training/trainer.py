@@ -440,7 +440,8 @@ class Trainer:
         )
         if self.main:
             stem = next((f"ema-{decay}" for decay in self.step.averages.networks), "model")
-            checkpoint.publish(path, self.run.path, stem)
+            keep = self.config.train.keep_checkpoints
+            checkpoint.finish(self.run.path, stem, keep, self.images_seen)
         self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
         if (
             state["processes"] != self.accelerator.num_processes
