@@ -1,10 +1,16 @@
 """One thing of each kind from a file outside the package, used through the command line."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from msmdiff.core import backbones, registry
+from msmdiff.core.sections import ModelConfig
 
 PLUGIN = '''
 """One of everything."""
@@ -29,6 +35,7 @@ from msmdiff.core.metrics.features import Features
 from msmdiff.core.metrics.scores import Metric, score
 from msmdiff.core.registry import Options, register
 from msmdiff.core.samplers.times import FreeOptions
+from msmdiff.core.weights.layout import Network
 
 
 class GainOptions(Options):
@@ -265,6 +272,32 @@ class Shades(Source):
 
     def describe(self, index):
         return f"shade {index}"
+
+
+class Prefixed:
+    """U-ViT's tensors behind a prefix."""
+
+    HOLDS = frozenset({"uvit"})
+
+    def matches(self, names):
+        return "mine.pos_embed" in names
+
+    def describe(self, tensors, given):
+        width = tensors["mine.pos_embed"].shape[-1]
+        fields = dict(patch_size=4, hidden_size=width, depth=3, num_heads=2)
+        return Network("uvit", (3, 16, 16), 0, fields)
+
+    def to_ours(self, tensors, network):
+        return {name.removeprefix("mine."): tensor for name, tensor in tensors.items()}
+
+    def to_published(self, tensors, network):
+        return {f"mine.{name}": tensor for name, tensor in tensors.items()}
+
+    def sections(self, network, buffers):
+        return {"data": {"image_size": 16}, "codec": {"name": "pixel"}}
+
+
+register("layout", "prefixed")(Prefixed())
 '''
 CHOSEN = [
     "data.kind=shades",
@@ -340,6 +373,26 @@ def test_one_of_each_kind_is_trained_sampled_and_scored_with(cli, plugin, tmp_pa
     assert backbones.count("(plugin mine)") == 1, "what a plugin imports does not become its own"
     report = json.loads(cli("data", "inspect", "shades", "--plugin", plugin, "--json").stdout)
     assert report["classes"] == {"dark": 6, "light": 6}
+
+
+def test_a_plugin_holds_every_kind_that_there_is():
+    registered = set(re.findall(r'register\("(\w+)"', PLUGIN))
+    assert registered | {"backbone", "size"} == set(registry.KINDS)
+    assert "@family(" in PLUGIN  # which registers those two
+
+
+def test_checkpoints_of_a_layout_from_outside_are_opened_and_written(cli, plugin, tmp_path):
+    fields = dict(patch_size=4, hidden_size=16, depth=3, num_heads=2)
+    model = backbones.resolve(ModelConfig(name=None, family="uvit", **fields))
+    tensors = backbones.build(model, (3, 16, 16)).state_dict()
+    save_file({f"mine.{k}": v.contiguous() for k, v in tensors.items()}, tmp_path / "m.safetensors")
+    assert "prefixed" in cli("weights", "show", "m.safetensors", "--plugin", plugin).stdout
+    assert "prefixed" not in cli("weights", "show", "m.safetensors", code=1).stdout
+    cli("weights", "convert", "m.safetensors", "-o", "ours.safetensors", "--plugin", plugin)
+    back = load_file(tmp_path / "ours.safetensors")
+    assert back.keys() == tensors.keys()
+    assert all(torch.equal(back[name], tensors[name]) for name in tensors)
+    cli("sample", "ours.safetensors", "--n", "2", "--steps", "2")
 
 
 def test_a_configuration_names_its_plugins_itself(cli, plugin, tmp_path):

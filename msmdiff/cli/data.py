@@ -88,27 +88,18 @@ def encode(
     from msmdiff.cli.console import Console
     from msmdiff.core import machine
     from msmdiff.core.data import encode as encoding
-    from msmdiff.core.data import sources
-    from msmdiff.core.data.latents import Latents
     from msmdiff.core.data.loader import open_training
     from msmdiff.core.data.text import Captions, TextEncoder
-    from msmdiff.core.diffusion import codecs
 
     machine.prepare()
     console = Console(prefix=f"[{os.environ['RANK']}] " if "RANK" in os.environ else "")
-    flags = {
-        "source": source,
-        "image_size": image_size,
-        "labels": labels,
-        "skip_unreadable": skip_unreadable,
-    }
+    flags = {"source": source, "image_size": image_size, "labels": labels}
+    flags["skip_unreadable"] = skip_unreadable
     config = _configure(flags, {"name": codec, "vae": vae}, sets)
     device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
-    space = codecs.build(config.codec, config.data.image_size)
     # What may be missing is asked for first: the images are all decoded once when they are opened.
     encoding.require_free(out)
-    if not isinstance(sources.open_configured(config.data), Latents):
-        space.load(device)
+    space = _loaded(config, device)
     encoder = TextEncoder(text, device) if captions else None
     images = open_training(config.data, console.note)
     texts = Captions.read(images, captions, encoder) if captions and encoder else None
@@ -126,9 +117,20 @@ def encode(
         device=device,
     )
     console.finish()
-    console.note(
-        f"{out}: {count:,} images encoded now, of {len(images):,}; next: msmdiff train --data {out}"
-    )
+    told = f"{out}: {count:,} images encoded now, of {len(images):,}"
+    console.note(f"{told}; next: msmdiff train --data {out}")
+
+
+def _loaded(config: Any, device: str) -> Any:
+    """The codec, with its weights where images have to be encoded. Raises what `load` raises."""
+    from msmdiff.core.data import sources
+    from msmdiff.core.data.latents import Latents
+    from msmdiff.core.diffusion import codecs
+
+    space = codecs.build(config.codec, config.data.image_size)
+    if not isinstance(sources.open_configured(config.data), Latents):
+        space.load(device)
+    return space
 
 
 def inspect(

@@ -130,9 +130,8 @@ def fid(
         chosen.features["resize"] = resize
     if precision != "fp32":
         chosen.features["precision"] = precision
-    sides = _sides(
-        _Wish(a=a, b=b, run=run, crop=crop, every_checkpoint=every_checkpoint), save_stats
-    )
+    wish = _Wish(a=a, b=b, run=run, crop=crop, every_checkpoint=every_checkpoint)
+    sides = _sides(wish, save_stats)
     if every_checkpoint and (run is None or plot is not None or "fid" not in metrics.split(",")):
         raise UsageError(
             "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
@@ -151,8 +150,8 @@ def fid(
         bootstrap=bootstrap,
         keep_rows=plot is not None,
     )
-    opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers}
-    _compare(sides, settings, {**opening, "layers": [chosen.layers]}, outputs)
+    opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers, "layers": [chosen.layers]}
+    _compare(sides, settings, opening, outputs)
 
 
 @dataclass

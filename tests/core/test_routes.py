@@ -207,7 +207,7 @@ def test_an_objective_takes_the_route_that_is_named(model, route):
 
 def test_a_family_without_the_filling_refuses_the_objective():
     layers = {"mask": {"ratio": 0.5, "route": "side"}, "objective": {"name": "msm"}}
-    with pytest.raises(UsageError, match=r"'msm' does not suit model.family uvit"):
+    with pytest.raises(UsageError, match=r"mask.route side is not for model.family uvit"):
         road.resolve(configuration.build(layers))
 
 

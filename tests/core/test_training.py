@@ -161,12 +161,12 @@ def test_micro_batches_add_up_to_the_batch(tmp_path, quiet):
     for batch in chunks:
         trainer.step.model.zero_grad()
         trainer.step.accumulate = 1
-        trainer.step._backward(batch, 0.0)
+        trainer.step._backward(batch)
         expected.append([p.grad.clone() for p in trainer.step.model.parameters()])
     trainer.step.model.zero_grad()
     for batch in chunks:
         trainer.step.accumulate = 2
-        trainer.step._backward(batch, 0.0)
+        trainer.step._backward(batch)
     for p, a, b in zip(trainer.step.model.parameters(), *expected, strict=True):
         torch.testing.assert_close(p.grad, (a + b) / 2, rtol=1e-5, atol=1e-7)
     trainer.close()

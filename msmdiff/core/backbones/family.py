@@ -95,6 +95,8 @@ def _bounded(parameter: inspect.Parameter) -> Any:
         float: Annotated[float, Field(ge=0, le=1024)],
         list[int]: list[whole],
     }
+    if parameter.annotation is parameter.empty:  # of a plugin: anything goes
+        return Any
     return known.get(parameter.annotation, parameter.annotation)
 
 

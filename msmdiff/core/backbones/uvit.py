@@ -196,16 +196,21 @@ class UViT(nn.Module):
             depth=sparse_depth,
             block=light_block,
         )
-        into, self.last_width = None, hidden_size
-        if sparse == "decoder":
-            into = nn.Sequential(nn.LayerNorm(hidden_size), nn.Linear(hidden_size, light.width))
-            self.last_width = light.width
-        parts.attach(self, sparse, light, into)
+        self._attach(sparse, light)
         self.norm = nn.LayerNorm(self.last_width)
         self.to_output: Any = self._make_to_output(channels)
         self.final_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
         self.initialise()
         parts.initialise(self)
+
+    def _attach(self, sparse: parts.Sparse, light: parts.Light) -> None:
+        """Add the part for sparse training; behind a decoder the tokens have its width."""
+        into, self.last_width = None, self.hidden_size
+        if sparse == "decoder":
+            width = self.hidden_size
+            into = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, light.width))
+            self.last_width = light.width
+        parts.attach(self, sparse, light, into)
 
     @property
     def special_tokens(self) -> tuple[str, ...]:

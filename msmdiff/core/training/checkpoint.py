@@ -57,17 +57,29 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         part.rename(final)
         files.fsync(folder)
-        publish(final, run, (averages or ["model"])[0])
+        finish(run, (averages or ["model"])[0], retain, images_seen)
     except (OSError, MsmdiffError) as error:
         shutil.rmtree(part, ignore_errors=True)
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise MsmdiffError(
-            f"checkpoint at image {images_seen:,} could not be written to {folder}: {error}; "
+            f"checkpoint at image {images_seen:,} could not be written to {folder}: {reason}; "
             "earlier checkpoints are intact, run the same command again to go on from the newest"
         ) from None
-    for old in [path for path in complete(run) if _images(path) <= images_seen][:-retain]:
+    return final
+
+
+def finish(run: Path, stem: str, retain: int, last: int) -> None:
+    """What follows a checkpoint, and a kill may have come before: the run's `weights.safetensors`
+    is that of the newest, and all but the newest `retain`, and the best one, go; of those of at
+    most `last` images.
+    """
+    whole = [path for path in complete(run) if _images(path) <= last]
+    if not whole:
+        return
+    publish(whole[-1], run, stem)
+    for old in whole[:-retain]:
         if old != _best(run):
             shutil.rmtree(old, ignore_errors=True)
-    return final
 
 
 def _best(run: Path) -> Path | None:

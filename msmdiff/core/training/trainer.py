@@ -194,8 +194,11 @@ class Trainer:
 
     # ------------------------------------------------------------------ the loop
 
-    def fit(self, signals: launch.Signals) -> Summary:
+    def fit(self, signals: launch.Signals | None = None) -> Summary:
         """Train to the end, or until a signal asks to stop."""
+        if signals is None:
+            with launch.Signals() as own:
+                return self.fit(own)
         steps = self.steps(signals)
         while True:
             try:
@@ -437,7 +440,8 @@ class Trainer:
         )
         if self.main:
             stem = next((f"ema-{decay}" for decay in self.step.averages.networks), "model")
-            checkpoint.publish(path, self.run.path, stem)
+            keep = self.config.train.keep_checkpoints
+            checkpoint.finish(self.run.path, stem, keep, self.images_seen)
         self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
         if (
             state["processes"] != self.accelerator.num_processes
