@@ -1,4 +1,6 @@
-"""`bench`: how fast a training step is, with and without the mask."""
+"""`bench`: how fast a training step is, with and without the mask; `bench train`: where its time
+goes, and two settings in turns.
+"""
 
 from typing import Annotated, Any, Literal
 
@@ -6,15 +8,20 @@ import typer
 
 
 def register(app: typer.Typer) -> None:
-    """Add the command."""
-    app.command(
+    """Add the command, which works without a sub-command too."""
+    group = typer.Typer(invoke_without_command=True, rich_markup_mode="markdown")
+    group.callback(
         epilog="Examples: `msmdiff bench` · `msmdiff bench --model MaskDM-S/4 --image-size 64 "
         "--batch-size 16` · "
-        "`msmdiff bench --config digits-pretrain --mask 0.5 --mask 0.9 --json`"
+        "`msmdiff bench --config digits-pretrain --mask 0.5 --mask 0.9 --json` · "
+        "`msmdiff bench train --config digits-pretrain --vs digits-finetune`"
     )(bench)
+    group.command("train")(train)
+    app.add_typer(group, name="bench")
 
 
 def bench(
+    context: typer.Context,
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
     model: Annotated[str | None, typer.Option(help="Size by name.")] = None,
     image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
@@ -36,6 +43,8 @@ def bench(
 
     Without --mask: 0.9, or MDT's and EDT's own two passes.
     """
+    if context.invoked_subcommand is not None:
+        return
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core import config as configuration
     from msmdiff.core import presets
@@ -68,9 +77,10 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
     import torch
 
     from msmdiff.core import backbones
-    from msmdiff.core.bench import training as timing
     from msmdiff.core import build as road
     from msmdiff.core import config as configuration
+    from msmdiff.core.bench import training as timing
+    from msmdiff.core.bench.timing import matmul_peak
     from msmdiff.core.training.launch import choose_precision
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -86,7 +96,7 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
             asked += [(r, "auto") for r in masks or [0.0 if own else 0.9]]
         chosen.train.precision = choose_precision(chosen, device.type)
         half = chosen.train.precision == "bf16"
-        peak = peak or timing.timing.matmul_peak(device, torch.bfloat16 if half else torch.float32)
+        peak = peak or matmul_peak(device, torch.bfloat16 if half else torch.float32)
         rows.append(timing.training_step(chosen, steps, peak))
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":
@@ -113,3 +123,97 @@ def _row(row: dict[str, Any], first: dict[str, Any]) -> tuple[str, ...]:
         f"{row['peak_fraction']:.0%}",
         f"{row['peak_memory_bytes'] / 2**30:.2f} GiB",
     )
+
+
+def train(
+    config: Annotated[str, typer.Option(help="A preset's name or a YAML file.")] = (
+        "digits-pretrain"
+    ),
+    vs: Annotated[
+        str | None, typer.Option(help="Another preset or file: both are timed in alternation.")
+    ] = None,
+    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each; of a slice.")] = 5,
+    pairs: Annotated[int, typer.Option(min=2, help="With --vs: pairs of slices.")] = 10,
+    sets: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Any key, of both: `--set train.batch_size=8`."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
+) -> None:
+    """Where a training step's time goes, with the configuration's route and without; or, with
+    --vs, how two configurations compare, pair by pair.
+    """
+    import torch
+
+    from msmdiff.cli.console import print_json
+    from msmdiff.core.bench import timing
+    from msmdiff.core.bench import training as trainings
+
+    first = _resolved(config, sets)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if vs is not None:
+        second = _resolved(vs, sets)
+        works = [trainings.Training(chosen) for chosen in (first, second)]
+        found = timing.alternate(works[0], works[1], device, pairs, steps)
+        report = {"first": config, "second": vs, **found.as_dict()}
+        print_json(report) if as_json else _show_pairs(report)
+        return
+    peak = timing.matmul_peak(device, trainings.dtype_of(first))
+    rows = {"as configured": trainings.full_report(trainings.Training(first), steps, peak)}
+    plain = trainings.without_route(first)
+    if rows["as configured"]["kept"] < rows["as configured"]["tokens"]:
+        rows["every token"] = trainings.full_report(trainings.Training(plain), steps, peak)
+    report = {"config": config, "matmul_peak_flops_per_s": peak, "results": list(rows.values())}
+    print_json(report) if as_json else _show_parts(config, rows)
+
+
+def _resolved(name: str, sets: list[str] | None) -> Any:
+    """A preset or a file, resolved for ten classes, with its precision chosen."""
+    import torch
+
+    from msmdiff.core import build as road
+    from msmdiff.core import config as configuration
+    from msmdiff.core import presets
+    from msmdiff.core.training.launch import choose_precision
+
+    layers = [presets.read(name), configuration.parse_sets(sets or [])]
+    chosen = road.resolve(configuration.build(*layers), data_classes=10)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    chosen.train.precision = choose_precision(chosen, device)
+    return chosen
+
+
+def _show_pairs(report: dict[str, Any]) -> None:
+    from msmdiff.cli.console import Console
+
+    rows = [
+        (str(i + 1), f"{1000 * a:,.1f}", f"{1000 * b:,.1f}", f"{b / a:.2f}")
+        for i, (a, b) in enumerate(
+            zip(report["first_seconds"], report["second_seconds"], strict=True)
+        )
+    ]
+    header = ("pair", f"{report['first']}, ms", f"{report['second']}, ms", "ratio")
+    Console().table("Steps of two trainings, in alternation", header, rows)
+    Console().note(
+        f"{report['first']} is {report['median']:.2f} times as fast as {report['second']} "
+        f"(quartiles {report['low']:.2f} to {report['high']:.2f}, {report['pairs']} pairs)"
+    )
+
+
+def _show_parts(config: str, reports: dict[str, dict[str, Any]]) -> None:
+    from msmdiff.cli.console import Console
+
+    parts = list(next(iter(reports.values()))["parts_ms"])
+    rows = [(part, *(f"{r['parts_ms'][part]:,.2f}" for r in reports.values())) for part in parts]
+    for title, show in (
+        ("ms a step", lambda r: f"{r['ms_per_step']:,.1f}"),
+        ("images/s", lambda r: f"{r['images_per_s']:,.0f}"),
+        ("TFLOP/s", lambda r: f"{r['flops_per_s'] / 1e12:.3f}"),
+        ("of a large product's peak", lambda r: f"{r['peak_fraction']:.0%}"),
+        ("of its own products' peak", lambda r: f"{r['own_peak_fraction']:.0%}"),
+        ("peak memory, GiB", lambda r: f"{r['peak_memory_bytes'] / 2**30:.2f}"),
+        ("estimated memory, GiB", lambda r: f"{r['estimated_memory_bytes'] / 2**30:.2f}"),
+    ):
+        rows.append((title, *(show(r) for r in reports.values())))
+    header = (config, *(f"{name}: {r['kept']} of {r['tokens']}" for name, r in reports.items()))
+    Console().table("A training step; its parts in ms, medians", header, rows)

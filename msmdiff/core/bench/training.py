@@ -186,12 +186,8 @@ def products(config: Config) -> Counter[timing.Shape]:
 
 def without_route(config: Config) -> Config:
     """A resolved configuration, trained on every token in one plain pass."""
-    plain = {
-        "mask": {"ratio": 0.0, "kind": "patch", "route": "auto", "schedule": "constant"},
-        "objective": {"name": "dsm"},
-    }
-    if "tail" in type(config.mask).model_fields:
-        plain["mask"]["tail"] = 0.0
+    mask = {"ratio": 0.0, "kind": "patch", "route": "auto", "schedule": "constant", "tail": 0.0}
+    plain: dict[str, Any] = {"mask": mask, "objective": {"name": "dsm"}}
     layer = configuration.stored(merge(config.as_dict(), plain), "the configuration")
     return road.resolve(configuration.build(layer))
 

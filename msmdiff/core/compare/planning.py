@@ -8,9 +8,10 @@ from typing import Any
 
 import torch
 
-from msmdiff.core import bench, presets
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
+from msmdiff.core import presets
+from msmdiff.core.bench import training as bench
 from msmdiff.core.compare.spec import Budget, Spec
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import open_training

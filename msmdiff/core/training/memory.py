@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx.experimental.proxy_tensor import maybe_disable_fake_tensor_mode
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -127,7 +126,7 @@ def routes(parts: road.Parts, batch: int, device: str) -> list[Route | None]:
     found: list[Route | None] = []
     for route_of in parts.objective.passes.values():
         # On real tensors: some routes read numbers.
-        with torch.device("cpu"), maybe_disable_fake_tensor_mode():
+        with torch.device("cpu"), unset_fake_temporarily():
             route = route_of(parts.objective.copies, draw)
         if route is not None and route.keep is not None:
             keep = torch.zeros(batch, parts.mask.kept, dtype=torch.long, device=device)
