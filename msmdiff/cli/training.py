@@ -160,9 +160,11 @@ def _begun_from(ckpt: str, run: str | None) -> Any:
     from msmdiff.core.training.run import Run
 
     begun = Run(_place(run), writes=False).begun() if run else None
-    names = [str(folder / ckpt) for folder in (Path(), Path("runs"))]
-    places = [*names, *(str(Path(name) / "weights.safetensors") for name in names)]
-    return begun if begun and begun.train.init_from in places else None
+    names = [(folder / ckpt).absolute() for folder in (Path(), Path("runs"))]
+    places = [*names, *(name / "weights.safetensors" for name in names)]
+    if begun is None or begun.train.init_from is None:
+        return None
+    return begun if Path(begun.train.init_from).absolute() in places else None
 
 
 def _place(run: str) -> Path:
