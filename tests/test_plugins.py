@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from msmdiff.core import backbones, registry
+from msmdiff.core.errors import UsageError
 from msmdiff.core.sections import ModelConfig
 
 PLUGIN = '''
@@ -475,3 +476,74 @@ def test_an_installed_plugin_is_loaded_by_its_name_only(cli, tmp_path):
     assert "damped" not in cli("list", "samplers", PYTHONPATH=path).stdout
     assert "damped" in cli("list", "samplers", "--plugin", "helping", PYTHONPATH=path).stdout
     assert "installed: helping" in cli("list", "--plugin", "x", code=2, PYTHONPATH=path).stderr
+
+
+HEAD = "from msmdiff.core.registry import Options, register\nfrom pydantic import BaseModel\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("register('samplers', 'x')(print)", r"the kind 'samplers'; did you mean 'sampler'"),
+        ("register('metric', 'bare')(object)", r"the metric 'bare' must be a subclass of Metric"),
+        ("register('sampler', 's')(lambda x: x)", r"must take the arguments \(denoise, schedule, "),
+        (
+            "class O(BaseModel):\n    a: int = 1\n"
+            "register('sampler', 's', O)(lambda d, s, x, t, n, *, a: x)",
+            r"has options O, not a subclass of Options",
+        ),
+        (
+            "class O(Options):\n    steps: int = 1\n"
+            "register('sampler', 's', O)(lambda d, s, x, t, n, *, steps: x)",
+            r"has an option steps, which is a key of its section already",
+        ),
+        (
+            "class O(Options):\n    a: int = 1\n"
+            "register('sampler', 's', O)(lambda d, s, x, t, n: x)",
+            r"must take the arguments .*\* ?, ?a\)|must take the arguments .*a\)",
+        ),
+    ],
+)
+def test_what_could_not_be_used_is_refused_when_it_is_registered(tmp_path, content, words):
+    path = tmp_path / f"wrong{abs(hash(content))}.py"
+    path.write_text(HEAD + content)
+    with pytest.raises(UsageError, match=words):
+        registry.load_plugin(str(path))
+
+
+def test_every_built_in_could_be_registered_from_outside():
+    for kind in registry.KINDS:
+        for entry in registry.entries(kind).values():
+            assert not registry._wrong_base(kind, entry.make), (kind, entry.name)
+            assert not registry._wrong_call(kind, entry.make, entry.options), (kind, entry.name)
+
+
+def test_an_error_in_a_plugins_code_names_it_and_the_line(cli, tmp_path):
+    (tmp_path / "p.py").write_text(
+        HEAD + "@register('sampler', 'z')\ndef z(d, s, x, t, n):\n    return 1 / 0\n"
+    )
+    cli("train", "--steps", "1", "--batch-size", "4", "--run", "r")
+    draw = ("sample", "r", "--n", "2", "--plugin", "p.py", "--sampler", "z", "--out", "o")
+    assert "the plugin p failed: ZeroDivisionError: division by zero (p.py, line 5)" in (
+        cli(*draw, code=1).stderr
+    )
+    (tmp_path / "p.py").write_text(
+        HEAD + "@register('sampler', 'z')\ndef z(d, s, x, t, n):\n    return x[:, :2]\n"
+    )
+    assert "the sampler z gave [2, 2, 16, 16], not images of the noise's shape" in (
+        cli(*draw, code=1).stderr
+    )
+
+
+def test_a_sources_options_reach_it_and_no_other(cli, plugin, tmp_path):
+    report = cli(
+        "data", "inspect", "shades", "--plugin", plugin, "--set", "data.shades=6", "--json"
+    )
+    assert json.loads(report.stdout)["images"] == 6
+    common = ["train", "--plugin", plugin, "--steps", "1", "--batch-size", "2", "--run", "r"]
+    common += ["--set", "data.shades=6", "--image-size", "16"]
+    refused = cli(*common, "--data", "digits", code=2).stderr
+    assert "data.shades 6 has no effect" in refused
+    assert not (tmp_path / "runs" / "r" / "config.yaml").exists()
+    cli(*common, "--data", "shades")
+    assert "needs the plugin mine" in cli("sample", "r", "--n", "1", code=2).stderr
