@@ -484,3 +484,29 @@ def test_embedded_scans_are_divided_into_two_parts(name, count, side):
     assert list(test.read(1).getdata()) == list(whole.read(5).getdata())
     with pytest.raises(UsageError, match=f"the parts of {name} are {name}:train and {name}:test"):
         sources.open_source(f"{name}:val")
+
+
+class Slow:
+    """A loader that gives up so many times before each batch, and then raises what it is given."""
+
+    def __init__(self, waits, error=None):
+        self.waits, self.error = list(waits), error
+
+    def __next__(self):
+        if not self.waits:
+            raise self.error or StopIteration
+        if self.waits[0]:
+            self.waits[0] -= 1
+            raise RuntimeError("DataLoader timed out after 5 seconds")
+        self.waits.pop(0)
+        return "batch"
+
+
+def test_a_batch_is_waited_for_in_short_looks(monkeypatch):
+    monkeypatch.setattr(loader, "PATIENCE", 20)
+    assert list(loader._patiently(Slow([3, 0, 3]))) == ["batch"] * 3
+    with pytest.raises(RuntimeError, match="timed out"):
+        list(loader._patiently(Slow([0, 4])))
+    dead = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
+    with pytest.raises(RuntimeError, match="exited unexpectedly"):
+        list(loader._patiently(Slow([1], dead)))

@@ -193,6 +193,9 @@ PATIENCE = 600
 """Seconds that a batch is waited for: a file that never comes (a dead network disk) ends a command.
 """
 
+LOOK_EVERY = 5
+"""Seconds after which the workers are looked after, while a batch is waited for."""
+
 
 def through_workers(
     dataset: Any, chunks: Iterable[list[int]], workers: int, *, pin_memory: bool = False
@@ -212,13 +215,13 @@ def through_workers(
             worker_init_fn=_leave_signals_to_the_parent,
             num_workers=workers,
             prefetch_factor=4 if workers else None,
-            timeout=PATIENCE if workers else 0,
+            timeout=min(LOOK_EVERY, PATIENCE) if workers else 0,
             pin_memory=pin_memory,
         )
     )
     started = [child for child in multiprocessing.active_children() if child not in others]
     try:
-        for batch in loader:
+        for batch in _patiently(loader):
             if isinstance(batch, MsmdiffError):
                 raise batch
             yield batch
@@ -227,6 +230,25 @@ def through_workers(
         del loader
         for worker in started:
             worker.kill()
+
+
+def _patiently(loader: Iterator[Any]) -> Iterator[Any]:
+    """The batches of a loader that gives up every LOOK_EVERY seconds: then torch looks whether its
+    workers live, whose end it is told of by a signal, which Python may lose.
+    """
+    waited = 0.0
+    while True:
+        try:
+            batch = next(loader)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            waited += LOOK_EVERY
+            if waited >= PATIENCE or not str(error).startswith("DataLoader timed out"):
+                raise
+            continue
+        waited = 0.0
+        yield batch
 
 
 def _as_is(batch: Any) -> Any:
