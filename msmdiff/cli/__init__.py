@@ -2,6 +2,7 @@
 `--help` is instant.
 """
 
+import os
 import sys
 
 import typer
@@ -56,6 +57,20 @@ plugins.accept(app)
 def main() -> None:
     """Run the command line; every failure ends in one sentence and an exit code."""
     console.heed_the_second_interrupt()
-    with console.sentences():
-        app()
-    sys.exit(0)
+    try:
+        with console.sentences():
+            app()
+    except SystemExit as left:
+        if os.environ.get("WORLD_SIZE", "1") != "1":
+            _leave_at_once(left)
+        raise
+
+
+def _leave_at_once(left: SystemExit) -> None:
+    """End one of several processes without tearing torch down: threads of its collectives may
+    still be there then, and abort a process that has finished its work.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    code = left.code if isinstance(left.code, int) else int(left.code is not None)
+    os._exit(code)
