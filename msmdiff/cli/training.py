@@ -245,8 +245,8 @@ def _interrupted(summary: Any) -> str:
             f"interrupted at image {summary.images_seen:,} and saved: the same command resumes "
             f"{summary.run}"
         )
-    if earlier := checkpoint.newest(summary.run):
-        return f"interrupted before the first step: the same command resumes {earlier}"
+    if checkpoint.newest(summary.run):
+        return f"interrupted before the first step: the same command resumes {summary.run}"
     return "interrupted before the first step: nothing was saved yet"
 
 

@@ -68,14 +68,7 @@ def accelerator(config: Config, run_path: Path) -> Any:
         project_dir=str(run_path),
         step_scheduler_with_optimizer=False,
         fsdp_plugin=shards,
-        # A plain pass leaves MDT's side block and mask token without gradients, which DDP must
-        # know.
-        kwargs_handlers=[
-            DistributedDataParallelKwargs(
-                find_unused_parameters=str(config.model.family).startswith("mdt")
-                and config.objective.name == "dsm"
-            )
-        ],
+        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=_has_idle(config))],
     )
     if shards and not made.is_fsdp2:
         raise UsageError(
@@ -88,6 +81,14 @@ def accelerator(config: Config, run_path: Path) -> Any:
             f"`torchrun --nproc_per_node {launched} -m -- msmdiff ...`"
         )
     return made
+
+
+def _has_idle(config: Config) -> bool:
+    """Whether some steps leave parameters without gradients, which DDP must know: a plain pass
+    MDT's side block and mask token, and the mask token of a decoder for sparse training.
+    """
+    plain_mdt = str(config.model.family).startswith("mdt") and config.objective.name == "dsm"
+    return plain_mdt or config.model.model_dump().get("sparse") == "decoder"
 
 
 def first() -> bool:
