@@ -62,7 +62,7 @@ def quickstart(
     console = Console()
     # What is not training: imports, set-up and timing, and the samples of both arms per seed.
     seeds = SEEDS if minutes >= 3 else 1
-    arm_seconds = max(2.0, (minutes * 60 - 25 - 20 * seeds) / seeds / len(ARMS))
+    arm_seconds = max(2.0, (minutes * 60 - 25 - 40 * seeds) / seeds / len(ARMS))
     console.note(
         f"two arms of {arm_seconds:.0f} s training each, in turns, with {seeds} "
         f"seed{'s' if seeds > 1 else ''}, in {out}/"
