@@ -48,7 +48,11 @@ class Files(Source):
         if self.path.is_dir():
             found = list(names.walk(self.path))
         else:
-            entries = [entry for entry in self._archive().infolist() if not entry.is_dir()]
+            entries = [
+                entry
+                for entry in self._archive().infolist()
+                if entry.filename and not entry.is_dir()  # a damaged entry may have no name
+            ]
             self._entries = {names.separated(entry.filename): entry for entry in entries}
             found = list(self._entries)
         self.names, others = names.sorted_out(found)

@@ -103,7 +103,11 @@ def _described(path: Path) -> tuple[dict[str, Any], Config]:
             f"{path} was written by a newer msmdiff; this one reads format "
             f"{FORMAT_VERSION}: upgrade it"
         )
-    return about, configuration.build(configuration.stored(content, str(path)))
+    layer = configuration.stored(content, str(path))
+    try:
+        return about, configuration.build(layer)
+    except UsageError as error:
+        raise UsageError(f"{path} holds a configuration that is not valid: {error}") from None
 
 
 def _check(path: Path, tensors: dict[str, Tensor], config: Config) -> None:
