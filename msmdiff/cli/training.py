@@ -151,7 +151,10 @@ def finetune(
 
 @_with_training_options
 def train(**options: Any) -> None:
-    """Train from scratch on all tokens (or with whatever objective the configuration names)."""
+    """Train from scratch on all tokens (or with whatever objective the configuration names).
+
+    Without --config, --data and --model it takes the preset digits-finetune.
+    """
     _train("train", options, _configure(_with_preset(options, "digits-finetune")))
 
 
