@@ -95,8 +95,7 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
             own = backbones.network_class(chosen.model).published_objective is not None
             asked += [(r, "auto") for r in masks or [0.0 if own else 0.9]]
         chosen.train.precision = choose_precision(chosen, device.type)
-        half = chosen.train.precision == "bf16"
-        peak = peak or matmul_peak(device, torch.bfloat16 if half else torch.float32)
+        peak = peak or matmul_peak(device, timing.dtype_of(chosen))
         rows.append(timing.training_step(chosen, steps, peak))
     name = f"CPU, {torch.get_num_threads()} threads"
     if device.type == "cuda":

@@ -30,13 +30,13 @@ def compare(
     """
     from dataclasses import asdict
 
-    from msmdiff.cli.console import Console, print_json
+    from msmdiff.cli.console import Console, Notes, print_json
     from msmdiff.core.compare import Comparison
     from msmdiff.core.compare import spec as specs
 
     console = Console(to_stderr=as_json)
     asked = specs.read(spec)
-    comparison = Comparison(asked, out, _Quiet(console))
+    comparison = Comparison(asked, out, Notes(console))
     for arm in comparison.arms:
         steps = " + ".join(f"{stage.steps:,}" for stage in arm.stages)
         console.note(f"{arm.name}: {steps} steps with each of {len(asked.seeds)} seeds")
@@ -76,16 +76,3 @@ def _show(outcome: Any, console: Any) -> None:
         f"the slowest tenth of turns took {outcome.unsteady:.0%} longer than the median turn of "
         "its arm: so unsteady was the machine"
     )
-
-
-class _Quiet:
-    """Notes of the comparison itself; of the trainings, none."""
-
-    def __init__(self, console: Any) -> None:
-        self._console = console
-
-    def note(self, text: str) -> None:
-        self._console.note(text)
-
-    def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None:
-        pass

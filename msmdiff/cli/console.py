@@ -182,6 +182,19 @@ class Console:
             self._rich.print("  " + "  ".join(cells).rstrip(), markup=False)
 
 
+class Notes:
+    """What a comparison reports to: its own notes are shown, its trainings' progress is not."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    def note(self, text: str) -> None:
+        self._console.note(text)
+
+    def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None:
+        pass
+
+
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(content, indent=2))

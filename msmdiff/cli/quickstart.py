@@ -47,7 +47,7 @@ def quickstart(
     measure against. From three minutes on, each arm is trained with three seeds. After a kill the
     same command goes on.
     """
-    from msmdiff.cli.console import Console
+    from msmdiff.cli.console import Console, Notes
     from msmdiff.core.compare import Comparison
     from msmdiff.core.errors import UsageError
     from msmdiff.core.files import write_json
@@ -67,7 +67,7 @@ def quickstart(
         f"two arms of {arm_seconds:.0f} s training each, in turns, with {seeds} "
         f"seed{'s' if seeds > 1 else ''}, in {out}/"
     )
-    comparison = Comparison(_spec(arm_seconds, seeds), out, _Reporter(console))
+    comparison = Comparison(_spec(arm_seconds, seeds), out, Notes(console))
     outcome = comparison.run()
     floor = _floor()
     _show(outcome, floor, console)
@@ -136,19 +136,6 @@ def _remove_results(out: Path) -> None:
 def _remove_empty(folder: Path) -> None:
     if folder.is_dir() and not any(folder.iterdir()):
         folder.rmdir()
-
-
-class _Reporter:
-    """Notes of the comparison."""
-
-    def __init__(self, console: Any) -> None:
-        self._console = console
-
-    def note(self, text: str) -> None:
-        self._console.note(text)
-
-    def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None:
-        pass
 
 
 def _floor() -> float:

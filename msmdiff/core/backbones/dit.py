@@ -97,12 +97,8 @@ class DiT(AdaLNTransformer):
         def light_block(width: int, heads: int) -> Block:
             return Block(width, heads, mlp_ratio, hidden_size)
 
-        light = parts.Light(
-            width=sparse_width or hidden_size,
-            num_heads=sparse_heads or num_heads,
-            depth=sparse_depth,
-            block=light_block,
-        )
+        size = (sparse_width or hidden_size, sparse_heads or num_heads, sparse_depth)
+        light = parts.Light(*size, block=light_block)
         into = FinalLayer(hidden_size, light.width, hidden_size) if sparse == "decoder" else None
         parts.attach(self, sparse, light, into)
         self.initialise()

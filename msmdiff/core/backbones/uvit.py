@@ -190,12 +190,8 @@ class UViT(nn.Module):
         def light_block(width: int, heads: int) -> Block:
             return Block(width, heads, mlp_ratio, qkv_bias)
 
-        light = parts.Light(
-            width=sparse_width or hidden_size,
-            num_heads=sparse_heads or num_heads,
-            depth=sparse_depth,
-            block=light_block,
-        )
+        size = (sparse_width or hidden_size, sparse_heads or num_heads, sparse_depth)
+        light = parts.Light(*size, block=light_block)
         self._attach(sparse, light)
         self.norm = nn.LayerNorm(self.last_width)
         self.to_output: Any = self._make_to_output(channels)

@@ -85,12 +85,7 @@ class BlockMask(Mask):
 
     def __init__(self, grid: tuple[int, int], ratio: float, *, block: int = 4) -> None:
         height, width = grid
-        if height % block or width % block:
-            near = [b for b in range(1, min(grid) + 1) if height % b == 0 and width % b == 0]
-            raise UsageError(
-                f"mask.block {block} does not divide the {height}x{width} token grid; "
-                f"use one of {near}"
-            )
+        _require_division("mask.block", block, grid)
         tokens, self.block = height * width, block
         super().__init__(grid, tokens - int(ratio * tokens) // block**2 * block**2)
 
@@ -115,12 +110,7 @@ class CellMask(Mask):
 
     def __init__(self, grid: tuple[int, int], ratio: float, *, cell: int = 2) -> None:
         height, width = grid
-        if height % cell or width % cell:
-            near = [c for c in range(1, min(grid) + 1) if height % c == 0 and width % c == 0]
-            raise UsageError(
-                f"mask.cell {cell} does not divide the {height}x{width} token grid; use one of "
-                f"{near}"
-            )
+        _require_division("mask.cell", cell, grid)
         self.cell, self.of_each = cell, max(1, round(cell**2 * (1 - ratio)))
         super().__init__(grid, height * width // cell**2 * self.of_each)
 
@@ -161,6 +151,16 @@ class CropMask(Mask):
         left = torch.randint(width - self.window + 1, shape, generator=generator, device=device)
         side = torch.arange(self.window, device=device)
         return ((top + side[:, None]) * width + left + side).flatten(1)
+
+
+def _require_division(option: str, side: int, grid: tuple[int, int]) -> None:
+    """Raises UsageError, with the sides that do, unless squares of this side fill the grid."""
+    height, width = grid
+    if height % side or width % side:
+        near = [b for b in range(1, min(grid) + 1) if height % b == 0 and width % b == 0]
+        raise UsageError(
+            f"{option} {side} does not divide the {height}x{width} token grid; use one of {near}"
+        )
 
 
 def _subset(batch: int, units: int, kept: int, generator: torch.Generator) -> Tensor:
