@@ -60,3 +60,14 @@ def prepare(threads: int | None = None) -> None:
     if mallopt is not None and not torch.cuda.is_available():
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def repeat_exactly(wanted: bool) -> None:
+    """Let a GPU add up in one order, or in whichever is fastest; to be called before its first
+    product.
+    """
+    import torch
+
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(wanted)

@@ -212,6 +212,9 @@ class TrainConfig(Section):
         "auto", description="of the network; auto: bf16 where it is faster"
     )
     compile: StrictBool = Field(False, description="torch.compile the network")
+    deterministic: StrictBool = Field(
+        False, description="the same bits again on a GPU: slower kernels; a CPU's always are"
+    )
     gradient_checkpointing: StrictBool = Field(
         False, description="compute blocks again in the backward pass: less memory, slower"
     )

@@ -56,6 +56,7 @@ def accelerator(config: Config, run_path: Path) -> Any:
     shards = sharding.plugin(config.train.precision)
     cuda = torch.cuda.is_available()
     machine.prepare(config.train.threads)
+    machine.repeat_exactly(config.train.deterministic and cuda)
     for tracker in config.train.trackers:
         if importlib.util.find_spec(tracker) is None:
             raise UsageError(

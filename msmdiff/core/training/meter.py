@@ -34,18 +34,23 @@ class Meter:
     def _reset(self) -> None:
         self._terms: dict[str, Tensor] = {}
         self._steps = self._images = 0
-        self._grad_norm = self._waited = 0.0
-        self._spent = 0.0
+        self._grad_norm: float | Tensor = 0.0
+        self._waited = self._spent = 0.0
 
     def add(
-        self, terms: dict[str, Tensor], grad_norm: float, images: int, seconds: float, waited: float
+        self,
+        terms: dict[str, Tensor],
+        grad_norm: float | Tensor,
+        images: int,
+        seconds: float,
+        waited: float,
     ) -> None:
         """Take in one optimiser step: its mean loss terms, images, and time, of which `waited` for
         data.
         """
         for name, value in terms.items():
             self._terms[name] = self._terms[name] + value if name in self._terms else value
-        self._grad_norm += grad_norm
+        self._grad_norm = self._grad_norm + grad_norm
         self._steps, self._images = self._steps + 1, self._images + images
         self._spent, self._waited = self._spent + seconds, self._waited + waited
 
@@ -60,7 +65,7 @@ class Meter:
         images_per_s = self._images / self._spent
         terms = self._mean(torch.stack(list(self._terms.values())) / self._steps).tolist()
         metrics = dict(zip(self._terms, terms, strict=True)) | {
-            "grad_norm": self._grad_norm / self._steps,
+            "grad_norm": float(self._grad_norm) / self._steps,
             "images_per_s": images_per_s,
             "ms_per_step": 1000 * self._spent / self._steps,
             "data_wait": self._waited / self._spent,

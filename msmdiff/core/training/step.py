@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -25,14 +25,45 @@ class Taken:
 
     Attributes:
         terms: mean loss terms, on the device.
-        grad_norm: before clipping; 0 where it was not finite.
+        grad_norm: before clipping, on the device; 0 where it was not finite.
         seconds, waited: the whole step, and of it the time waiting for data.
     """
 
     terms: dict[str, Tensor]
-    grad_norm: float
+    grad_norm: float | Tensor
     seconds: float
     waited: float
+
+
+@dataclass
+class Unchecked:
+    """A step whose gradients nobody has looked at yet.
+
+    Attributes:
+        norm: of its gradients, on its way to the host.
+        arrived: when it will be there; None where it is.
+        terms, images_seen: what a message says.
+    """
+
+    norm: Tensor
+    arrived: torch.cuda.Event | None
+    terms: dict[str, Tensor]
+    images_seen: int
+
+    @classmethod
+    def of(cls, norm: Tensor, terms: dict[str, Tensor], images_seen: int) -> "Unchecked":
+        """Send a norm to the host without waiting for it."""
+        arrived = torch.cuda.Event() if norm.is_cuda else None
+        copy = norm.detach().to("cpu", non_blocking=True)
+        if arrived is not None:
+            arrived.record()
+        return cls(copy, arrived, terms, images_seen)
+
+    def read(self) -> float:
+        """The norm, waiting for nothing that was queued after it."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.norm.item()
 
 
 class Step:
@@ -73,11 +104,23 @@ class Step:
         optimizer = optim.build(config.optim, backbone.parameters())
         copies = self.averages.networks.values()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
+        self.defers = self._can_defer(optimizer)
+        self._unchecked: Unchecked | None = None
+
+    def _can_defer(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether the device itself can leave out an update, so that nobody has to wait for its
+        norm: torch's fused optimisers do.
+        """
+        fused = all(group.get("fused") for group in optimizer.param_groups)
+        simple = self.accelerator.scaler is None and not self.accelerator.is_fsdp2
+        stops = self.config.train.on_nonfinite == "stop"
+        return self.device.type == "cuda" and fused and simple and stops
 
     def __call__(self, batches: Iterator[Batch], images_seen: int) -> Taken:
         """Take the step that follows `images_seen` images, over the next batch_size of them.
 
-        Raises MsmdiffError for a loss or a gradient that is not finite, before the update.
+        Raises MsmdiffError for a loss or a gradient that is not finite, before the update; on a GPU
+        at the step after it, or when `settle` is called: the update is left out there all the same.
         """
         train, started, waited = self.config.train, time.perf_counter(), 0.0
         rate = optim.learning_rate(self.config.optim, images_seen, train.batch_size)
@@ -98,13 +141,22 @@ class Step:
             else:
                 part = self._backward(batch)
             terms = {name: terms.get(name, 0.0) + value for name, value in part.items()}
-        norm = self._checked_norm(terms, images_seen)
+        norm = self._clipped_norm(terms, images_seen)
         if norm is not None:
             self.optimizer.step()
             self.averages.update()
         self.optimizer.zero_grad(set_to_none=True)
-        finite = norm if norm is not None and math.isfinite(norm) else 0.0
-        return Taken(terms, finite, time.perf_counter() - started, waited)
+        if norm is None or (isinstance(norm, float) and not math.isfinite(norm)):
+            norm = 0.0
+        return Taken(terms, norm, time.perf_counter() - started, waited)
+
+    def settle(self) -> None:
+        """Look at the last step's gradients, if that is still to be done. Raises MsmdiffError as
+        calling does.
+        """
+        last, self._unchecked = self._unchecked, None
+        if last is not None and not math.isfinite(norm := last.read()):
+            self._stop(norm, last.terms, last.images_seen)
 
     def _backward(self, batch: Batch) -> dict[str, Tensor]:
         """One micro-batch, forth and back; its share of the step's loss terms, detached."""
@@ -125,11 +177,19 @@ class Step:
         self.accelerator.backward(terms["loss"] / self.accumulate)
         return {name: value.detach() / self.accumulate for name, value in terms.items()}
 
-    def _checked_norm(self, terms: dict[str, Tensor], images_seen: int) -> float | None:
+    def _clipped_norm(self, terms: dict[str, Tensor], images_seen: int) -> float | Tensor | None:
         """Clip the gradients and return their norm; None where this step must not be taken."""
         limit = self.config.optim.clip_grad_norm or math.inf
         clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
-        norm = float(sharding.gathered(clipped))
+        if not self.defers:
+            return self._checked(float(sharding.gathered(clipped)), terms, images_seen)
+        self.settle()  # the step before: the host is never more than one step ahead
+        self._unchecked = Unchecked.of(clipped, terms, images_seen)
+        optimizer: Any = getattr(self.optimizer, "optimizer", self.optimizer)
+        optimizer.found_inf = (~clipped.isfinite()).float()
+        return clipped
+
+    def _checked(self, norm: float, terms: dict[str, Tensor], images_seen: int) -> float | None:
         if math.isfinite(norm):
             return norm
         self.skipped += 1
@@ -147,6 +207,9 @@ class Step:
                 f"image {images_seen:,}: gradient norm {norm}, step skipped ({self.skipped} so far)"
             )
             return None
+        self._stop(norm, terms, images_seen)
+
+    def _stop(self, norm: float, terms: dict[str, Tensor], images_seen: int) -> NoReturn:
         shown = ", ".join(f"{name} {value.item():.6g}" for name, value in terms.items())
         raise MsmdiffError(
             f"stopped before the update at image {images_seen:,}: {shown}, gradient norm {norm}; "

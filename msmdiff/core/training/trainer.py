@@ -262,9 +262,12 @@ class Trainer:
         """Log and save, where that is due; whoever stops us does not wait for a held-out loss."""
         train = self.config.train
         validates = not told and self._validates(done, step)
-        if done or validates or step % train.log_every == 0:
-            self._log(total, validates)
+        logs = done or validates or step % train.log_every == 0
         due = done or step % train.checkpoint_every == 0
+        if logs or due:
+            self.step.settle()
+        if logs:
+            self._log(total, validates)
         if due and reached.saved != self.images_seen:
             self._save()
             reached.saved = self.images_seen
