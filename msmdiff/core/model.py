@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from msmdiff.core import registry
-from msmdiff.core.backbones.routes import Route
+from msmdiff.core.backbones.routes import Route, compile_blocks
 from msmdiff.core.condition import Condition
 from msmdiff.core.config import Config
 from msmdiff.core.diffusion import routing
@@ -120,7 +120,8 @@ class Model:
         self.codec.load(device)  # before the first step: what decodes the last one may be missing
         times = visited(schedule, options)
         entry = registry.find("sampler", options.sampler, "sample.sampler")
-        network = torch.compile(self.backbone, dynamic=False) if options.compile else self.backbone
+        if options.compile:
+            compile_blocks(self.backbone, dynamic=False)
         for first in range(0, len(seeds), batch_size):
             rows = list(range(first, min(first + batch_size, len(seeds))))
             count = len(rows)
@@ -133,7 +134,7 @@ class Model:
             if schedule.start_std != 1:
                 x = x * schedule.start_std
             weak = routing.weak_route(options, self.config.mask, self.backbone, noise)
-            denoise = self.denoiser(told, network, weak)
+            denoise = self.denoiser(told, weak)
             for wrap in wraps:
                 denoise, x = wrap(denoise, x)
             half = options.precision == "bf16"
@@ -152,7 +153,6 @@ class Model:
     def denoiser(
         self,
         y: Tensor | None,
-        network: Callable[..., Tensor] | None = None,
         weak: Callable[[], Route] | None = None,
     ) -> Denoiser:
         """(x_t [B, C, H, W], t) -> x0 and eps, guided and clipped as `sample` says; `weak` as
@@ -172,7 +172,7 @@ class Model:
             if options.cfg_scale == 1:  # one pass, also where the network has no null to ask
                 scale = 1.0
             guided = guidance.Guided(
-                network=network or self.backbone,
+                network=self.backbone,
                 condition=self.condition,
                 scale=scale,
                 channels=channels,

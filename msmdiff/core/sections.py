@@ -211,7 +211,7 @@ class TrainConfig(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="of the network; auto: bf16 where it is faster"
     )
-    compile: StrictBool = Field(False, description="torch.compile the network")
+    compile: StrictBool = Field(False, description="torch.compile the network's blocks")
     deterministic: StrictBool = Field(
         False, description="the same bits again on a GPU: slower kernels; a CPU's always are"
     )
@@ -295,7 +295,7 @@ class SampleConfig(Section):
         "half_even", description="to uint8; half_up: as DiT, U-ViT and MaskDM; truncate: as MDT"
     )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="the network's, by autocast")
-    compile: StrictBool = Field(False, description="torch.compile the network")
+    compile: StrictBool = Field(False, description="torch.compile the network's blocks")
     ema: float | None = Field(None, description="which average to sample from; null: the first")
 
     @classmethod

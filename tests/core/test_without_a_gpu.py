@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import presets, registry
+from msmdiff.core.backbones.routes import compile_blocks
 from msmdiff.core.model import Model
 from msmdiff.core.samplers.times import visited
 
@@ -138,6 +139,23 @@ def test_a_network_compiles_into_one_graph(name):
         with torch.no_grad():
             parts.objective(network, x0, y, draw, 0.0)
     assert counter.frame_count == len(parts.objective.passes)
+
+
+@pytest.mark.parametrize(("name", "kinds"), [("digits-dit", 1), ("digits-uvit", 2)])
+def test_alike_blocks_share_a_graph(name, kinds):
+    """U-ViT's are of two kinds, without and with a long skip."""
+    _, parts = parts_of(name)
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    compile_blocks(parts.backbone, backend=counter, fullgraph=True)
+    before = set(parts.backbone.state_dict())
+    x, t = torch.randn(2, *parts.codec.shape), torch.rand(2)
+    y = parts.objective.condition.example(2, "cpu")
+    with torch.no_grad():
+        parts.backbone(x, t, y)
+        parts.backbone(x, t, y)
+    assert counter.frame_count == kinds
+    assert set(parts.backbone.state_dict()) == before
 
 
 def test_two_ratios_are_two_compilations():

@@ -144,8 +144,9 @@ class Attention(nn.Module):
         )
         bias = factor = None
         if self.bias_table is not None and index is not None:
-            bias = self.bias_table[index].movedim(-1, -3)  # [h, L, L] or [B, h, L, L]
-            bias = bias if bias.ndim == 4 else bias[None]
+            # Fused kernels want a bias whose keys lie side by side: [1 or B, h, L, L].
+            picked = self.bias_table.t().index_select(1, index.flatten())
+            bias = picked.view(self.num_heads, -1, l, l).transpose(0, 1)
         if self.factor is not None and not self.training:
             factor = select_pairs(self.factor, keep)
             factor = factor if keep is None else factor[:, None]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from msmdiff.core.backbones.routes import BLOCK
 from msmdiff.core.errors import UsageError
 
 _WANTED = {
@@ -47,7 +48,7 @@ def plugin(precision: Any) -> Any:
     return FullyShardedDataParallelPlugin(
         fsdp_version=2,
         auto_wrap_policy="transformer_based_wrap",
-        transformer_cls_names_to_wrap=["Block"],
+        transformer_cls_names_to_wrap=[BLOCK],
         # Precision is autocast's as everywhere else: parameters, gradients and their sums stay
         # fp32.
         mixed_precision_policy=MixedPrecisionPolicy(),

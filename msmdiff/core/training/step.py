@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
+from msmdiff.core.backbones.routes import compile_blocks
 from msmdiff.core.build import Parts
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch, flip
@@ -100,7 +101,7 @@ class Step:
         backbone.gradient_checkpointing = config.train.gradient_checkpointing
         self.averages = Averages(backbone.to(self.device), config.ema)
         if config.train.compile:
-            backbone.compile()  # in place: parameter names stay as they are
+            compile_blocks(backbone)
         optimizer = optim.build(config.optim, backbone.parameters())
         copies = self.averages.networks.values()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
