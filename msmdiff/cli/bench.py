@@ -1,7 +1,8 @@
-"""`bench`: how fast a training step is, with and without the mask; `bench train`: where its time
-goes, and two settings in turns.
+"""`bench`: how fast a training step is, with and without the mask; and the other speeds that people
+decide by, as commands of their own.
 """
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
@@ -17,6 +18,18 @@ def register(app: typer.Typer) -> None:
         "`msmdiff bench train --config digits-pretrain --vs digits-finetune`"
     )(bench)
     group.command("train")(train)
+    group.command(
+        "sample", epilog="Example: `msmdiff bench sample --config dit-xl --batch-size 16`"
+    )(sample)
+    group.command(
+        "data", epilog="Example: `msmdiff bench data photos/ --image-size 256 --step-ms 120`"
+    )(data)
+    group.command("fid", epilog="Example: `msmdiff bench fid --weights inception.pth`")(fid)
+    group.command(
+        "plan",
+        epilog="Example: `msmdiff bench plan --config dit-xl --gpu h100 --gpus 8` · `msmdiff "
+        "bench plan --config maskdm-celebahq-90p --gpu rtx4090 --set train.batch_size=64`",
+    )(plan)
     app.add_typer(group, name="bench")
 
 
@@ -74,7 +87,6 @@ def bench(
 
 def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int) -> dict[str, Any]:
     """Every asked step of a configuration, without a mask first, and on what it was measured."""
-    import torch
 
     from msmdiff.core import backbones
     from msmdiff.core import build as road
@@ -83,7 +95,7 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
     from msmdiff.core.bench.timing import matmul_peak
     from msmdiff.core.training.launch import choose_precision
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     rows: list[timing.Timing] = []
     peak = 0.0
     asked: list[tuple[float, str]] = [(0.0, "dsm")]
@@ -97,12 +109,8 @@ def _measure(layers: list[dict[str, Any]], masks: list[float] | None, steps: int
         chosen.train.precision = choose_precision(chosen, device.type)
         peak = peak or matmul_peak(device, timing.dtype_of(chosen))
         rows.append(timing.training_step(chosen, steps, peak))
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if device.type == "cuda":
-        name = torch.cuda.get_device_name()
     return {
-        "device": name,
-        "torch": torch.__version__,
+        **_machine(),
         "model": chosen.model.name,
         "image_size": chosen.data.image_size,
         "precision": chosen.train.precision,
@@ -142,14 +150,13 @@ def train(
     """Where a training step's time goes, with the configuration's route and without; or, with
     --vs, how two configurations compare, pair by pair.
     """
-    import torch
 
     from msmdiff.cli.console import print_json
     from msmdiff.core.bench import timing
     from msmdiff.core.bench import training as trainings
 
     first = _resolved(config, sets)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device()
     if vs is not None:
         second = _resolved(vs, sets)
         works = [trainings.Training(chosen) for chosen in (first, second)]
@@ -166,10 +173,175 @@ def train(
     print_json(report) if as_json else _show_parts(config, rows)
 
 
-def _resolved(name: str, sets: list[str] | None) -> Any:
-    """A preset or a file, resolved for ten classes, with its precision chosen."""
+Sets = Annotated[
+    list[str] | None, typer.Option("--set", help="Any key: `--set train.batch_size=8`.")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")]
+
+
+def sample(
+    config: Annotated[str, typer.Option(help="A preset's name or a YAML file.")] = "digits-uvit",
+    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
+    repeats: Annotated[int, typer.Option(min=2, help="Drawings that are timed.")] = 3,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """How fast images are drawn with a configuration's sampler, and what that costs beside the bare
+    network. The network is a fresh one: speed does not depend on what it has learned.
+    """
+    from msmdiff.core.bench import sampling
+
+    chosen = _resolved(config, sets)
+    found = sampling.measure(chosen, batch_size, _device(), repeats).as_dict()
+    report = {"config": config, **_machine(), "batch_size": batch_size, **found}
+    options = chosen.sample
+    rows = [
+        ("sampler, evaluations", f"{options.sampler}, {found['evaluations']}"),
+        ("images/s, without decoding", f"{found['images_per_s']:,.1f}"),
+        ("ms a batch", f"{found['ms_per_batch']:,.1f}"),
+        ("ms an evaluation of the bare network", f"{found['ms_per_evaluation']:,.2f}"),
+        ("the sampler beside it", f"{found['beside_network']:+.1%}"),
+    ]
+    _show(f"Drawing {batch_size} images at once", config, rows, report, as_json)
+
+
+def data(
+    source: Annotated[str, typer.Argument(help="What `--data` takes.")],
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.1, help="How long to read.")] = 10.0,
+    step_ms: Annotated[
+        float | None, typer.Option(min=0.0, help="Also read beside steps of so many milliseconds.")
+    ] = None,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """How fast images are read the way training does, and for what share of the time a network
+    would wait for them.
+    """
+    from msmdiff.cli.console import Console
+    from msmdiff.core import config as configuration
+    from msmdiff.core.bench import loading
+    from msmdiff.core.data.loader import open_training
+
+    flags = {"source": source, "image_size": image_size}
+    chosen = configuration.build({"data": flags}, configuration.parse_sets(sets or [])).data
+    images = open_training(chosen, Console().note)
+    found = loading.measure(images, chosen, batch_size, seconds, step_ms).as_dict()
+    report = {"source": source, "image_size": image_size, "batch_size": batch_size, **found}
+    rows = [
+        ("images", f"{len(images):,}"),
+        ("decoding processes", f"{found['workers']}"),
+        ("seconds until the first batch", f"{found['first_s']:.2f}"),
+        ("images/s", f"{found['images_per_s']:,.0f}"),
+    ]
+    if step_ms is not None:
+        rows.append((f"waiting, beside steps of {step_ms:g} ms", f"{found['waited']:.1%}"))
+    _show(f"Reading at {image_size} pixels", source, rows, report, as_json)
+
+
+def fid(
+    features: Annotated[str, typer.Option(help="A feature network (`list features`).")] = (
+        "inception"
+    ),
+    weights: Annotated[
+        Path | None, typer.Option(help="Its weights; by default cached or downloaded.")
+    ] = None,
+    image_size: Annotated[int, typer.Option(min=8, help="Side of the images, in pixels.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 50,
+    sets: Annotated[
+        list[str] | None, typer.Option("--set", help="Of features: `--set features.precision=bf16`")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """How fast a feature network reads images, and how long a distance takes to compute."""
+    from msmdiff.core import config as configuration
+    from msmdiff.core.bench import scoring
+    from msmdiff.core.errors import UsageError
+    from msmdiff.core.metrics import features as networks
+
+    options = configuration.parse_sets(sets or [])
+    if set(options) - {"features"}:
+        raise UsageError(f"--set: only keys of features apply here, not {', '.join(options)}")
+    device = _device()
+    network = networks.build(features, weights, device, **options.get("features", {}))
+    found = scoring.measure(network, image_size, batch_size, device).as_dict()
+    report = {**_machine(), "image_size": image_size, "batch_size": batch_size, **found}
+    rows = [
+        ("images/s", f"{found['images_per_s']:,.1f}"),
+        ("seconds a distance", f"{found['frechet_s']:.2f}"),
+        ("minutes for 50,000 images", f"{found['minutes_for_50k']:.1f}"),
+    ]
+    _show(f"Measuring images of {image_size} pixels", found["features"], rows, report, as_json)
+
+
+def plan(
+    config: Annotated[str, typer.Option(help="A preset's name or a YAML file.")],
+    gpu: Annotated[str, typer.Option(help="a100, h100, h200, rtx4090, ...")] = "h100",
+    gpus: Annotated[int, typer.Option(min=1, max=65536, help="How many of them.")] = 1,
+    share: Annotated[
+        float | None,
+        typer.Option(
+            min=0.01, max=1.0, help="Of the data sheet's bf16 products a second; default: 0.35."
+        ),
+    ] = None,
+    sharded: Annotated[
+        bool, typer.Option("--sharded", help="Divide weights and optimiser among them (FSDP).")
+    ] = False,
+    sets: Sets = None,
+    as_json: AsJson = False,
+) -> None:
+    """What a training would cost on GPUs that are not at hand: memory, milliseconds a step, hours.
+
+    The operations are counted; the share of the data sheet's speed is assumed. Published trainings
+    of U-ViT-H/2 and DiT-XL/2 lie within a tenth of it (docs/benchmarks.md).
+    """
+    from msmdiff.core.bench import planning
+
+    chosen = _resolved(config, sets, "cuda")
+    share = planning.SHARE if share is None else share
+    report = planning.make(chosen, gpu, gpus, share, sharded).as_dict()
+    rows = [
+        ("batch on each", f"{report['batch_per_gpu']:,}"),
+        ("memory of each, GiB", f"{report['memory_gib']:.1f}"),
+        ("ms a step", f"{report['ms_per_step']:,.0f}"),
+        ("images/s", f"{report['images_per_s']:,.0f}"),
+        ("steps", f"{report['steps']:,}"),
+        ("hours", f"{report['hours']:,.1f}"),
+        ("GPU-hours", f"{report['gpu_hours']:,.0f}"),
+    ]
+    if not report["fits"]:
+        rows.append(("does not fit", report["advice"]))
+    title = f"{gpus} x {report['gpu']}, {share:.0%} of its data sheet"
+    _show(title, config, rows, {"config": config, **report}, as_json)
+
+
+def _device() -> Any:
     import torch
 
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _machine() -> dict[str, str]:
+    """What a figure was measured on."""
+    import torch
+
+    name = f"CPU, {torch.get_num_threads()} threads"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+    return {"device": name, "torch": torch.__version__}
+
+
+def _show(
+    title: str, what: str, rows: list[tuple[str, str]], report: dict[str, Any], as_json: bool
+) -> None:
+    from msmdiff.cli.console import Console, print_json
+
+    print_json(report) if as_json else Console().table(title, ("", what), rows)
+
+
+def _resolved(name: str, sets: list[str] | None, device: str | None = None) -> Any:
+    """A preset or a file, resolved for ten classes, with its precision chosen."""
     from msmdiff.core import build as road
     from msmdiff.core import config as configuration
     from msmdiff.core import presets
@@ -177,8 +349,7 @@ def _resolved(name: str, sets: list[str] | None) -> Any:
 
     layers = [presets.read(name), configuration.parse_sets(sets or [])]
     chosen = road.resolve(configuration.build(*layers), data_classes=10)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    chosen.train.precision = choose_precision(chosen, device)
+    chosen.train.precision = "bf16" if device else choose_precision(chosen, _device().type)
     return chosen
 
 
