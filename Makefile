@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart test lint clean
+.PHONY: install quickstart does-masking-pay test lint clean
 
 install: .venv/installed
 
@@ -18,6 +18,16 @@ install: .venv/installed
 
 quickstart: install
 	$(BIN)/msmdiff quickstart
+
+# All of docs/does-masking-pay.md: some 30 hours on two CPU cores; after a kill it goes on. The emoji are for a GPU.
+SPECS ?= $(wildcard docs/does-masking-pay/mnist-*.yaml)
+
+does-masking-pay: .venv/installed
+	$(BIN)/python -m pip install --quiet --editable '.[mnist]'
+	$(BIN)/msmdiff compare $(SPECS) --out runs/does-masking-pay
+	for spec in $(basename $(notdir $(SPECS))); do \
+	  cp runs/does-masking-pay/$$spec/compare.json docs/does-masking-pay/$$spec.json; done
+	$(BIN)/msmdiff compare docs/does-masking-pay/*.json --out docs/does-masking-pay
 
 lint: .venv/tested
 	$(BIN)/ruff check .

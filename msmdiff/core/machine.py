@@ -4,6 +4,7 @@ before.
 
 import ctypes
 import os
+from typing import Any
 
 from msmdiff.core.errors import UsageError
 
@@ -31,6 +32,15 @@ def waiting() -> str:
     """How OpenMP threads wait, for people."""
     said = [f"{name}={os.environ[name]}" for name in _SAID if os.environ.get(name)]
     return f"by {', '.join(said)}" if said else "as OpenMP does by default"
+
+
+def name_of(device: Any) -> str:
+    """A torch device, for people."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"CPU, {torch.get_num_threads()} threads"
 
 
 def prepare(threads: int | None = None) -> None:

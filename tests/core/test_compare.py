@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from msmdiff.core import compare
+from msmdiff.core import build, compare
 from msmdiff.core.compare import figures, planning
 from msmdiff.core.compare import spec as specs
 from msmdiff.core.compare.figures import Turn
@@ -67,14 +67,31 @@ def test_a_budget_of_images_is_divided_by_the_shares():
 def test_a_budget_of_seconds_follows_the_paces(monkeypatch):
     """A step of every token takes 10 ms here, a masked one 2 ms."""
 
-    class Pace:
-        def __init__(self, config):
-            self.ms_per_step = 2.0 if config.mask.ratio else 10.0
+    def pace(training):
+        return 0.002 if training.config.mask.ratio else 0.010
 
-    monkeypatch.setattr(planning.bench, "training_step", lambda config, steps, peak: Pace(config))
+    monkeypatch.setattr(planning, "_pace", pace)
     arms = planning.plan(spec_of(budget={"seconds": 6}), lambda text: None)
     steps = {arm.name: [s.steps for s in arm.stages] for arm in arms}
     assert steps == {"dense": [600], "masked": [1000], "chain": [750, 450]}
+
+
+def test_a_decay_ends_with_the_plan_unless_a_length_was_given():
+    """A preset's or the default's number of steps says nothing of the training that is planned."""
+    cosine = {"schedule": "cosine"}
+    spec = spec_of(
+        arms={"whole": {"optim": cosine}, "given": {"optim": cosine | {"decay_steps": 7}}}
+    )
+    for arm, length in zip(planning.plan(spec, print), (20, 7), strict=True):
+        resolved = build.resolve(arm.stages[0].config, 10)
+        assert resolved.optim.decay_steps == length
+
+
+def test_an_arm_tells_how_it_hides_tokens():
+    arms = {arm.name: arm.masking() for arm in planning.plan(spec_of(), print)}
+    assert arms["dense"] == {"tokens": 16, "hidden": 0.0, "route": None, "unmasked": 1.0}
+    assert arms["masked"] == {"tokens": 16, "hidden": 0.75, "route": "msm", "unmasked": 0.5}
+    assert arms["chain"]["unmasked"] == pytest.approx(0.75)
 
 
 def test_slices_add_up_to_the_budget_and_every_arm_is_measured(tmp_path, quiet):
@@ -95,7 +112,12 @@ def test_slices_add_up_to_the_budget_and_every_arm_is_measured(tmp_path, quiet):
     assert rounds[0] != rounds[1]  # another one begins
     comparison.draw(outcome)
     assert (tmp_path / "c" / "curves.png").stat().st_size > 1000
-    assert json.loads((tmp_path / "c" / "compare.json").read_text())["metric"]
+    stored = json.loads((tmp_path / "c" / "compare.json").read_text())
+    assert (stored["by"], stored["seeds"]) == ("distance", [0, 1])
+    dense = stored["arms"]["dense"]
+    for metric in ("distance", "heldout"):
+        ends = [dense["curves"][seed][-1][metric] for seed in ("0", "1")]
+        assert dense["measured"][metric]["values"] == ends
 
 
 def test_a_comparison_that_was_stopped_ends_with_the_bits_of_one_that_was_not(

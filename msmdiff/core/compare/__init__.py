@@ -18,11 +18,11 @@ import numpy as np
 import torch
 
 from msmdiff.core import config as configuration
-from msmdiff.core import files, weights
+from msmdiff.core import files, machine, weights
 from msmdiff.core.compare import pictures
-from msmdiff.core.compare.figures import Turn, interval, speed, unsteadiness
+from msmdiff.core.compare.figures import Turn, speed, summed_up, unsteadiness
 from msmdiff.core.compare.judge import Judge
-from msmdiff.core.compare.lane import Lane, lines_of
+from msmdiff.core.compare.lane import Lane, Point, lines_of
 from msmdiff.core.compare.planning import Arm, Stage, plan
 from msmdiff.core.compare.spec import Spec
 from msmdiff.core.data.images import grid
@@ -39,17 +39,28 @@ class Outcome:
     """A finished comparison.
 
     Attributes:
+        metrics: what was measured -> what people call it; `by` is the one that decides.
+        seeds: those that are done; a comparison goes on until it has all of its spec's.
         arms: name -> what its seeds came to.
+        device: what it ran on.
         speed: arm -> images a second over those of the first arm, round by round.
         unsteady: the spread of the machine: how much slower the slowest tenth of turns was than
             the median one, after each arm's own pace is taken out.
     """
 
     spec: dict[str, Any]
-    metric: str
+    metrics: dict[str, str]
+    by: str
+    seeds: list[int]
     arms: dict[str, dict[str, Any]]
+    device: str = ""
     speed: dict[str, dict[str, float]] = field(default_factory=dict)
     unsteady: float = 0.0
+
+    @property
+    def metric(self) -> str:
+        """What people call what decides."""
+        return self.metrics[self.by]
 
 
 class Comparison:
@@ -65,8 +76,8 @@ class Comparison:
             out.mkdir(parents=True, exist_ok=True)
         self.arms = self._planned()
         first = self.arms[0].stages[-1].config
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.judge = Judge.of(spec.measure, first.data.image_size, device)
+        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.judge = Judge.of(spec.measure, first.data.image_size, self.device)
         self.turns = [Turn(**line) for line in lines_of(out / "turns.jsonl")]
 
     def _claim(self) -> None:
@@ -75,7 +86,7 @@ class Comparison:
         if stored.is_file():
             with files.reading(stored, "the plan of a comparison"):
                 there = json.loads(stored.read_text(encoding="utf-8"))["spec"]
-            if there != self.spec.model_dump(mode="json"):
+            if not _continues(there, self.spec.model_dump(mode="json")):
                 raise UsageError(
                     f"{self.out} holds another comparison: give another --out, or the spec it was "
                     "started with"
@@ -117,7 +128,8 @@ class Comparison:
         return arms
 
     def run(self) -> Outcome:
-        """Train everything in turns, or go on; then compare.
+        """Train everything in turns, or go on; then compare. `compare.json` is written after every
+        seed.
 
         Raises KeyboardInterrupt after a signal, when everything is saved.
         """
@@ -125,14 +137,22 @@ class Comparison:
             first, *rest = self.spec.seeds
             rates: list[float | None] = list(self.spec.sweep) or [None]
             swept = {rate: self._rounds(first, [rate] * len(self.arms), signals) for rate in rates}
-            best: list[float | None] = []
-            for number in range(len(self.arms)):
-                best.append(min(rates, key=lambda rate: swept[rate][number].points[-1].value))
-            chosen = [swept[rate][number] for number, rate in enumerate(best)]
-            lanes = [chosen, *(self._rounds(seed, best, signals) for seed in rest)]
-        outcome = self._outcome(lanes, swept, best)
-        files.write_json(self.out / "compare.json", asdict(outcome))
+            best = [self._best(swept, number) for number in range(len(self.arms))]
+            lanes = [[swept[rate][number] for number, rate in enumerate(best)]]
+            outcome = self._written(lanes, swept, best)
+            for seed in rest:
+                lanes.append(self._rounds(seed, best, signals))
+                outcome = self._written(lanes, swept, best)
         return outcome
+
+    def _best(self, swept: dict[float | None, list[Lane]], number: int) -> float | None:
+        """The learning rate with which an arm came out lowest."""
+        return min(swept, key=lambda rate: self._decides(swept[rate][number].points[-1]))
+
+    def _decides(self, point: Point) -> float:
+        value: float | None = getattr(point, self.spec.measure.by)
+        assert value is not None
+        return value
 
     def folder(self, arm: Arm, seed: int, rate: float | None) -> Path:
         """Where an arm's training with one seed, and one learning rate of a sweep, lies."""
@@ -164,50 +184,68 @@ class Comparison:
         return lanes
 
     def _take(self, lane: Lane, number: int) -> None:
-        turn = lane.turn(self.spec.slice, number, self.judge, self.spec.measure.points)
+        known = len(lane.points)
+        turn = lane.turn(self.spec.slice, number, self.judge)
         if turn.steps:
             self.turns.append(turn)
             with (self.out / "turns.jsonl").open("a", encoding="utf-8") as file:
                 file.write(json.dumps(asdict(turn)) + "\n")
+        for point in lane.points[known:]:
+            found = {name: getattr(point, name) for name in self.judge.titles}
+            shown = [f"{self.judge.titles[n]} {v:.4g}" for n, v in found.items() if v is not None]
+            self.reporter.note(
+                f"{lane.arm.name}, seed {lane.seed}, {point.passed:.0%} in {point.seconds:.0f} s: "
+                f"{', '.join(shown)}"
+            )
 
-    def _outcome(
+    def _written(
         self,
         lanes: Sequence[Sequence[Lane]],
         swept: dict[float | None, list[Lane]],
         best: Sequence[float | None],
     ) -> Outcome:
+        """What the finished seeds came to, also in `compare.json`."""
         arms: dict[str, dict[str, Any]] = {}
         for number, arm in enumerate(self.arms):
             seeds = [of_seed[number] for of_seed in lanes]
-            values = [lane.points[-1].value for lane in seeds]
-            tried = {f"{r:g}": ls[number].points[-1].value for r, ls in swept.items() if r}
+            ends = [lane.points[-1] for lane in seeds]
+            tried = {f"{r:g}": self._decides(ls[number].points[-1]) for r, ls in swept.items() if r}
             arms[arm.name] = {
-                "values": values,
-                "mean": averages.fmean(values),
-                "interval": interval(values),
-                "seconds": averages.fmean(lane.points[-1].seconds for lane in seeds),
-                "images": seeds[0].points[-1].images,
-                "flops": seeds[0].points[-1].flops,
+                **summed_up([self._decides(end) for end in ends]),
+                "measured": {
+                    name: summed_up([getattr(end, name) for end in ends])
+                    for name in self.judge.titles
+                    if getattr(ends[0], name) is not None
+                },
+                "seconds": averages.fmean(end.seconds for end in ends),
+                "images": ends[0].images,
+                "flops": ends[0].flops,
+                "masking": arm.masking(),
                 "tuning": {"learning_rates": tried, "chosen": best[number]},
                 "curves": {lane.seed: [asdict(point) for point in lane.points] for lane in seeds},
             }
-        return Outcome(
+        outcome = Outcome(
             spec=self.spec.model_dump(mode="json"),
-            metric=self.judge.network.title,
+            metrics=self.judge.titles,
+            by=self.spec.measure.by,
+            seeds=[of_seed[0].seed for of_seed in lanes],
             arms=arms,
+            device=machine.name_of(self.device),
             speed=speed(self.turns, [arm.name for arm in self.arms]),
             unsteady=unsteadiness(self.turns),
         )
+        files.write_json(self.out / "compare.json", asdict(outcome))
+        return outcome
 
     def draw(self, outcome: Outcome) -> None:
         """`curves.png` and `samples.png`: the first seed's, the same noise for every arm."""
-        pictures.draw(outcome.arms, outcome.metric, self.out / "curves.png")
+        pictures.draw(outcome.arms, outcome.metrics, self.out / "curves.png")
         grids = {}
         for arm in self.arms:
             rate = outcome.arms[arm.name]["tuning"]["chosen"]
             folder = self.folder(arm, self.spec.seeds[0], rate)
-            model = weights.load(folder / f"stage-{len(arm.stages)}" / "weights.safetensors")
-            images = model.draw(range(64)).permute(0, 2, 3, 1).numpy()
+            file = folder / f"stage-{len(arm.stages)}" / "weights.safetensors"
+            images = weights.load(file, self.device).draw(range(64)).permute(0, 2, 3, 1).numpy()
             grids[arm.name] = np.asarray(grid(images, 8))
         pictures.side_by_side(grids, self.out / "samples.png")
 
@@ -215,3 +253,12 @@ class Comparison:
 def _stage_of(stored: dict[str, Any], path: Path) -> Stage:
     layer = configuration.stored(stored["config"], str(path))
     return Stage(configuration.build(layer), stored["seconds_per_step"], stored["flops_per_step"])
+
+
+def _continues(stored: dict[str, Any], asked: dict[str, Any]) -> bool:
+    """Whether a spec is the stored one, but for seeds after the first."""
+
+    def others(spec: dict[str, Any]) -> dict[str, Any]:
+        return {**spec, "seeds": spec["seeds"][:1]}
+
+    return others(stored) == others(asked)

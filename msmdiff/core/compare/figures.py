@@ -6,6 +6,7 @@ import math
 import statistics as averages
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy import stats
@@ -35,6 +36,15 @@ def interval(values: Sequence[float]) -> tuple[float, float] | None:
     half = stats.t.ppf(0.975, len(values) - 1) * averages.stdev(values) / math.sqrt(len(values))
     mean = averages.fmean(values)
     return mean - half, mean + half
+
+
+def summed_up(values: Sequence[float]) -> dict[str, Any]:
+    """Keys `values`, `mean` and `interval`."""
+    return {
+        "values": list(values),
+        "mean": averages.fmean(values),
+        "interval": interval(values),
+    }
 
 
 def speed(turns: Sequence[Turn], names: Sequence[str]) -> dict[str, dict[str, float]]:

@@ -1,29 +1,36 @@
 """One arm with one seed: a chain of trainings that runs in slices."""
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from msmdiff.core.compare.figures import Turn
 from msmdiff.core.compare.judge import Judge
 from msmdiff.core.compare.planning import Arm
 from msmdiff.core.diffusion import masking
-from msmdiff.core.training import launch, previews
+from msmdiff.core.training import launch
 from msmdiff.core.training.run import Summary
 from msmdiff.core.training.trainer import Trainer
 
 
 @dataclass
 class Point:
-    """A measurement along an arm's budget; what it has cost until then."""
+    """A measurement along an arm's budget; what it has cost until then.
+
+    Attributes:
+        passed: share of the arm's steps.
+        distance, heldout: what the judge said; None where it does not measure that.
+    """
 
     passed: float
     seconds: float
     images: int
     flops: float
-    value: float
+    distance: float | None = None
+    heldout: float | None = None
 
 
 class Silent:
@@ -58,7 +65,7 @@ class Lane:
         self.signals = signals
         self.points = [Point(**line) for line in lines_of(folder / "measured.jsonl")]
         self.stage = 0
-        self.before = Point(0.0, 0.0, 0, 0.0, 0.0)  # what the finished stages have cost
+        self.before = Point(0.0, 0.0, 0, 0.0)  # what the finished stages have cost
         self.trainer: Trainer | None = None
         self.done = False
         self._total = sum(stage.steps for stage in arm.stages)
@@ -89,10 +96,9 @@ class Lane:
             seconds=self.before.seconds + (trainer.seconds if trainer else 0.0),
             images=self.before.images + images,
             flops=self.before.flops + steps * stage.flops_per_step,
-            value=math.nan,
         )
 
-    def turn(self, seconds: float, number: int, judge: Judge, points: int) -> Turn:
+    def turn(self, seconds: float, number: int, judge: Judge) -> Turn:
         """Step for so many seconds, or to the end of a stage; measure where that is due."""
         if self.trainer is None:
             self._begin()
@@ -103,9 +109,11 @@ class Lane:
             while self.now.seconds - start.seconds < seconds:
                 next(self._loop)
                 piece = piece if piece == self._piece() else -1
-                self._measure(judge, points)
+                self._measure(judge)
         except StopIteration as ended:
-            self._finish(ended.value, judge, points)
+            self._finish(ended.value, judge)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()  # the next arm's turn does not wait for this one's last step
         end = self.now if self.stage == stage and not self.done else self.before
         return Turn(
             arm=self.arm.name,
@@ -128,11 +136,11 @@ class Lane:
         )
         return earlier + sum(kind.start <= passed for kind in kinds) - 1
 
-    def _finish(self, summary: Summary, judge: Judge, points: int) -> None:
+    def _finish(self, summary: Summary, judge: Judge) -> None:
         """The end of a stage, or of the turn when a signal asked for it."""
         if summary.interrupted is not None:
             raise KeyboardInterrupt
-        self._measure(judge, points)
+        self._measure(judge)
         self.before = self.now
         assert self.trainer is not None
         self.trainer.close()
@@ -140,18 +148,16 @@ class Lane:
         self.done = self.stage == len(self.arm.stages) - 1
         self.stage += not self.done
 
-    def _measure(self, judge: Judge, points: int) -> None:
-        """Draw and compare, where the next point of the budget was passed."""
+    def _measure(self, judge: Judge) -> None:
+        """Judge, where the next point of the budget was passed."""
+        points = judge.measure.points
         due = (len(self.points) + 1) / points
         now = self.now
         if now.passed + 1e-9 < due:
             return
         assert self.trainer is not None
-        network, parts = self.trainer.sampled(), self.trainer.parts
-        training = network.training
-        model = previews.model_in_training(network.eval(), parts, self.trainer.config)
-        now.value = judge.value(model, self.seed)
-        network.train(training)
+        found = judge(self.trainer, self.seed, last=len(self.points) + 1 == points)
+        now.distance, now.heldout = found["distance"], found["heldout"]
         self.points.append(now)
         with (self.folder / "measured.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(now)) + "\n")

@@ -11,28 +11,43 @@ AXES = {
 """What a measurement has cost: title, and the unit of the axis."""
 
 
-def draw(arms: dict[str, dict[str, Any]], metric: str, path: Path) -> None:
-    """Three panels with a line for every seed and the mean at the end of every arm."""
+def draw(arms: dict[str, dict[str, Any]], metrics: dict[str, str], path: Path) -> None:
+    """Three panels for everything measured, with a line for every seed and the mean at the end of
+    every arm.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, len(AXES), sharey=True)
-    for axis, (key, (title, unit)) in zip(panels, AXES.items(), strict=True):
-        for number, (name, arm) in enumerate(arms.items()):
-            colour = f"C{number % 10}"
-            label: str | None = name
-            for points in arm["curves"].values():
-                x = [point[key] / unit for point in points]
-                y = [point["value"] for point in points]
-                axis.plot(x, y, "o-", markersize=3, linewidth=1, color=colour, label=label)
-                label = None
-            end = [points[-1][key] / unit for points in arm["curves"].values()]
-            axis.plot(sum(end) / len(end), arm["mean"], "D", color=colour, markersize=6)
-        axis.set(xlabel=title)
-        axis.grid(alpha=0.3)
-    panels[0].set(ylabel=metric, yscale="log")
-    panels[0].legend(frameon=False)
+    first = next(iter(arms.values()))
+    shown = [name for name in metrics if name in first["measured"]]
+    figure = Figure(figsize=(12, 4 * len(shown)), layout="constrained")
+    rows = figure.subplots(len(shown), len(AXES), sharey="row", squeeze=False)
+    for panels, metric in zip(rows, shown, strict=True):
+        for axis, (key, (title, unit)) in zip(panels, AXES.items(), strict=True):
+            for number, (name, arm) in enumerate(arms.items()):
+                _lines(axis, arm, (key, unit, metric), f"C{number % 10}", name)
+            axis.set(xlabel=title)
+            axis.grid(alpha=0.3)
+        panels[0].set(ylabel=metrics[metric], yscale="log")
+    rows[0][0].legend(frameon=False, fontsize=8)
     figure.savefig(path, dpi=120)
+
+
+def _lines(
+    axis: Any, arm: dict[str, Any], what: tuple[str, float, str], colour: str, name: str
+) -> None:
+    """A line for every seed of an arm: a metric over what it cost, in a unit."""
+    key, unit, metric = what
+    label: str | None = name
+    ends = []
+    for points in arm["curves"].values():
+        seen = [point for point in points if point[metric] is not None]
+        x = [point[key] / unit for point in seen]
+        y = [point[metric] for point in seen]
+        axis.plot(x, y, "o-", markersize=3, linewidth=1, color=colour, label=label)
+        label = None
+        ends.append(x[-1])
+    mean = arm["measured"][metric]["mean"]
+    axis.plot(sum(ends) / len(ends), mean, "D", color=colour, markersize=6)
 
 
 def side_by_side(grids: dict[str, Any], path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a file of `msmdiff compare` asks for: arms, their budget, how they are judged."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -28,13 +28,25 @@ class Budget(_Strict):
 
 
 class Measure(_Strict):
-    """How an arm is judged."""
+    """How an arm is judged: by a distance of its samples, and by the held-out loss where
+    `eval.heldout` names images.
+    """
 
     points: int = Field(4, ge=1, le=100, description="measurements along the budget")
-    n: int = Field(500, ge=2, description="samples of each")
+    by: Literal["distance", "heldout"] = Field("distance", description="what decides")
+    n: int = Field(500, ge=0, description="samples of each; 0: none are drawn")
+    samples: Literal["every", "last"] = Field(
+        "every", description="at which of the measurements samples are drawn"
+    )
     features: str = Field("pixel", description="what images are compared by")
     weights: str | None = Field(None, description="the features' weights file")
     reference: str = Field("digits:test", description="images or statistics to compare with")
+
+    @model_validator(mode="after")
+    def _enough(self) -> "Measure":
+        if self.n == 1 or (self.n == 0 and self.by == "distance"):
+            raise ValueError("a distance needs two samples or more: n is 0 only with by: heldout")
+        return self
 
 
 class Spec(_Strict):
@@ -46,6 +58,7 @@ class Spec(_Strict):
     budget: Budget
     seeds: list[int] = Field([0, 1, 2], min_length=1, description="of each arm")
     slice: float = Field(3.0, gt=0, description="seconds of an arm's turn")
+    checkpoints: int = Field(10, ge=1, le=1000, description="of every training, for going on")
     common: dict[str, Any] = Field(
         {}, description="keys of all arms: over their presets, under their own"
     )

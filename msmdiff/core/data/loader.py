@@ -93,7 +93,7 @@ class TrainingImages(Dataset):
         )
         self.cached = isinstance(source, Packed) or (fits and not encoded and not config.workers)
         self._cache = (
-            np.empty((len(source), size, size, 3), np.uint8)
+            np.empty((len(source), 3, size, size), np.uint8)
             if self.cached and not encoded
             else None
         )
@@ -117,26 +117,31 @@ class TrainingImages(Dataset):
                     indices, numpy_stream(self.seed, "caption", positions[0])
                 )
             return Batch(positions[0], entries, labels)
-        pixels = np.stack([self._image(i, p) for i, p in zip(indices, positions, strict=True)])
+        pixels = self._pixels(indices, positions)
         labels = (
             None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
         )
-        return Batch(positions[0], torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy()), labels)
+        return Batch(positions[0], torch.from_numpy(pixels), labels)
+
+    def _pixels(self, indices: np.ndarray, positions: list[int]) -> np.ndarray:
+        """The images at these positions, uint8 [B, 3, H, W]."""
+        if self._cache is None:
+            every = [self._image(i, p) for i, p in zip(indices, positions, strict=True)]
+            return np.stack(every).transpose(0, 3, 1, 2).copy()
+        for index in indices[~self._filled[indices]]:
+            image = self.source.image(index)
+            pixels = images.center_crop(image, self.config.image_size)  # [H, W, 3]
+            self._cache[index] = pixels.transpose(2, 0, 1)
+            self._filled[index] = True
+        return self._cache[indices]
 
     def _image(self, index: int, position: int) -> np.ndarray:
-        if self._filled[index]:
-            assert self._cache is not None
-            return self._cache[index]
         image = self.source.image(index)
         if self.config.crop == "random":
             return images.random_crop(
                 image, self.config.image_size, numpy_stream(self.seed, "crop", position)
             )
-        pixels = images.center_crop(image, self.config.image_size)
-        if self._cache is not None:
-            self._cache[index] = pixels
-            self._filled[index] = True
-        return pixels
+        return images.center_crop(image, self.config.image_size)
 
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
         """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W],
