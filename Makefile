@@ -37,5 +37,10 @@ lint: .venv/tested
 test: lint
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
+# What needs a CUDA device: its tests, then the papers' networks timed into the page.
+gpu: .venv/tested
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n 8 -m gpu tests/gpu
+	$(BIN)/msmdiff bench tables --into docs/benchmarks.md
+
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -24,6 +24,12 @@ def register(app: typer.Typer) -> None:
     group.command(
         "data", epilog="Example: `msmdiff bench data photos/ --image-size 256 --step-ms 120`"
     )(data)
+    group.command("tables", epilog="Example: `msmdiff bench tables --into docs/benchmarks.md`")(
+        tables
+    )
+    group.command(
+        "growth", epilog="Example: `msmdiff bench growth --config digits-finetune -o growth.png`"
+    )(growth)
     group.command("fid", epilog="Example: `msmdiff bench fid --weights inception.pth`")(fid)
     group.command(
         "plan",
@@ -273,6 +279,71 @@ def fid(
         ("minutes for 50,000 images", f"{found['minutes_for_50k']:.1f}"),
     ]
     _show(f"Measuring images of {image_size} pixels", found["features"], rows, report, as_json)
+
+
+def tables(
+    steps: Annotated[int, typer.Option(min=3, help="Timed steps of each training.")] = 15,
+    into: Annotated[
+        Path | None, typer.Option(help="A page with two marks, between which the table is put.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Whole training steps of the papers' networks on this device, as a table for a page.
+
+    On a GPU those are the XL networks with torch.compile, some minutes; on a CPU three small ones.
+    """
+    import platform
+
+    from msmdiff.cli.console import Console, print_json
+    from msmdiff.core.bench import tables as measuring
+
+    device = _device()
+    found = []
+    for row in measuring.measure(measuring.rows(device), device, steps):
+        found.append(row)
+        if not as_json:
+            Console().note(f"{row.title}: {row.ms:,.1f} ms a step, {row.of_peak:.0%} of peak")
+    where = _machine()
+    machine = f"{where['device']}, Python {platform.python_version()}, torch {where['torch']}"
+    if into is not None:
+        measuring.write(into, measuring.markdown(found, machine))
+    if as_json:
+        print_json({**where, "results": [row.as_dict() for row in found]})
+    elif into is None:
+        Console().note(measuring.markdown(found, machine))
+
+
+def growth(
+    out: Annotated[Path, typer.Option("-o", "--out", help="The picture, a PNG.")],
+    config: Annotated[str, typer.Option(help="A preset's name or a YAML file, without a mask.")] = (
+        "digits-finetune"
+    ),
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps of each setting.")] = 7,
+    sets: Sets = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that is there already.")
+    ] = False,
+    as_json: AsJson = False,
+) -> None:
+    """How the time and memory of a step grow with the mask, the batch and the tokens, beside what
+    the counted operations alone would ask for.
+    """
+    from msmdiff.core.bench import growth as measuring
+    from msmdiff.core.errors import UsageError
+
+    if out.suffix.lower() != ".png":
+        raise UsageError(f"--out {out}: give a name that ends in .png")
+    if out.exists() and not overwrite:
+        raise UsageError(f"--out {out} is there already: give another name, or --overwrite")
+    points = measuring.measure(_resolved(config, sets), _device(), steps)
+    where = _machine()
+    measuring.draw(points, f"{config}, {where['device']}, torch {where['torch']}", out)
+    report = {"config": config, **where, "points": [point.as_dict() for point in points]}
+    rows = [
+        (f"{p.axis} {p.value:g}", f"{p.ms:,.1f} ms, {p.gib:.2f} GiB, ideal {p.ideal_ms:,.1f} ms")
+        for p in points
+    ]
+    _show("A step as one thing changes", config, rows, report, as_json)
 
 
 def plan(

@@ -6,8 +6,12 @@ import time
 import pytest
 import torch
 
-from msmdiff.core.bench import timing
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
+from msmdiff.core import presets
+from msmdiff.core.bench import growth, loading, planning, sampling, tables, timing
 from msmdiff.core.bench.timing import Clock, Pairs, Watched
+from msmdiff.core.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -77,3 +81,100 @@ def test_bench_train_compares_two_settings_in_turns(cli):
     expected = [b / a for a, b in zip(found["first_seconds"], found["second_seconds"], strict=True)]
     assert found["ratios"] == pytest.approx(expected)
     assert cli("bench", "train", "--config", "nope", code=2).stderr.startswith("error: ")
+
+
+def resolved(name, *layers):
+    return road.resolve(configuration.build(presets.read(name), *layers), data_classes=10)
+
+
+@pytest.mark.parametrize(
+    ("options", "evaluations"),
+    [({"sampler": "ddim"}, 6), ({"sampler": "heun", "times": None}, 11), ({"cfg_scale": 2}, 6)],
+)
+def test_a_drawing_counts_its_evaluations(options, evaluations):
+    small = {"model": {"hidden_size": 16, "num_heads": 2, "depth": 3}}
+    config = resolved("digits-uvit", small, {"sample": {"steps": 6, "cfg_scale": 1, **options}})
+    found = sampling.measure(config, 2, CPU, repeats=2)
+    assert found.evaluations == evaluations
+    per_batch = found.ms_per_evaluation * evaluations * (1 + found.beside_network)
+    assert found.ms_per_batch == pytest.approx(per_batch)
+    assert found.images_per_s == pytest.approx(2000 / found.ms_per_batch)
+
+
+def test_waiting_is_the_share_of_what_comes_too_late():
+    def slow():
+        while True:
+            time.sleep(0.03)
+            yield 1
+
+    assert loading._waited(slow(), 0.5, 0.01) == pytest.approx(0.75, abs=0.1)
+
+
+def test_a_plan_follows_from_the_operations():
+    """U-ViT-H/2 at batch 128 on an A100: the published speed and memory within a tenth."""
+    layer = {"train": {"batch_size": 128, "precision": "bf16", "gradient_checkpointing": False}}
+    config = resolved("uvit-imagenet256-h", layer)
+    alone = planning.make(config, "a100")
+    assert 1000 / alone.ms_per_step == pytest.approx(1.14, rel=0.1)
+    assert alone.memory_gib * 1024 == pytest.approx(54324, rel=0.11)
+    assert (alone.fits, alone.advice) == (True, "")
+    assert alone.hours == pytest.approx(alone.ms_per_step * alone.steps / 3.6e6)
+    eight = planning.make(config, "a100", gpus=8, share=0.7)
+    assert alone.ms_per_step / eight.ms_per_step == pytest.approx(16)
+    assert eight.batch_per_gpu == 16
+    small = planning.make(config, "rtx4090")
+    assert not small.fits
+    assert "gradient_checkpointing=true would take" in small.advice
+
+
+def test_a_plan_counts_every_ratio_of_the_mask():
+    plain = planning.flops_per_image(resolved("digits-finetune"))
+    masked = planning.flops_per_image(resolved("digits-pretrain"))
+    tail = resolved("digits-pretrain", {"mask": {"tail": 0.25}})
+    expected = 0.75 * masked + 0.25 * plain
+    assert planning.flops_per_image(tail) == pytest.approx(expected, rel=0.05)
+    again = resolved("digits-finetune", {"train": {"gradient_checkpointing": True}})
+    assert planning.flops_per_image(again) == pytest.approx(plain * 4 / 3)
+
+
+def test_tables_stand_between_their_marks(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{tables.BEGIN}\nold\n{tables.END}\nafter\n")
+    (found,) = tables.measure([tables.Row("digits-finetune", 4)], CPU, steps=3)
+    assert (found.kept, found.tokens) == (64, 64)
+    assert found.images_per_s == pytest.approx(4000 / found.ms)
+    assert found.low <= found.ms <= found.high
+    tables.write(page, tables.markdown([found], "A machine"))
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert text.count("| digits-finetune, batch 4 | 64 of 64 |") == 1
+    page.write_text("nothing")
+    with pytest.raises(UsageError, match=r"page\.md has no place for tables"):
+        tables.write(page, "")
+
+
+def test_the_other_benches_run(cli, tmp_path):
+    found = json.loads(cli("bench", "fid", "--features", "pixel", "--json").stdout)
+    assert found["features"] == "pixel-8x8"
+    reading = ("--image-size", "16", "--seconds", "0.2", "--step-ms", "5", "--json")
+    found = json.loads(cli("bench", "data", "digits", *reading).stdout)
+    assert found["workers"] == 0
+    assert 0 <= found["waited"] <= 1
+    (tmp_path / "growth.png").write_bytes(b"mine")
+    refused = cli("bench", "growth", "-o", "growth.png", code=2).stderr
+    assert "growth.png is there already" in refused
+    refused = cli("bench", "plan", "--config", "dit-xl", "--gpu", "h1000", code=2).stderr
+    assert "--gpu h1000: choose one of a100," in refused
+
+
+def test_what_a_step_grows_with(tmp_path):
+    tiny = {"model": {"hidden_size": 16, "num_heads": 2, "depth": 3}, "train": {"batch_size": 2}}
+    points = growth.measure(resolved("digits-finetune", tiny), CPU, steps=1)
+    ideal = {(point.axis, point.value): point.ideal_ms for point in points}
+    assert ideal["batch", 4] == pytest.approx(2 * ideal["batch", 2])
+    assert ideal["ratio", 0.9] < 0.2 * ideal["ratio", 0.0]
+    assert [point.value for point in points if point.axis == "tokens"] == [16, 64, 256]
+    growth.draw(points, "title", tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").read_bytes().startswith(b"\x89PNG")

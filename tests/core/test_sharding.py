@@ -85,7 +85,8 @@ def train(name, folder, steps=STEPS, sharded=True, **settings):
     config = configuration.build(COMMON, CASES[name], {"train": {"steps": steps, **settings}})
     if sharded:
         PartialState(cpu=True)
-        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+        if PartialState._shared_state["distributed_type"] != DistributedType.FSDP:  # the first
+            PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Trainer(config, Path(folder), Silent(), False, "")
     networks = [trainer.step.model, *trainer.step.averages.networks.values()]
     trained = [p for network in networks for p in network.parameters()]

@@ -46,12 +46,14 @@ def accelerator(config: Config, run_path: Path) -> Any:
     not work together.
     """
     from accelerate import Accelerator  # takes a second, and only training needs it
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedDataParallelKwargs, DistributedType
 
     # Accelerate keeps one state per process, which would fix the precision of every later training
-    # to the first one's.
+    # to the first one's, and forget how to shard a second one.
     AcceleratorState._reset_state()
+    if PartialState._shared_state.get("distributed_type") == DistributedType.FSDP:
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     _refuse_lonely_launch()
     shards = sharding.plugin(config.train.precision)
     cuda = torch.cuda.is_available()
