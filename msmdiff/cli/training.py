@@ -228,6 +228,8 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         f"{summary.seconds:.1f} s; "
         f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
     )
+    if summary.remark:
+        console.note(summary.remark)
     if options["as_json"]:
         stored = presets.parse_yaml((path / "config.yaml").read_text(), str(path))
         print_json(

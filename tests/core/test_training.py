@@ -726,15 +726,16 @@ def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
 
 
 def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
-    train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
-    assert "decay 0.999, which has gone 0.8% of the way from the first w" in quiet.notes[-1]
+    done = train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
+    assert "decay 0.999, which has gone 0.8% of the way from the first w" in done.remark
 
 
 def test_an_average_that_is_slow_after_its_copies_is_told(tmp_path, quiet):
     slow = {"ema": {"decays": [0.999], "update_after_step": 1, "power": 5}}
-    train(small(slow), tmp_path, quiet)
-    assert "of the way from those after step 2 to the trained ones" in quiet.notes[-1]
-    assert "a lower ema.power" in quiet.notes[-1]
+    done = train(small(slow), tmp_path, quiet)
+    assert "of the way from those after step 2 to the trained ones" in done.remark
+    assert "a lower ema.power" in done.remark
+    assert train(small(), tmp_path / "usual", quiet).remark == ""
 
 
 @pytest.mark.parametrize("steps", [1, 4, 9, 30])

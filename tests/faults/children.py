@@ -125,7 +125,7 @@ def require_calm(end: End, *codes: int) -> None:
     assert "Warning" not in end.err, told
     assert end.seen == [], f"{end.seen}\n{told}"
     if end.code:
-        assert end.err.count("error: ") == 1 or "Usage:" in end.err, told
+        assert end.err.count("error: ") == 1 or "Usage:" in end.err or "─ Error ─" in end.err, told
         assert "more memory than" not in end.err, told
         assert "out of memory" not in end.err, told
 
