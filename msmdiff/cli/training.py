@@ -122,6 +122,7 @@ def finetune(
     from msmdiff.core import weights
     from msmdiff.core.errors import UsageError
     from msmdiff.core.training import warmstart
+    from msmdiff.core.weights import published
 
     try:
         path = str(weights.locate(ckpt))
@@ -132,7 +133,8 @@ def finetune(
         path = str(stored.train.init_from)
     else:
         told = [item for item in options["sets"] or [] if item.startswith("model.")]
-        stored = weights.read(Path(path), model_fields(told)).config
+        hints = {k: v for k, v in model_fields(told).items() if k in published.UNTOLD}
+        stored = weights.read(Path(path), hints=hints).config
     changes: dict[str, Any] = {
         "mask": {
             "ratio": 0.0,
@@ -226,6 +228,8 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         f"{summary.seconds:.1f} s; "
         f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
     )
+    if summary.remark:
+        console.note(summary.remark)
     if options["as_json"]:
         stored = presets.parse_yaml((path / "config.yaml").read_text(), str(path))
         print_json(

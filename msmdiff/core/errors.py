@@ -3,12 +3,25 @@ and exits.
 """
 
 import difflib
+import unicodedata
 
 
 class MsmdiffError(Exception):
-    """Something failed: a file, a number, a machine. Exit code 1."""
+    """Something failed: a file, a number, a machine. Exit code 1.
+
+    The sentence is one line whatever names stand in it: controls are written as escapes.
+    """
 
     exit_code = 1
+
+    def __init__(self, sentence: str = "") -> None:
+        super().__init__("".join(map(_shown, sentence)))
+
+
+def _shown(character: str) -> str:
+    if unicodedata.category(character) in ("Cc", "Zl", "Zp"):
+        return character.encode("unicode_escape").decode()
+    return character
 
 
 class UsageError(MsmdiffError):

@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import stat
+import unicodedata
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -124,18 +125,46 @@ def _opened(path: Path | str) -> IO[bytes]:
 
 def read_text(path: Path | str) -> str:
     """The text of an ordinary file, by `decoded`. Raises Unreadable."""
-    return decoded(read_bytes(path))
+    with reading(path, "a text"):
+        return decoded(read_bytes(path))
 
 
 def decoded(content: bytes) -> str:
-    """Text in UTF-8, in what its byte-order mark says, or else in Windows' Latin-1 (cp1252)."""
+    """Text in what its byte-order mark says; or else in UTF-8, in UTF-16 or UTF-32 where there are
+    zeros, or in Windows' Latin-1 (cp1252).
+
+    Raises ValueError for bytes that are none of these.
+    """
     for mark, encoding in BYTE_ORDER_MARKS.items():
         if content.startswith(mark):
             return content.decode(encoding, errors="replace")
+    encodings = ["utf-8", "cp1252"]
+    if b"\0" in content:
+        # Of a Latin letter, and of an end of line in any script, the upper bytes are zero.
+        little = content[1::2].count(0) >= content[::2].count(0)
+        orders = ("le", "be") if little else ("be", "le")
+        encodings = [f"{kind}-{order}" for order in orders for kind in ("utf-16", "utf-32")]
+        if content.count(0) < len(content) / 4 and _decodes(content, "utf-8"):
+            encodings = []  # a stray zero
+    for encoding in encodings:
+        text = _decodes(content, encoding)
+        if text is not None and (encoding == "utf-8" or not _odd(text)):
+            return text
+    raise ValueError("it is in none of UTF-8, UTF-16 and Latin-1: save it as UTF-8")
+
+
+def _decodes(content: bytes, encoding: str) -> str | None:
     try:
-        return content.decode("utf-8")
+        return content.decode(encoding)
     except UnicodeDecodeError:
-        return content.decode("cp1252", errors="replace")
+        return None
+
+
+def _odd(text: str) -> bool:
+    """Whether a text has characters that only other bytes give which are taken for it: controls,
+    and such as Unicode has not.
+    """
+    return any(unicodedata.category(c) in ("Cc", "Cn", "Co") and not c.isspace() for c in text)
 
 
 def checksum(path: Path) -> str:

@@ -157,7 +157,7 @@ class Gallery:
             raw = self._raw_array(held) if wish.npz and rank == 0 else self._raw_path()
             if world > 1:
                 dist.barrier()  # the folder and the file are there
-            mine = wish.seeds[rank::world]
+            mine = sorted(set(wish.seeds[rank::world]))
             there = [seed for seed in mine if wish.png and _is_whole(self._png(seed))]
             found = self._fill(mine, there, extractor, raw, _Shown(progress, rank, world))
             if world > 1:
@@ -230,31 +230,44 @@ class Gallery:
     def _images(
         self, mine: Sequence[int], there: list[int], raw: Path | None, shown: "_Shown"
     ) -> Iterator[Tensor]:
-        """Images on disk where they are needed again, then those still to be drawn: uint8 [B, 3, H,
+        """All images where they are needed again, else those that were not there: uint8 [B, 3, H,
         W].
+
+        They come in the order of `mine`, and are cut into batches whatever was there: an
+        interrupted sampling ends with the same statistics, bit for bit.
         """
-        wish = self.request
+        wish, stored = self.request, set(there)
         place = {seed: i for i, seed in enumerate(wish.seeds)}
-
-        def take(batch: list[int], pixels: np.ndarray) -> Tensor:
+        todo = [seed for seed in mine if seed not in stored]
+        drawn = self._drawn_anew(todo, len(mine), shown)
+        wanted = mine if wish.npz or wish.stats else todo
+        for start in range(0, len(wanted), wish.batch_size):
+            seeds = wanted[start : start + wish.batch_size]
+            rows = [self._stored(seed) if seed in stored else next(drawn) for seed in seeds]
+            pixels = np.stack(rows)
             if raw is not None:
-                npy.write_rows(raw, [place[seed] for seed in batch], pixels)
-            return torch.from_numpy(pixels).permute(0, 3, 1, 2)
+                npy.write_rows(raw, [place[seed] for seed in seeds], pixels)
+            yield torch.from_numpy(pixels).permute(0, 3, 1, 2)
 
-        again = there if wish.npz or wish.stats else []
-        for start in range(0, len(again), wish.batch_size):
-            batch = again[start : start + wish.batch_size]
-            yield take(batch, np.stack([np.asarray(read_rgb(self._png(seed))) for seed in batch]))
-        todo = sorted(set(mine) - set(there))
-        done, began = len(there), monotonic()
-        for drawn in self.model.batches(todo, self._told(todo), batch_size=wish.batch_size):
+    def _drawn_anew(
+        self, seeds: Sequence[int], total: int, shown: "_Shown"
+    ) -> Iterator[np.ndarray]:
+        """The images of some seeds in their order, each uint8 [H, W, 3], and written where PNGs are
+        wanted; `total` counts those that were there, too.
+        """
+        done, began = 0, monotonic()
+        size = self.request.batch_size
+        for drawn in self.model.batches(seeds, self._told(seeds), batch_size=size):
             pixels = np.ascontiguousarray(to_hwc(drawn.images))
-            if wish.png:
+            if self.request.png:
                 for seed, image in zip(drawn.seeds, pixels, strict=True):
                     _save(Image.fromarray(image), self._png(seed))
-            yield take(drawn.seeds, pixels)
             done += len(pixels)
-            shown.tell(done, len(mine), (done - len(there)) / (monotonic() - began))
+            shown.tell(total - len(seeds) + done, total, done / (monotonic() - began))
+            yield from pixels
+
+    def _stored(self, seed: int) -> np.ndarray:
+        return np.asarray(read_rgb(self._png(seed)))
 
     def _grid(self, canvas: np.ndarray | None) -> Path:
         """The first 100 images in one picture, one class a column where there are few."""
@@ -263,7 +276,7 @@ class Gallery:
         if canvas is not None:
             first = np.asarray(canvas[:100])
         else:
-            first = np.stack([np.asarray(read_rgb(self._png(seed))) for seed in seeds])
+            first = np.stack([self._stored(seed) for seed in seeds])
         labels = self.model.condition.deal(wish.classes, wish.seeds)
         different = 0 if labels is None else len(set(labels.tolist()))
         columns = different if 1 < different <= 20 else None

@@ -6,6 +6,7 @@ import ssl
 import threading
 import urllib.error
 import urllib.request
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,7 +78,9 @@ def loading(source: str, what: str, remedy: str) -> Iterator[None]:
     before = constants.HF_HUB_OFFLINE
     constants.HF_HUB_OFFLINE = bool(offline)
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of libraries to one another
+            yield
     except Exception:  # the libraries' own words differ, and do not say what can be done
         if not offline:
             raise

@@ -101,9 +101,24 @@ def test_what_this_tool_did_not_write_is_not_replaced(tmp_path: Path):
 
 
 def test_text_is_read_in_what_it_was_written_in(tmp_path: Path):
-    for encoding in ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1"):
+    marked = ("utf-8", "utf-8-sig", "utf-16", "utf-32", "latin-1")
+    unmarked = ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+    for encoding in (*marked, *unmarked):
         (tmp_path / "a.txt").write_bytes("un café".encode(encoding))
         assert files.read_text(tmp_path / "a.txt") == "un café"
+    for encoding in unmarked:
+        for text in ("一只猫\n两只狗\n", "一一一\n"):
+            (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+            assert files.read_text(tmp_path / "a.txt") == text
+
+
+@pytest.mark.parametrize(
+    "content", [b"a cat\0", b"\0\0", b"cat \x81", b"caf\xe9 \x02", bytes(range(256))]
+)
+def test_bytes_that_are_no_text_are_refused_by_name(tmp_path: Path, content):
+    (tmp_path / "a.txt").write_bytes(content)
+    with pytest.raises(MsmdiffError, match=r"a\.txt is not a text that can be read: .* save it as"):
+        files.read_text(tmp_path / "a.txt")
 
 
 def test_what_is_larger_than_it_may_be_is_not_read(tmp_path: Path):

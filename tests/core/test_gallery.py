@@ -72,6 +72,23 @@ def test_an_archive_and_a_picture_carry_their_record(stored, tmp_path):
     assert {p.name for p in tmp_path.iterdir()} == {"r.safetensors", "x.npz", "x.grid.png"}
 
 
+@pytest.mark.parametrize("lost", [[0], [1, 2], [0, 3]])
+def test_what_was_there_already_changes_no_bit(stored, tmp_path, lost):
+    wish = {"seeds": [4, 0, 1, 2, 3], "npz": tmp_path / "x.npz", "stats": tmp_path / "stats.npz"}
+    make(stored, tmp_path, features="pixel", **wish)
+
+    def arrays():
+        with np.load(wish["npz"]) as images, np.load(wish["stats"]) as moments:
+            return [images["arr_0"], moments["mu"], moments["sigma"], moments["rows"]]
+
+    undisturbed = arrays()
+    for seed in lost:
+        (tmp_path / "s" / f"{seed:06d}.png").unlink()
+    assert f"({5 - len(lost)} were there)" in make(stored, tmp_path, features="pixel", **wish)
+    for before, after in zip(undisturbed, arrays(), strict=True):
+        np.testing.assert_array_equal(after, before)
+
+
 def test_a_folder_of_the_user_is_not_taken(stored, tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "sample.json").write_text(json.dumps({"seeds": "mine"}))

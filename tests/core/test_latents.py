@@ -241,6 +241,22 @@ def test_fast_dit_and_u_vit_caches_are_read_as_they_are(tmp_path):
     torch.testing.assert_close(entries[0], torch.cat([mean, (logvar / 2).exp()]))
 
 
+@pytest.mark.parametrize("make_cache", [fast_dit, u_vit])
+def test_what_systems_leave_in_a_cache_is_passed_over(tmp_path, make_cache):
+    root = make_cache(tmp_path / "cache")
+    names = sources.open_source(str(root)).names
+    for folder in (root, *root.glob("*_features"), *root.glob("*_labels")):
+        (folder / "._0.npy").write_bytes(b"of macOS")
+        (folder / "._11_0.npy").write_bytes(b"of macOS")
+    for folder in (".a_features", ".a_labels", "@eaDir"):
+        (root / folder).mkdir()
+        (root / folder / "0.npy").write_bytes(b"of Synology")
+    cache = sources.open_source(str(root))
+    assert cache.names == names
+    assert cache.text is None
+    cache.gather(np.arange(len(cache)))
+
+
 def test_a_cache_trains_and_packs(tmp_path, quiet):
     data = {"source": str(u_vit(tmp_path / "u")), "hflip": 0, "workers": 0}
     layers = (
@@ -354,6 +370,19 @@ def test_a_damaged_packed_set_says_what_is_wrong(photos, tmp_path, file, change,
         np.save(path, change(np.load(path)))
     with pytest.raises(MsmdiffError, match=words):
         sources.open_source(str(tmp_path / "p"))
+
+
+def test_numbers_of_a_packed_set_that_are_not_finite_are_named_where_they_are_read(
+    photos, tmp_path, vae
+):
+    make(photos, tmp_path / "p", vae, shard=5)
+    entries = np.load(tmp_path / "p" / "entries.npy")
+    entries[7, 0, 0, 0] = np.nan
+    np.save(tmp_path / "p" / "entries.npy", entries)
+    source = sources.open_source(str(tmp_path / "p"))
+    source.gather(np.array([0, 6, 8]))
+    with pytest.raises(MsmdiffError, match=rf"entries of {source.names[7]} \(shard 1\) hold num"):
+        source.gather(np.array([3, 7]))
 
 
 def big_vae(vae, folder, factor):

@@ -16,7 +16,7 @@ from msmdiff.core.config import section
 from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.training import checkpoint, cost, evaluation, optim, origins, previews
-from msmdiff.core.training.ema import Averages
+from msmdiff.core.training.ema import Averages, progress
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.step import Step
 from msmdiff.core.training.trainer import Trainer, train
@@ -761,8 +761,42 @@ def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
 
 
 def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
-    train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
-    assert "decay 0.999, which has gone 0.8% of the way" in quiet.notes[-1]
+    done = train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
+    assert "decay 0.999, which has gone 0.8% of the way from the first w" in done.remark
+
+
+def test_an_average_that_is_slow_after_its_copies_is_told(tmp_path, quiet):
+    slow = {"ema": {"decays": [0.999], "update_after_step": 1, "power": 5}}
+    done = train(small(slow), tmp_path, quiet)
+    assert "of the way from those after step 2 to the trained ones" in done.remark
+    assert "a lower ema.power" in done.remark
+    assert train(small(), tmp_path / "usual", quiet).remark == ""
+
+
+@pytest.mark.parametrize("steps", [1, 4, 9, 30])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"warmup": "constant"},
+        {"warmup": "constant", "update_every": 4},
+        {"update_after_step": 5},
+        {"update_after_step": 0, "power": 2.0},
+        {"update_after_step": 5, "update_every": 3, "power": 3.0},
+        {"update_after_step": 100},
+    ],
+)
+def test_how_far_an_average_has_come_is_what_it_takes_in(options, steps):
+    """A weight that is 0 until the last plain copy and 1 from then on."""
+    net, config = torch.nn.Linear(1, 1, bias=False), section("ema", decays=[0.9], **options)
+    copied, moved = progress(config, 0.9, steps)
+    with torch.no_grad():
+        net.weight.zero_()
+        averages = Averages(net, config)
+        for step in range(1, steps + 1):
+            net.weight.fill_(float(step > copied))
+            averages.update()
+    average = averages.networks["0.9"].weight.item()
+    assert moved == pytest.approx(average, abs=1e-5)
 
 
 def test_a_kill_before_the_best_was_noted_is_made_up_for(tmp_path, quiet):

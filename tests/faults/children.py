@@ -83,6 +83,8 @@ class Children:
         here = Path(__file__).parent
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "MSMDIFF_CACHE": str(cache)}
         environment |= {"COLUMNS": "200", "MPLCONFIGDIR": str(cache), "HF_HUB_OFFLINE": "0"}
+        environment |= {"HF_HOME": str(cache), "TORCH_HOME": str(cache), "no_proxy": "*"}
+        environment["PYTHONDONTWRITEBYTECODE"] = "1"
         paths = [str(here), str(here.parents[1]), environment.get("PYTHONPATH", "")]
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, paths))
         self._process = subprocess.Popen(
@@ -125,7 +127,7 @@ def require_calm(end: End, *codes: int) -> None:
     assert "Warning" not in end.err, told
     assert end.seen == [], f"{end.seen}\n{told}"
     if end.code:
-        assert end.err.count("error: ") == 1 or "Usage:" in end.err, told
+        assert end.err.count("error: ") == 1 or "Usage:" in end.err or "─ Error ─" in end.err, told
         assert "more memory than" not in end.err, told
         assert "out of memory" not in end.err, told
 

@@ -25,7 +25,8 @@ class Operations:
     Args:
         folder: what lies elsewhere is not counted.
         kind: `kill` ends the process with SIGKILL before the operation (a write is then half done);
-            `ENOSPC` and `EIO` fail it, once; `none` only counts. EIO hits reading too.
+            `ENOSPC` and `EIO` fail it, once, and nothing of it is done: what Python's buffers hold
+            is written when the file is closed. `none` only counts. EIO hits reading too.
         at: the number of the operation, from 0 on.
         log: a file that gets a line per operation: its name, and the path within the folder.
     """
@@ -36,7 +37,7 @@ class Operations:
         self._write = os.write
 
     def passes(self, name: str, where: Any, half: Callable[[], Any] | None = None) -> None:
-        """Called before each operation. `half` does the first half of a write."""
+        """Called before each operation. `half` does the first half of a write, before a kill."""
         path = _path_of(where)
         if not path.startswith(self.folder):
             return
@@ -46,9 +47,9 @@ class Operations:
         self._write(self._log, f"{name}\t{path.removeprefix(self.folder)}\n".encode())
         if number != self.at or self.kind == "none":
             return
-        if half is not None:
-            half()
         if self.kind == "kill":
+            if half is not None:
+                half()
             os.kill(os.getpid(), signal.SIGKILL)
         code = getattr(errno, self.kind)
         raise OSError(code, os.strerror(code), path)
@@ -161,6 +162,15 @@ class Watch:
     PROGRAMS = ("git", "uname")
     """What a training asks for its circumstances."""
 
+    CHANGED = {  # noqa: RUF012
+        **dict.fromkeys(("os.remove", "os.mkdir", "os.rmdir", "os.truncate"), (0,)),
+        **dict.fromkeys(("os.chmod", "os.chown", "os.utime"), (0,)),
+        "os.rename": (0, 1),
+        "os.link": (1,),
+        "os.symlink": (1,),
+    }
+    """Events, and which of their arguments are paths that change."""
+
     def __init__(self, places: list[str]) -> None:
         self.places = tuple(f"{place}/" for place in [*places, "/dev", "/proc"])
         self.seen: list[str] = []
@@ -174,9 +184,10 @@ class Watch:
             writes = isinstance(flags, int) and flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
             if writes and not isinstance(path, int):
                 self._require_inside(event, path)
-        elif event in ("os.remove", "os.rename", "os.mkdir", "os.rmdir", "os.link", "os.truncate"):
-            if not isinstance(arguments[0], int):
-                self._require_inside(event, arguments[0])
+        elif event in self.CHANGED:
+            for place in self.CHANGED[event]:
+                if not isinstance(arguments[place], int):
+                    self._require_inside(event, arguments[place])
         elif event in ("os.system", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn"):
             self.seen.append(f"{event} {arguments!r}")
         elif event == "subprocess.Popen":

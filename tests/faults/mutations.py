@@ -3,14 +3,15 @@
 import io
 import json
 import random
+import re
 import tarfile
 import time
 import zipfile
 from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import lmdb
 import numpy as np
 import torch
 from PIL import Image
@@ -19,8 +20,11 @@ from safetensors.torch import save_file
 from msmdiff.core import backbones, presets, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core.data import npy, sources, text
+from msmdiff.core.data import encode, npy, sources, text
+from msmdiff.core.data.latents import Latents
+from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.layers import SECTIONS
 from msmdiff.core.metrics import statistics
 from msmdiff.core.sections import ModelConfig
 from msmdiff.core.weights import published
@@ -43,10 +47,29 @@ def _read_source(path: Path) -> None:
         source.image(i)
 
 
+def _read_beside(path: Path) -> None:
+    """A folder's file: the folder is read."""
+    source = sources.open_source(str(path.parent))
+    if isinstance(source, Latents):
+        source.gather(np.arange(len(source)))
+    else:
+        _read_source(path.parent)
+
+
 def _configured(path: Path) -> None:
     content = presets.read(str(path))
-    with suppress(UsageError):  # which names the key
+    try:
         road.resolve(configuration.build(content), 10)
+    except UsageError as error:
+        require_key(str(error))
+        raise UsageError(f"{path.name}: {error}") from None
+
+
+def require_key(sentence: str) -> None:
+    """Refuse a sentence about a configuration that names no section or key."""
+    names = "|".join(map(re.escape, (*SECTIONS, "key", "section", "configuration")))
+    assert re.search(rf"\b({names})\b", sentence), sentence
+    assert "\n" not in sentence, sentence
 
 
 def _captions(path: Path) -> None:
@@ -65,6 +88,11 @@ OPENERS: dict[str, Callable[[Path], Any]] = {
     "statistics.npz": statistics.load,
     "mine.yaml": _configured,
     "captions.json": _captions,
+    "lsun_lmdb/data.mdb": _read_beside,
+    **{
+        f"packed/{name}": _read_beside
+        for name in ("packed.json", "entries.npy", "labels.npy", "names.txt", "shards.txt")
+    },
 }
 """File -> what opens it."""
 
@@ -90,6 +118,20 @@ def originals(folder: Path) -> None:
     (folder / "captions.json").write_text(
         json.dumps({f"class{i % 2}/{i}.png": f"picture {i}" for i in range(4)})
     )
+    with (
+        lmdb.open(str(folder / "lsun_lmdb"), map_size=2**20) as there,
+        there.begin(write=True) as change,
+    ):
+        for i in range(20):
+            change.put(f"{i:04d}".encode(), _picture(i))
+    _pack(folder / "images.zip", folder / "packed")
+
+
+def _pack(images: Path, folder: Path) -> None:
+    data = configuration.section("data", source=str(images), image_size=8)
+    codec = codecs.build(configuration.section("codec"), 8)
+    source = sources.open_source(str(images))
+    encode.encode(source, codec, data, folder, lambda *_: None, shard=2)
 
 
 def _write_cifar(path: Path, rng: np.random.Generator) -> None:
@@ -157,7 +199,8 @@ def attack(folder: str, name: str, count: int, first: int = 0) -> dict[str, Any]
             OPENERS[name](path)
             opened += 1
         except MsmdiffError as error:
-            if name not in str(error) or "more memory" in str(error) or "\n" in str(error):
+            named = any(part in str(error) for part in Path(name).parts)
+            if not named or "more memory" in str(error) or "\n" in str(error):
                 problems.append(f"{seed}: {error}")
         except BaseException as error:
             problems.append(f"{seed}: {error!r}")

@@ -14,6 +14,7 @@ from PIL import Image
 from msmdiff.core import backbones, tensor_files, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
+from msmdiff.core.data import latents
 from msmdiff.core.sections import ModelConfig
 from msmdiff.core.weights import published
 
@@ -69,8 +70,8 @@ class Scenario:
 
 SCENARIOS = {
     "train": Scenario(
-        "pretrain --run r --steps 6 --batch-size 8 --set data.workers=0 --set train.log_every=1 "
-        "--set train.checkpoint_every=2 --set train.preview_every=3 --set train.keep_checkpoints=2 "
+        "pretrain --run r --steps 5 --batch-size 8 --set data.workers=0 --set train.log_every=1 "
+        "--set train.checkpoint_every=2 --set train.preview_every=4 --set train.keep_checkpoints=2 "
         "--set sample.steps=2 --set model.hidden_size=16 --set model.num_heads=2 "
         "--set model.depth=3",
         (),
@@ -99,17 +100,22 @@ SCENARIOS = {
 
 
 def numbers(folder: Path) -> dict[str, str]:
-    """What lies in a folder: a digest of each file, of times only that they are there."""
+    """What lies in a folder: a digest of each file; of times, and folders, only that they are
+    there.
+    """
     found = {}
     for path in sorted(folder.rglob("*")):
-        if path.is_file() and path.name != ".lock":
-            found[str(path.relative_to(folder))] = _digest(path)
+        if path.name != ".lock":
+            digest = _digest(path) if path.is_file() else "folder"
+            found[str(path.relative_to(folder))] = digest
     return found
 
 
 def _digest(path: Path) -> str:
     if path.name == "run.json":
         return "circumstances"
+    if path.name == "shards.txt":  # a line that a kill cut short stays there, and does not count
+        return f"{sorted(latents.finished(path.parent))}"
     if path.name == "DONE":
         return " ".join(sorted(json.loads(path.read_bytes())))
     if path.name == "state.pt":

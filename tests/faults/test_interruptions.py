@@ -7,8 +7,8 @@ import shutil
 from pathlib import Path
 
 import pytest
-from children import Children, End, require_calm
-from scenarios import SCENARIOS, Scenario, make_inputs, numbers
+from children import Children, End, Job, require_calm
+from scenarios import SCENARIOS, make_inputs, numbers
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +46,6 @@ def undisturbed(children, inputs, tmp_path_factory) -> Undisturbed:
     return Undisturbed(children, inputs, tmp_path_factory.mktemp("undisturbed"))
 
 
-def run_again(children: Children, scenario: Scenario, place: Path) -> None:
-    """The same command, which ends well, or says that what it makes was there already."""
-    end = children.command(place, *scenario.argv)
-    require_calm(end, 0, 2)
-    assert end.code == 0 or "is there already" in end.err, end.err
-
-
 def assert_same_bits(folder: Path, bits: dict[str, str]) -> None:
     """A folder holds what an undisturbed command leaves, number for number, and nothing else."""
     found = numbers(folder)
@@ -61,10 +54,13 @@ def assert_same_bits(folder: Path, bits: dict[str, str]) -> None:
     assert not different, f"other bits in {different}"
 
 
-def instants(count: int, few: int, name: str) -> list[int]:
-    """Some numbers of operations; with `few` 0 all."""
-    every = list(range(count))
-    return random.Random(name).sample(every, min(few, count)) if few else every
+def instants(operations: list[str], few: int, name: str) -> list[int]:
+    """Some numbers of operations; with `few` 0 all, but of equal ones in a row (a long file is
+    written in many parts) the first and the last.
+    """
+    around = [None, *operations, None]
+    ends = [i for i, each in enumerate(operations) if not around[i] == each == around[i + 2]]
+    return random.Random(name).sample(ends, min(few, len(ends))) if few else ends
 
 
 def names_the_file(end: End, operation: str) -> bool:
@@ -74,24 +70,34 @@ def names_the_file(end: End, operation: str) -> bool:
     return any(part in end.err for part in [*own, *path.parts[:-1]])
 
 
+AT_ONCE = 2
+"""Commands that run side by side, each in a folder of its own."""
+
+
 def fail_at(children, inputs, undisturbed, folder, name, kind, few):
     """Fail, or kill at, some operations of a scenario, and run it again after each."""
     scenario = SCENARIOS[name]
     bits, operations, _ = undisturbed.of(name)
     problems = []
-    for at in instants(len(operations["all" if kind == "EIO" else "writes"]), few, name + kind):
-        place = scenario.prepare(inputs, folder / str(at))
-        end = children.command(place, *scenario.argv, fault=kind, at=at)
-        # Threads do not always read in the same order.
-        hit = end.operations[at] if at < len(end.operations) else "none\tnone"
-        try:
-            assert_failed_well(end, kind, hit)
-            if end.code:
-                run_again(children, scenario, place)
-            assert_same_bits(place, bits)
-        except AssertionError as error:
-            problems.append(f"{name}: {kind} at {at}, {hit}: {error}")
-        shutil.rmtree(place)
+    chosen = instants(operations["all" if kind == "EIO" else "writes"], few, name + kind)
+    for some in (chosen[i : i + AT_ONCE] for i in range(0, len(chosen), AT_ONCE)):
+        places = {at: scenario.prepare(inputs, folder / str(at)) for at in some}
+        hit = [Job(str(places[at]), scenario.argv, fault=kind, at=at) for at in some]
+        failed = dict(zip(some, children.run(*hit), strict=True))
+        stopped = [at for at in some if failed[at].code]
+        again = children.run(*[Job(str(places[at]), scenario.argv) for at in stopped])
+        reruns = dict(zip(stopped, again, strict=True))
+        for at, end in failed.items():
+            # Threads do not always read in the same order.
+            operation = end.operations[at] if at < len(end.operations) else "none\tnone"
+            try:
+                assert_failed_well(end, kind, operation)
+                if at in reruns:
+                    assert_ran_again(reruns[at])
+                assert_same_bits(places[at], bits)
+            except AssertionError as error:
+                problems.append(f"{name}: {kind} at {at}, {operation}: {error}")
+            shutil.rmtree(places[at])
     assert not problems, "\n\n".join([f"{len(problems)} problems", *problems])
 
 
@@ -103,6 +109,12 @@ def assert_failed_well(end: End, kind: str, hit: str) -> None:
         return
     require_calm(end, 0, 1, 2)
     assert end.code == 0 or names_the_file(end, hit), end.err
+
+
+def assert_ran_again(end: End) -> None:
+    """The same command ends well, or says that what it makes was there already."""
+    require_calm(end, 0, 2)
+    assert end.code == 0 or "is there already" in end.err, end.err
 
 
 KINDS = ("kill", "ENOSPC", "EIO")
@@ -134,7 +146,7 @@ def kill_at_random(children, inputs, undisturbed, folder, name, times):
             if end.code == 0:
                 break
         else:
-            run_again(children, scenario, place)
+            assert_ran_again(children.command(place, *scenario.argv))
         assert_same_bits(place, bits)
 
 

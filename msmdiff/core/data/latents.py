@@ -22,6 +22,7 @@ from msmdiff.core import files, registry
 from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
 from msmdiff.core.data import npy
+from msmdiff.core.data.names import hidden
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
@@ -202,13 +203,27 @@ class Packed(Latents):
 
     def gather(self, indices: np.ndarray) -> tuple[Tensor, Tensor | None]:
         chosen = torch.from_numpy(indices)
-        return self._entries.index_select(
-            0, chosen
-        ), None if self._labels is None else self._labels[chosen]
+        entries = self._entries.index_select(0, chosen)
+        self._require_numbers(entries, indices, "entries")
+        return entries, None if self._labels is None else self._labels[chosen]
 
     def context(self, indices: np.ndarray, rng: np.random.Generator) -> Tensor:
         first, last = self._offsets[indices], self._offsets[indices + 1]
-        return self._captions[torch.from_numpy(rng.integers(first, last))].float()
+        captions = self._captions[torch.from_numpy(rng.integers(first, last))]
+        self._require_numbers(captions, indices, "captions")
+        return captions.float()
+
+    def _require_numbers(self, values: Tensor, indices: np.ndarray, what: str) -> None:
+        """Refuse values [B, ...] that are not finite: `data encode` writes none, but a disk may,
+        and earlier versions did.
+        """
+        if not values.is_floating_point() or values.isfinite().all():
+            return
+        bad = int(indices[int((~values.isfinite()).flatten(1).any(1).nonzero()[0])])
+        raise MsmdiffError(
+            f"{self.spec}: the {what} of {self.names[bad]} (shard {bad // self.header['shard']}) "
+            "hold numbers that are not finite: encode the set again"
+        )
 
 
 def read_header(path: Path) -> dict[str, Any]:
@@ -264,10 +279,10 @@ class Cache(Latents):
     def __init__(self, spec: str, rule: str = "auto") -> None:
         self.spec, root = spec, Path(spec)
         self._features = _folders(root)[0]
-        self._labels = (
-            next(iter(sorted(root.glob("*_labels"))), None) if self._features != root else None
-        )
-        names = {p.name for p in self._features.glob("[!.]*.npy")} - {"empty_context.npy"}
+        self._labels = next(iter(_shown(root, "*_labels")), None)
+        if self._features == root:
+            self._labels = None
+        names = {p.name for p in _shown(self._features, "*.npy")} - {"empty_context.npy"}
         captions = [m for name in names if (m := re.fullmatch(r"(\d+)_\d+\.npy", name))]
         self.names = sorted(
             names - {m.string for m in captions}, key=lambda n: n if self._labels else (len(n), n)
@@ -373,7 +388,12 @@ class Cache(Latents):
 
 def _folders(root: Path) -> list[Path]:
     """Where a cache's entries may lie: folders with a first one."""
-    return [f for f in (*sorted(root.glob("*_features")), root) if (f / "0.npy").is_file()]
+    return [f for f in (*_shown(root, "*_features"), root) if (f / "0.npy").is_file()]
+
+
+def _shown(folder: Path, pattern: str) -> list[Path]:
+    """What matches in a folder, in order, without what every other source passes over, too."""
+    return sorted(path for path in folder.glob(pattern) if not hidden(path.name))
 
 
 def _features(path: Path) -> Tensor:

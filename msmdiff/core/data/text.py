@@ -160,7 +160,8 @@ def read_captions(source: Source, spec: str) -> list[list[str]]:
     for i, name in enumerate(names):
         found = table.get(name) or table.get(name.rpartition("/")[2], [])
         if spec == "txt":
-            found = files.decoded(source.caption_file(i) or b"").splitlines()
+            with files.reading(f"the caption of {name}", "a text"):
+                found = files.decoded(source.caption_file(i) or b"").splitlines()
         captions.append([text.strip() for text in found if text.strip()])
     if without := [name for name, texts in zip(names, captions, strict=True) if not texts]:
         count = f"{len(without)} of {len(names)}"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import numpy as np
 import torch
 from ema_pytorch import EMA
 from torch import Tensor, nn
@@ -11,6 +12,22 @@ from msmdiff.core.training import sharding
 
 # ema-pytorch's ramp 1 - (1 + k)^-power with this power is the full decay from the first step on.
 _NO_RAMP = 64.0
+
+
+def progress(config: EmaConfig, decay: float, steps: int) -> tuple[int, float]:
+    """How far an average has come after so many steps of training.
+
+    Returns the step whose weights it was a plain copy of last (0: those before training), and which
+    share of it came in since.
+    """
+    every = config.update_every
+    if config.warmup == "constant":
+        return 0, 1 - decay ** (steps // every)
+    updates = np.arange(0, steps, every)  # by the steps before them; those of the ramp are copies
+    ramp = updates[updates > config.update_after_step] - config.update_after_step
+    kept = np.minimum(1 - (1.0 + ramp) ** -config.power, decay)
+    copied = int(updates[: len(updates) - len(ramp)].max(initial=0)) + 1
+    return copied, 1 - float(kept.prod())
 
 
 class Averages:

@@ -40,6 +40,8 @@ class Summary:
     """Whether this process is the one of several that reports."""
     interrupted: int | None = None
     """The signal that ended it early, if one did."""
+    remark: str = ""
+    """What to know of its weights before they are used."""
 
 
 class Run:

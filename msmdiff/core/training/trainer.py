@@ -30,6 +30,7 @@ from msmdiff.core.training import (
     validation,
     warmstart,
 )
+from msmdiff.core.training.ema import progress
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
@@ -185,7 +186,7 @@ class Trainer:
         return checkpoint.newest(self.run.path)
 
     def _start_from_weights(self, source: str, allow_partial: bool) -> None:
-        stored = weights.read(weights.locate(source), warmstart.told_by(self.config))
+        stored = weights.read(weights.locate(source), hints=warmstart.told_by(self.config))
         report = warmstart.start_from(
             self.parts.backbone, stored, allow_partial, self.dataset.source.class_names
         )
@@ -232,7 +233,6 @@ class Trainer:
                 break
             self._take_step(stream_of_batches)
             yield
-        self._tell_unmoved_average(step)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
         return Summary(
@@ -242,6 +242,7 @@ class Trainer:
             seconds=self.seconds,
             writes=self.main,
             interrupted=signal,
+            remark=self._unmoved_average(step),
         )
 
     def _reached(self) -> Reached:
@@ -303,18 +304,21 @@ class Trainer:
         # Of several processes the others would wait at a barrier.
         return signals.breaking_off() if self._alone else nullcontext()
 
-    def _tell_unmoved_average(self, steps: int) -> None:
-        """What is sampled from may be nearly the network before training."""
+    def _unmoved_average(self, steps: int) -> str:
+        """What is sampled from may be nearly the network before training: then a sentence on it."""
         ema = self.config.ema
-        if not ema.decays or ema.warmup != "constant":
-            return  # a ramp follows the weights from the start
-        moved = 1 - ema.decays[0] ** (steps // ema.update_every)
-        if moved < 0.9:
-            self._note(
-                f"weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
-                f"{moved:.1%} of the way from the first weights to the trained ones: train longer, "
-                "or with a lower ema.decays or ema.warmup=power"
-            )
+        if not ema.decays:
+            return ""
+        copied, moved = progress(ema, ema.decays[0], steps)
+        if moved >= 0.9 or copied >= 0.9 * steps:
+            return ""
+        first = f"those after step {copied:,}" if copied else "the first weights"
+        remedy = "a lower ema.power" if ema.warmup == "power" else "ema.warmup=power"
+        return (
+            f"note: weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
+            f"{moved:.1%} of the way from {first} to the trained ones: train longer, or with a "
+            f"lower ema.decays, a lower ema.update_every, or {remedy}"
+        )
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)

@@ -17,7 +17,7 @@ from msmdiff.core import backbones
 from msmdiff.core import build as road
 from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
-from msmdiff.core.weights import Stored
+from msmdiff.core.weights import Stored, published
 
 
 def next_stage(config: Config) -> dict[str, Any]:
@@ -45,7 +45,7 @@ def told_by(config: Config) -> dict[str, Any]:
     fields = config.model.model_dump()
     usual = inspect.signature(backbones.network_class(config.model)).parameters
     told: dict[str, Any] = {}
-    for name in ("num_heads", "null_class", "decode_layers", "context_tokens"):
+    for name in published.UNTOLD:
         # What is as usual is for the file to say: it may be of another family, without that key.
         if name in fields and fields[name] != usual[name].default:
             told[name] = fields[name]

@@ -48,7 +48,12 @@ def save(path: Path, tensors: dict[str, Tensor], config: Config, **notes: Any) -
 
 
 def read(
-    path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto"
+    path: Path,
+    given: Mapping[str, Any] | None = None,
+    average: bool = True,
+    family: str = "auto",
+    *,
+    hints: Mapping[str, Any] | None = None,
 ) -> Stored:
     """Read a weights file, ours or a published project's, onto the CPU.
 
@@ -57,6 +62,7 @@ def read(
             `published.read`.
         average: take a published checkpoint's averaged weights where it has them.
         family: the published project, or auto.
+        hints: as `given`, of a configuration that starts from the file, see `published.read`.
 
     Raises MsmdiffError or UsageError for a file that is missing, truncated, of no known layout or
     from a newer version. Nothing in it is executed.
@@ -66,7 +72,7 @@ def read(
         tensors = tensor_files.read(path)
         _check(path, tensors, config)
         return Stored(path, tensors, config, about)
-    found = published.read(path, given, average, family)
+    found = published.read(path, given, average, family, hints=hints)
     config = road.resolve(
         configuration.build({**found.sections, "model": found.model.model_dump()})
     )

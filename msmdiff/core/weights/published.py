@@ -76,8 +76,17 @@ class Published:
         return network.eval()
 
 
+UNTOLD = ("num_heads", "null_class", "decode_layers", "context_tokens")
+"""Model fields that the shapes of tensors do not tell."""
+
+
 def read(
-    path: Path, given: Mapping[str, Any] | None = None, average: bool = True, family: str = "auto"
+    path: Path,
+    given: Mapping[str, Any] | None = None,
+    average: bool = True,
+    family: str = "auto",
+    *,
+    hints: Mapping[str, Any] | None = None,
 ) -> Published:
     """Read a published checkpoint: a state dict, a training checkpoint, or U-ViT's folder of one.
 
@@ -85,12 +94,14 @@ def read(
         given: model fields that override what is read off the tensors, such as num_heads.
         average: take the averaged weights (EMA) where the file has them beside the last ones.
         family: a name in `formats`, or auto to go by the keys.
+        hints: those of UNTOLD in a configuration that is to start from the file; its network may be
+            of another family, which has not all of them.
 
     Raises MsmdiffError or UsageError, in one sentence, for a file that is missing, damaged, of
     another project or of another family than forced, for one that would execute code, and for
     tensors that are not exactly a network's.
     """
-    given = dict(given or {})
+    given, hints = dict(given or {}), dict(hints or {})
     content, file = load(path, average)
     state, buffers, which = unwrap(content, average)
     told = arguments(content)
@@ -98,9 +109,9 @@ def read(
     checks.numbers(path, state, file.stat().st_size)
     layout = formats()[name]
     try:
-        network = layout.describe(state, given)
+        network = layout.describe(state, hints | given)
         num_classes = given.pop("num_classes", network.num_classes)
-        fields = network.fields | given
+        fields = network.fields | _known_to(network.family, hints) | given
         model = backbones.resolve(
             ModelConfig(name=None, family=network.family, num_classes=num_classes, **fields)
         )
@@ -124,6 +135,12 @@ def read(
     return Published(
         path=path, tensors=tensors, model=model, shape=network.shape, sections=sections, notes=notes
     )
+
+
+def _known_to(family: str, hints: dict[str, Any]) -> dict[str, Any]:
+    """Those of the hints that a family's networks have."""
+    fields = registry.find("backbone", family, "model.family").options.model_fields
+    return {name: value for name, value in hints.items() if name in fields}
 
 
 def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], name: str) -> Tensors:
