@@ -34,9 +34,10 @@ class Judge:
         """Measures the reference once. Raises UsageError for what cannot be had."""
         if not measure.n:
             return cls(measure, None, None)
-        weights = Path(measure.weights) if measure.weights else None
-        options = registry.find("features", measure.features, "measure.features").options()
-        network = features.build(measure.features, weights, device, **options.model_dump())
+        given = Path(measure.weights) if measure.weights else None
+        kind, weights = features.named(measure.features, given)
+        options = registry.find("features", kind, "measure.features").options()
+        network = features.build(kind, weights, device, **options.model_dump())
         opened = inputs.open_input(measure.reference, crop=size)
         stored = opened.stored or evaluate.of_input(opened, network)
         return cls(measure, network, stored)
