@@ -44,6 +44,10 @@ class Measure(_Strict):
     weights: str | None = Field(None, description="the features' weights file")
     reference: str = Field("digits:test", description="images or statistics to compare with")
 
+    nearest: bool = Field(
+        False, description="also how near samples lie to training images, beside held-out ones"
+    )
+
     @model_validator(mode="after")
     def _enough(self) -> "Measure":
         if self.n == 1 or (self.n == 0 and self.by == "distance"):
