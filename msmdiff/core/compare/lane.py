@@ -1,7 +1,7 @@
 """One arm with one seed: a chain of trainings that runs in slices."""
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -158,7 +158,8 @@ class Lane:
             return
         assert self.trainer is not None
         found = judge(self.trainer, self.seed, last=len(self.points) + 1 == points)
-        now = replace(now, **found)
+        for name, value in found.items():
+            setattr(now, name, value)
         self.points.append(now)
         with (self.folder / "measured.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(now)) + "\n")
