@@ -20,7 +20,10 @@ Metrics = Annotated[
 ]
 Features = Annotated[
     str,
-    typer.Option(help="inception, dinov2, or pixel: 8x8 averages, not FID (`list features`)."),
+    typer.Option(
+        help="inception, dinov2, pixel (8x8 averages, not FID), or the file of a classifier that "
+        "`data features` made."
+    ),
 ]
 Weights = Annotated[
     Path | None, typer.Option(help="Feature-network weights; by default cached or downloaded.")
@@ -122,7 +125,9 @@ def fid(
     size.
     """
     from msmdiff.core.metrics.evaluate import Settings
+    from msmdiff.core.metrics.features import named
 
+    features, weights = named(features, weights)
     outputs = _Outputs(save_stats, json_file, plot)
     outputs.check(overwrite)
     chosen = _split_sets(sets)

@@ -86,7 +86,7 @@ def test_a_text_encoder_out_of_reach_is_one_sentence(closed):
 
 
 def test_dinov2_out_of_reach_is_one_sentence(closed, monkeypatch):
-    from msmdiff.core.metrics.features import DinoFeatures
+    from msmdiff.core.metrics.dinov2 import DinoFeatures
 
     def download(*_, **__):
         raise RuntimeError("theirs")

@@ -77,7 +77,7 @@ class Comparison:
         self.arms = self._planned()
         first = self.arms[0].stages[-1].config
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.judge = Judge.of(spec.measure, first.data.image_size, self.device)
+        self.judge = Judge.of(spec.measure, first, self.device)
         self.turns = [Turn(**line) for line in lines_of(out / "turns.jsonl")]
 
     def _claim(self) -> None:

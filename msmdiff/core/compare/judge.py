@@ -1,19 +1,25 @@
-"""What the arms are measured by: a distance of their samples, and the loss on held-out images."""
+"""What the arms are measured by: a distance of their samples, the loss on held-out images, and how
+near the samples lie to training images.
+"""
 
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from msmdiff.core import registry
 from msmdiff.core.compare.spec import Measure
+from msmdiff.core.config import Config
+from msmdiff.core.errors import UsageError
 from msmdiff.core.metrics import evaluate, features, inputs, scores
-from msmdiff.core.training import previews
+from msmdiff.core.metrics.nearest import nearness
+from msmdiff.core.training import previews, validation
 from msmdiff.core.training.trainer import Trainer
-from msmdiff.core.training.validation import Validation
 
 HELDOUT = "held-out loss"
+COPIED = "samples nearer to training images than held-out ones are (0.5: as new as those)"
 
 
 @dataclass
@@ -23,51 +29,77 @@ class Judge:
     Attributes:
         measure: how.
         network, reference: of the samples' distance; None where no samples are drawn.
+        known, unknown: features of the training images and of held-out ones; None unless samples
+            are looked up among them.
     """
 
     measure: Measure
-    network: Any
-    reference: Any
+    network: Any = None
+    reference: Any = None
+    known: Tensor | None = None
+    unknown: Tensor | None = None
 
     @classmethod
-    def of(cls, measure: Measure, size: int, device: torch.device) -> "Judge":
-        """Measures the reference once. Raises UsageError for what cannot be had."""
+    def of(cls, measure: Measure, config: Config, device: torch.device) -> "Judge":
+        """Measures the references once. `config` is of one of the trainings, which share the data.
+
+        Raises UsageError for what cannot be had.
+        """
         if not measure.n:
-            return cls(measure, None, None)
-        weights = Path(measure.weights) if measure.weights else None
-        options = registry.find("features", measure.features, "measure.features").options()
-        network = features.build(measure.features, weights, device, **options.model_dump())
-        opened = inputs.open_input(measure.reference, crop=size)
-        stored = opened.stored or evaluate.of_input(opened, network)
-        return cls(measure, network, stored)
+            return cls(measure)
+        given = Path(measure.weights) if measure.weights else None
+        kind, weights = features.named(measure.features, given)
+        options = registry.find("features", kind, "measure.features").options()
+        network = features.build(kind, weights, device, **options.model_dump())
+        opened = inputs.open_input(measure.reference, crop=config.data.image_size)
+        judge = cls(measure, network, opened.stored or evaluate.of_input(opened, network))
+        if measure.nearest:
+            spec = validation.source_of(config)
+            if spec is None:
+                raise UsageError(
+                    "measure.nearest needs images that are not trained on: set eval.heldout"
+                )
+            judge.known, judge.unknown = (
+                evaluate.of_input(
+                    inputs.open_input(each, crop=config.data.image_size), network, keep_rows=True
+                ).rows
+                for each in (config.data.source, spec)
+            )
+        return judge
 
     @property
     def titles(self) -> dict[str, str]:
         """What is measured -> what people call it."""
         distance = {} if self.network is None else {"distance": self.network.title}
-        return {**distance, "heldout": HELDOUT}
+        copied = {} if self.known is None else {"copied": COPIED}
+        return {**distance, "heldout": HELDOUT, **copied}
 
-    def __call__(self, trainer: Trainer, seed: int, last: bool) -> dict[str, float | None]:
-        """The `distance` and the `heldout` loss of a training as it is now; None for what is not
-        measured.
+    def __call__(self, trainer: Trainer, seed: int, last: bool) -> dict[str, float]:
+        """The `heldout` loss of a training as it is now, the `distance` of its samples, and how
+        far they are `copied`: those of them that are measured.
         """
         network, parts, config = trainer.sampled(), trainer.parts, trainer.config
         training = network.training
         network.eval()
-        distance = None
+        found: dict[str, float] = {}
         if self.network is not None and (last or self.measure.samples == "every"):
-            distance = self._distance(previews.model_in_training(network, parts, config), seed)
+            found |= self._of_samples(previews.model_in_training(network, parts, config), seed)
         asked = config.model_copy(deep=True)
         asked.eval.heldout_every = 1
         source, device = trainer.dataset.source, trainer.device
-        loss = Validation.of(asked, parts, source, device, lambda text: None)
-        heldout = None if loss is None else loss(network)["val_loss"]
+        loss = validation.Validation.of(asked, parts, source, device, lambda text: None)
+        if loss is not None:
+            found["heldout"] = loss(network)["val_loss"]
         network.train(training)
-        return {"distance": distance, "heldout": heldout}
+        return found
 
-    def _distance(self, model: Any, seed: int) -> float:
+    def _of_samples(self, model: Any, seed: int) -> dict[str, float]:
         """Of samples of seeds of this arm's seed alone."""
         n = self.measure.n
         batches = inputs.Drawn("samples", model, n).batches(range(seed * n, seed * n + n), 125)
-        found = evaluate.of_images(batches, self.network)
-        return scores.compare(found, self.reference, self.network).value
+        drawn = evaluate.of_images(batches, self.network, keep_rows=True)
+        found = {"distance": scores.compare(drawn, self.reference, self.network).value}
+        if self.known is not None and drawn.rows is not None:
+            near = nearness(drawn.rows, self.known, self.unknown, self.network.device)
+            found["copied"] = near["copied"]
+        return found

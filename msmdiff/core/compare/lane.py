@@ -22,7 +22,7 @@ class Point:
 
     Attributes:
         passed: share of the arm's steps.
-        distance, heldout: what the judge said; None where it does not measure that.
+        distance, heldout, copied: what the judge said; None where it does not measure that.
     """
 
     passed: float
@@ -31,6 +31,7 @@ class Point:
     flops: float
     distance: float | None = None
     heldout: float | None = None
+    copied: float | None = None
 
 
 class Silent:
@@ -157,7 +158,8 @@ class Lane:
             return
         assert self.trainer is not None
         found = judge(self.trainer, self.seed, last=len(self.points) + 1 == points)
-        now.distance, now.heldout = found["distance"], found["heldout"]
+        for name, value in found.items():
+            setattr(now, name, value)
         self.points.append(now)
         with (self.folder / "measured.jsonl").open("a", encoding="utf-8") as file:
             file.write(json.dumps(asdict(now)) + "\n")

@@ -38,9 +38,15 @@ class Measure(_Strict):
     samples: Literal["every", "last"] = Field(
         "every", description="at which of the measurements samples are drawn"
     )
-    features: str = Field("pixel", description="what images are compared by")
+    features: str = Field(
+        "pixel", description="what images are compared by; also a classifier's file"
+    )
     weights: str | None = Field(None, description="the features' weights file")
     reference: str = Field("digits:test", description="images or statistics to compare with")
+
+    nearest: bool = Field(
+        False, description="also how near samples lie to training images, beside held-out ones"
+    )
 
     @model_validator(mode="after")
     def _enough(self) -> "Measure":

@@ -15,6 +15,9 @@ from msmdiff.core import files
 from msmdiff.core.compare.figures import summed_up
 from msmdiff.core.errors import UsageError
 
+COMPARED = ("distance", "heldout")
+"""What is told beside the first arm; the rest is shown as it is."""
+
 
 @dataclass
 class Gain:
@@ -60,7 +63,9 @@ def gains(results: dict[str, dict[str, Any]]) -> list[Gain]:
         first, *others = result["arms"]
         for name in others:
             arm, base = result["arms"][name], result["arms"][first]
-            for metric in arm["measured"]:
+            for metric in COMPARED:
+                if metric not in arm["measured"] or metric not in base["measured"]:
+                    continue
                 pairs = zip(
                     arm["measured"][metric]["values"],
                     base["measured"][metric]["values"],
@@ -84,7 +89,7 @@ def budget_of(result: dict[str, Any]) -> str:
     kind, value = next((k, v) for k, v in result["spec"]["budget"].items() if v is not None)
     if kind == "flops":
         return f"{value / 1e12:,.4g} TFLOP"
-    return f"{value:,.6g} {kind}"
+    return f"{value:,} {kind}" if kind == "images" else f"{value:,.6g} {kind}"
 
 
 # ------------------------------------------------------------------ the table
@@ -104,8 +109,8 @@ def markdown(results: dict[str, dict[str, Any]]) -> str:
             f"turns took {result['unsteady']:.0%} longer than the median one.\n"
         )
         columns = ["arm", "hidden", "unmasked at the end", "images", "TFLOP", "seconds"]
-        for title in metrics.values():
-            columns += [title, "beside the first arm"]
+        for metric, title in metrics.items():
+            columns += [title, "beside the first arm"] if metric in COMPARED else [title]
         rows = [
             [
                 arm,
@@ -148,6 +153,8 @@ def _measured(arm: dict[str, Any], gain: Gain | None, metric: str) -> list[str]:
     shown = f"{measured['mean']:.4g}"
     if len(measured["values"]) > 1:
         shown += f" ({points})"
+    if metric not in COMPARED:
+        return [shown]
     if gain is None:
         return [shown, "1"]
     ratio = f"{gain.ratio['mean']:.3f}"

@@ -12,8 +12,8 @@ from torch import Tensor
 import msmdiff
 from msmdiff.core import files, zips
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.metrics.features import INCEPTION_SHA256
 from msmdiff.core.metrics.frechet import Gaussian
+from msmdiff.core.metrics.inception import INCEPTION_SHA256
 
 SETTINGS = ("features", "resize", "precision", "image_size", "crop")
 """What two sets must share to be compared: network and weights, resizing rule, arithmetic, images'

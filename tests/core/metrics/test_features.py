@@ -10,8 +10,10 @@ from PIL import Image
 
 from msmdiff.core import hub
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.metrics import features as module
-from msmdiff.core.metrics.features import RESIZES, DinoFeatures, InceptionFeatures, PixelFeatures
+from msmdiff.core.metrics import dinov2, features, inception
+from msmdiff.core.metrics.dinov2 import DinoFeatures
+from msmdiff.core.metrics.features import PixelFeatures
+from msmdiff.core.metrics.inception import RESIZES, InceptionFeatures
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (3, 3, 32, 40), np.uint8))
 
@@ -97,14 +99,14 @@ def test_missing_or_wrong_weights_are_one_sentence(tmp_path, monkeypatch):
         match=r"pt_inception-2015-12-05-6726825d.pth \(sha256 6726825d.*--weights FILE",
     ):
         InceptionFeatures(None)
-    cached = tmp_path / "hub" / "checkpoints" / module.INCEPTION_FILE
+    cached = tmp_path / "hub" / "checkpoints" / inception.INCEPTION_FILE
     cached.write_bytes(b"torn")
     for given in (None, cached):
         with pytest.raises(
             MsmdiffError, match=f"{cached} has sha256 .* not 6726825d.*: it is damaged"
         ):
             InceptionFeatures(given)
-    ours = tmp_path / "ours" / module.INCEPTION_FILE
+    ours = tmp_path / "ours" / inception.INCEPTION_FILE
     ours.parent.mkdir()
     ours.write_bytes(b"torn as well")
     with pytest.raises(MsmdiffError, match=f"{ours} has sha256"):
@@ -131,17 +133,17 @@ def test_dino_reads_the_published_layout_and_shrinks_its_positions(tmp_path):
     assert (got.shape, none, features.width, features.resize) == ((3, 384), None, 384, "clean")
     assert features.name.startswith("vit_small_patch14_dinov2/")
     assert SMALL in features.title
-    table = module._positions(state["pos_embed"], 16)
+    table = dinov2._positions(state["pos_embed"], 16)
     assert table.shape == (1, 257, 384)
     torch.testing.assert_close(table[:, 0], state["pos_embed"][:, 0])
-    flat = module._positions(torch.ones(1, 1370, 2), 16)
+    flat = dinov2._positions(torch.ones(1, 1370, 2), 16)
     torch.testing.assert_close(flat, torch.ones(1, 257, 2))
     # Its offset of 0.1 takes output i from (i + 1/2) 37 / 16.1 - 1/2: on a ramp about that number,
     # and without the offset up to 0.2 more.
     ramp = torch.cat([torch.zeros(1, 1, 1), torch.arange(37.0).repeat(37).view(1, -1, 1)], 1)
     places = (torch.arange(16) + 0.5) * 37 / 16.1 - 0.5
     torch.testing.assert_close(
-        module._positions(ramp, 16)[0, 1:17, 0][1:-1], places[1:-1], rtol=0, atol=0.06
+        dinov2._positions(ramp, 16)[0, 1:17, 0][1:-1], places[1:-1], rtol=0, atol=0.06
     )
     torch.save({k: v for k, v in state.items() if k != "norm.weight"}, tmp_path / "part.pth")
     with pytest.raises(
@@ -160,7 +162,7 @@ def test_settings_that_features_do_not_have_are_refused():
         {"metrics": {"is"}},
     ):
         with pytest.raises(UsageError, match="no effect on --features pixel"):
-            module.build("pixel", **more)
+            features.build("pixel", **more)
 
 
 @pytest.mark.gpu
