@@ -103,13 +103,15 @@ class Console:
     Args:
         to_stderr: keep stdout for results, as with `--json`.
         prefix: in front of every line.
+        quiet: say results only.
     """
 
-    def __init__(self, to_stderr: bool = False, prefix: str = "") -> None:
+    def __init__(self, to_stderr: bool = False, prefix: str = "", quiet: bool = False) -> None:
         from rich.console import Console as Rich
 
         self._rich = Rich(stderr=to_stderr, highlight=False, soft_wrap=True)
         self._live = self._rich.is_terminal
+        self._quiet = quiet
         self._prefix = prefix
         self._bar: Any = None
         self._task: Any = None
@@ -117,11 +119,18 @@ class Console:
         self._active = False
 
     def note(self, text: str) -> None:
+        """One line, unless nothing but results is wanted."""
+        if not self._quiet:
+            self.result(text)
+
+    def result(self, text: str) -> None:
         """One line."""
         self._rich.print(f"{self._prefix}{text}", markup=False)
 
     def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
         """`done` of `total` images; metrics may hold `loss`, `images_per_s` and others."""
+        if self._quiet:
+            return
         text = _summary(metrics)
         if self._live:
             self._show_bar(done, total, text)
@@ -134,6 +143,8 @@ class Console:
     def activity(self, what: str, done: int, total: int) -> None:
         """`done` of `total` parts of something that takes time; said only where it takes long."""
         now = time.monotonic()
+        if self._quiet:
+            return
         if done <= 1:
             self._activity_since = now
         if now - self._activity_since < ACTIVITY_AFTER and not self._active:
