@@ -146,6 +146,9 @@ class Quiet:
     def progress(self, images_seen: int, total: int, metrics: dict) -> None:
         self.lines.append(json.loads(json.dumps(metrics)))
 
+    def activity(self, what: str, done: int, total: int) -> None:
+        pass
+
 
 @pytest.fixture
 def quiet() -> Quiet:

@@ -7,7 +7,7 @@ import msmdiff
 
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
-    {"errors", "machine"},
+    {"errors", "interrupts", "machine"},
     {"seeding", "registry", "sections", "files", "hub", "npy_header", "zips"},
     {"layers", "tensor_files"},
     {"presets"},

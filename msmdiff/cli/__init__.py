@@ -9,6 +9,7 @@ import typer
 
 from msmdiff import __version__
 from msmdiff.cli import (
+    answers,
     bench,
     compare,
     console,
@@ -52,6 +53,7 @@ def _root(
 for _module in (training, sample, fid, listing, data, weights, bench, compare, quickstart):
     _module.register(app)
 plugins.accept(app)
+answers.give(app)
 
 
 def main() -> None:

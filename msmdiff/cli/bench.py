@@ -397,10 +397,9 @@ def _machine() -> dict[str, str]:
     """What a figure was measured on."""
     import torch
 
-    name = f"CPU, {torch.get_num_threads()} threads"
-    if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-    return {"device": name, "torch": torch.__version__}
+    from msmdiff.core import machine
+
+    return {"device": machine.name_of(_device()), "torch": torch.__version__}
 
 
 def _show(

@@ -10,10 +10,13 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from msmdiff.core import interrupts
 from msmdiff.core.errors import MsmdiffError
 
 PLAIN_LINE_EVERY = 5.0
 """Seconds between progress lines where output is not a terminal."""
+ACTIVITY_AFTER = 1.0
+"""Seconds that something between steps takes before it is shown."""
 
 
 @contextmanager
@@ -25,11 +28,11 @@ def sentences() -> Iterator[None]:
         yield
     except MsmdiffError as error:
         _fail(str(error), error.exit_code)
-    except KeyboardInterrupt:
-        _fail("interrupted", 128 + signal.SIGINT)
+    except KeyboardInterrupt as asked:
+        _fail(str(asked) or "interrupted", 128 + signal.SIGINT)
     except SystemExit as left:
-        if _is_interruption(left):
-            _fail("interrupted", 128 + signal.SIGINT)
+        if (cause := _interruption(left)) is not None:
+            _fail(str(cause) or "interrupted", 128 + signal.SIGINT)
         raise
     except BrokenPipeError:
         # The reader left: nothing more to say.
@@ -45,11 +48,10 @@ def sentences() -> Iterator[None]:
         _fail(sentence, 1)
 
 
-def _is_interruption(left: SystemExit) -> bool:
-    """Whether typer turned Ctrl-C into this, which says nothing."""
-    return left.__context__ is not None and isinstance(
-        left.__context__.__cause__, KeyboardInterrupt
-    )
+def _interruption(left: SystemExit) -> KeyboardInterrupt | None:
+    """The Ctrl-C that typer turned into this, which says nothing."""
+    cause = left.__context__.__cause__ if left.__context__ is not None else None
+    return cause if isinstance(cause, KeyboardInterrupt) else None
 
 
 def heed_the_second_interrupt() -> None:
@@ -60,13 +62,14 @@ def heed_the_second_interrupt() -> None:
         nonlocal asked
         if asked:
             # Nothing is unwound: some library may be waiting for its threads or processes.
-            os.write(2, b"error: interrupted twice: ended at once\n")
+            os.write(2, f"error: {interrupts.QUIT}\n".encode())
             os._exit(128 + number)
         asked = True
         raise KeyboardInterrupt
 
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # as in a shell's background
         signal.signal(signal.SIGINT, interrupt)
+    interrupts.listen()
 
 
 def _explained(error: Exception) -> str | None:
@@ -100,24 +103,34 @@ class Console:
     Args:
         to_stderr: keep stdout for results, as with `--json`.
         prefix: in front of every line.
+        quiet: say results only.
     """
 
-    def __init__(self, to_stderr: bool = False, prefix: str = "") -> None:
+    def __init__(self, to_stderr: bool = False, prefix: str = "", quiet: bool = False) -> None:
         from rich.console import Console as Rich
 
         self._rich = Rich(stderr=to_stderr, highlight=False, soft_wrap=True)
         self._live = self._rich.is_terminal
+        self._quiet = quiet
         self._prefix = prefix
         self._bar: Any = None
         self._task: Any = None
-        self._last_line = 0.0
+        self._last_line = self._activity_since = 0.0
+        self._active = False
 
     def note(self, text: str) -> None:
+        """One line, unless nothing but results is wanted."""
+        if not self._quiet:
+            self.result(text)
+
+    def result(self, text: str) -> None:
         """One line."""
         self._rich.print(f"{self._prefix}{text}", markup=False)
 
     def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
         """`done` of `total` images; metrics may hold `loss`, `images_per_s` and others."""
+        if self._quiet:
+            return
         text = _summary(metrics)
         if self._live:
             self._show_bar(done, total, text)
@@ -126,6 +139,32 @@ class Console:
         if done >= total or now - self._last_line >= PLAIN_LINE_EVERY:
             self._last_line = now
             self._rich.print(f"{self._prefix}{done:,}/{total:,} images{text}", markup=False)
+
+    def activity(self, what: str, done: int, total: int) -> None:
+        """`done` of `total` parts of something that takes time; said only where it takes long."""
+        now = time.monotonic()
+        if self._quiet:
+            return
+        if done <= 1:
+            self._activity_since = now
+        if now - self._activity_since < ACTIVITY_AFTER and not self._active:
+            return
+        if self._live:
+            self._show_activity(what, done, total)
+        elif now - self._last_line >= PLAIN_LINE_EVERY:
+            self._last_line = now
+            self._rich.print(f"{self._prefix}{what}: {done:,}/{total:,}", markup=False)
+
+    def _show_activity(self, what: str, done: int, total: int) -> None:
+        """In the bar's own line, or in one that goes away."""
+        self._active = done < total
+        if self._bar is not None:
+            text = f"{what}: {done:,}/{total:,}" if self._active else ""
+            self._bar.update(self._task, description=text)
+            return
+        end = "" if self._active else "\n"
+        print(f"\r{self._prefix}{what}: {done:,}/{total:,}", end=end, file=self._rich.file)
+        self._rich.file.flush()
 
     def _show_bar(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
@@ -192,6 +231,9 @@ class Notes:
         self._console.note(text)
 
     def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None:
+        pass
+
+    def activity(self, what: str, done: int, total: int) -> None:
         pass
 
 

@@ -1,75 +1,18 @@
 """`pretrain`, `finetune`, `train`: three verbs over one trainer."""
 
-import dataclasses
 import hashlib
-import inspect
 import json
 import re
 import shlex
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from msmdiff.core.layers import SECTIONS
-
-
-def _key(name: str, more: str = "", *declarations: str) -> Any:
-    """An option of a configuration's key: its help is the key's own description."""
-    section, _, key = name.partition(".")
-    about = SECTIONS[section].model_fields[key].description or ""
-    return typer.Option(*declarations, help=about[:1].upper() + about[1:] + more)
-
-
-def _training_options(
-    config: Annotated[
-        str | None, typer.Option(help="A preset's name (`list presets`) or a YAML file.")
-    ] = None,
-    data: Annotated[str | None, _key("data.source")] = None,
-    image_size: Annotated[int | None, _key("data.image_size")] = None,
-    codec: Annotated[str | None, _key("codec.name", " (`list codecs`)")] = None,
-    mask: Annotated[float | None, _key("mask.ratio")] = None,
-    mask_kind: Annotated[str | None, _key("mask.kind", " (`list masks`)")] = None,
-    mask_block: Annotated[
-        int | None, typer.Option(help="Side of a block, in tokens, with --mask-kind block.")
-    ] = None,
-    mask_tail: Annotated[float | None, _key("mask.tail")] = None,
-    model: Annotated[str | None, _key("model.name", " (`list models`)")] = None,
-    conditional: Annotated[
-        bool | None,
-        typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none."),
-    ] = None,
-    steps: Annotated[int | None, _key("train.steps")] = None,
-    images: Annotated[int | None, typer.Option(help="Images to see, instead of --steps.")] = None,
-    batch_size: Annotated[int | None, _key("train.batch_size")] = None,
-    seed: Annotated[int | None, _key("train.seed")] = None,
-    run: Annotated[
-        str | None, typer.Option(help="Name under runs/, or a path. The same command resumes it.")
-    ] = None,
-    sets: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="Any other key: `--set optim.lr=1e-4` (`list keys`)."),
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the configuration and its cost; stop.")
-    ] = False,
-    as_json: Annotated[
-        bool, typer.Option("--json", help="End with a JSON summary on stdout.")
-    ] = False,
-) -> None:
-    """The options that every training verb has."""
-
-
-def _with_training_options(verb: Callable[..., None]) -> Callable[..., None]:
-    """Give a verb the shared options: it receives them as `**options`."""
-    own = [p for p in inspect.signature(verb).parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shared = list(inspect.signature(_training_options).parameters.values())
-    parameters = [p.replace(kind=p.KEYWORD_ONLY) for p in own + shared]
-    verb.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    return verb
+from msmdiff.cli.flags import begun, configure, place, with_training_options
+from msmdiff.core.errors import UsageError
 
 
 def register(app: typer.Typer) -> None:
@@ -92,21 +35,28 @@ def register(app: typer.Typer) -> None:
     )(train)
 
 
-@_with_training_options
+@with_training_options
 def pretrain(**options: Any) -> None:
     """Masked score matching: learn a primer distribution from the visible tokens only.
 
     Without further options it trains the tiny network on the embedded digits, 90 % hidden.
     """
+    _begin(options)
     masked = {"objective": {"name": "msm"}, "mask": {"ratio": 0.9}}
-    _train("pretrain", options, _configure(_with_preset(options, "digits-pretrain"), masked))
+    goes_on = begun(options)
+    _with_preset(options, "digits-pretrain", goes_on)
+    _train("pretrain", options, configure(options, masked, goes_on=goes_on))
 
 
-@_with_training_options
+@with_training_options
 def finetune(
     ckpt: Annotated[
-        str, typer.Option(help="A run, its name, or a weights file to start from (its EMA).")
-    ],
+        str | None,
+        typer.Option(
+            help="A run, its name, or a weights file to start from (its EMA). A run that goes on "
+            "knows it."
+        ),
+    ] = None,
     allow_partial: Annotated[
         bool, typer.Option("--allow-partial", help="Start even if little of it fits.")
     ] = False,
@@ -120,21 +70,31 @@ def finetune(
     """
     from msmdiff.cli.weights import model_fields
     from msmdiff.core import weights
-    from msmdiff.core.errors import UsageError
     from msmdiff.core.training import warmstart
     from msmdiff.core.weights import published
 
-    try:
-        path = str(weights.locate(ckpt))
-    except UsageError:
-        # A run that goes on needs the weights it started from no more.
-        if (stored := _begun_from(ckpt, options["run"])) is None:
-            raise
-        path = str(stored.train.init_from)
-    else:
+    _begin(options)
+    goes_on = begun(options)
+    if goes_on is not None and goes_on.train.init_from is None:
+        goes_on = None  # another training's run: its differences are told
+    options["chooses"] = False
+    if goes_on is not None and not options["config"]:
+        config = configure(options, goes_on=goes_on)
+        config.train.init_from = _start_of(ckpt, goes_on)
+        _train("finetune", options, config, allow_partial)
+        return
+    if ckpt is None:
+        raise UsageError("finetune needs --ckpt: a run, its name, or a weights file to start from")
+    path = _start_of(ckpt, goes_on)
+    if Path(path).exists():
         told = [item for item in options["sets"] or [] if item.startswith("model.")]
         hints = {k: v for k, v in model_fields(told).items() if k in published.UNTOLD}
-        stored = weights.read(Path(path), hints=hints).config
+        read = weights.read(Path(path), hints=hints)
+        stored = read.config
+        if "layout" in read.notes and options["data"] is None:
+            options["tell"](f"no --data: it is fine-tuned on {stored.data.source}")
+    else:
+        stored = goes_on  # a run that goes on needs the weights it started from no more
     changes: dict[str, Any] = {
         "mask": {
             "ratio": 0.0,
@@ -146,36 +106,65 @@ def finetune(
         "objective": {"name": "dsm"},
         "train": {"init_from": path},
     }
-    config = _configure(options, warmstart.next_stage(stored), changes)
+    config = configure(options, warmstart.next_stage(stored), changes)
     _measure_anew(config, stored)
     _train("finetune", options, config, allow_partial)
 
 
-@_with_training_options
+@with_training_options
 def train(**options: Any) -> None:
     """Train from scratch on all tokens (or with whatever objective the configuration names).
 
     Without --config, --data and --model it takes the preset digits-finetune.
     """
-    _train("train", options, _configure(_with_preset(options, "digits-finetune")))
+    _begin(options)
+    goes_on = begun(options)
+    _with_preset(options, "digits-finetune", goes_on)
+    _train("train", options, configure(options, goes_on=goes_on))
 
 
-def _begun_from(ckpt: str, run: str | None) -> Any:
-    """The configuration of a run that was begun from the weights once called `ckpt`, else None."""
-    from msmdiff.core.training.run import Run
+def _begin(options: dict[str, Any]) -> None:
+    """Choose the device, before torch looks for one, and where messages go."""
+    from msmdiff.cli.console import Console
+    from msmdiff.core import machine
 
-    begun = Run(_place(run), writes=False).begun() if run else None
-    names = [(folder / ckpt).absolute() for folder in (Path(), Path("runs"))]
-    places = [*names, *(name / "weights.safetensors" for name in names)]
-    if begun is None or begun.train.init_from is None:
-        return None
-    return begun if Path(begun.train.init_from).absolute() in places else None
+    machine.use(options["device"])
+    options["console"] = Console(to_stderr=options["as_json"], quiet=options["quiet"])
+    options["tell"] = options["console"].note
 
 
-def _place(run: str) -> Path:
-    """The directory that `--run` means: a path, or a name under runs/."""
-    path = Path(run)
-    return path if len(path.parts) > 1 or path.is_absolute() else Path("runs") / path
+def _with_preset(options: dict[str, Any], name: str, goes_on: Any) -> None:
+    """The bare command takes the preset that suits what it trains: the tiny network on the embedded
+    digits. The user's own data without a preset gets what suits them.
+    """
+    sourced = any(item.startswith("data.source=") for item in options["sets"] or [])
+    bare = not (options["config"] or options["data"] or options["model"] or sourced)
+    options["chooses"] = (sourced or options["data"]) and not _is_embedded(options["data"])
+    if bare and goes_on is None:
+        options["config"] = name
+
+
+def _is_embedded(data: str | None) -> bool:
+    return data is not None and data.partition(":")[0] == "digits"
+
+
+def _start_of(ckpt: str | None, goes_on: Any) -> str:
+    """The weights that `--ckpt` names, or, of a run that goes on, those that it started from, which
+    may be gone.
+    """
+    from msmdiff.core import weights
+
+    started = str(goes_on.train.init_from) if goes_on is not None else None
+    if ckpt is None and started is not None:
+        return started
+    try:
+        return str(weights.locate(str(ckpt)))
+    except UsageError:
+        names = [(folder / str(ckpt)).absolute() for folder in (Path(), Path("runs"))]
+        places = [*names, *(name / "weights.safetensors" for name in names)]
+        if started is None or Path(started).absolute() not in places:
+            raise
+        return started
 
 
 def _measure_anew(config: Any, stored: Any) -> None:
@@ -191,39 +180,37 @@ def _measure_anew(config: Any, stored: Any) -> None:
             setattr(config.codec, name, None)
 
 
-def _with_preset(options: dict[str, Any], name: str) -> dict[str, Any]:
-    """The bare command takes the preset that suits what it trains: the tiny network on the embedded
-    digits.
-    """
-    bare = not (options["config"] or options["data"] or options["model"])
-    return {**options, "config": name} if bare else options
-
-
 def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool = False) -> None:
-    from msmdiff.cli.console import Console, print_json
+    from msmdiff.cli import plan
+    from msmdiff.cli.console import print_json
     from msmdiff.core import presets
 
     if options["dry_run"]:
-        _show_plan(config, options["as_json"])
+        plan.show(config, options["as_json"])
         return
-    path = _place(options["run"] or _default_name(verb, config))
+    path = place(options["run"] or _default_name(verb, config))
 
     from msmdiff.core.training.trainer import train as fit
 
-    console = Console(to_stderr=options["as_json"])
+    console = options["console"]
     try:
         summary = fit(
-            config, path, console, allow_partial=allow_partial, command=shlex.join(sys.argv)
+            config,
+            path,
+            console,
+            allow_partial=allow_partial,
+            allow_change=options["allow_change"],
+            command=shlex.join(sys.argv),
         )
     finally:
         console.finish()
     if summary.interrupted:
         if summary.writes:
-            console.note(_interrupted(summary))
+            console.result(_interrupted(summary))
         raise typer.Exit(128 + signal.Signals(summary.interrupted))
     if not summary.writes:
         return
-    console.note(
+    console.result(
         f"{path}: {summary.images_seen:,} images in {summary.steps:,} steps, "
         f"{summary.seconds:.1f} s; "
         f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
@@ -255,60 +242,6 @@ def _interrupted(summary: Any) -> str:
     if checkpoint.newest(summary.run):
         return f"interrupted before the first step: the same command resumes {summary.run}"
     return "interrupted before the first step: nothing was saved yet"
-
-
-def _configure(options: dict[str, Any], *defaults: dict[str, Any]) -> Any:
-    """Defaults < preset < named flags < --set."""
-    from msmdiff.core import config as configuration
-    from msmdiff.core.diffusion import masking
-    from msmdiff.core.errors import UsageError
-
-    classes = {None: None, True: "auto", False: 0}[options["conditional"]]
-    flags = {
-        "data.source": options["data"],
-        "data.image_size": options["image_size"],
-        "codec.name": options["codec"],
-        "mask.ratio": options["mask"],
-        # A mask asks for a masked objective, whichever suits the network, unless --set says
-        # otherwise.
-        "objective.name": None if options["mask"] is None else "auto",
-        "mask.kind": options["mask_kind"],
-        "mask.block": options["mask_block"],
-        "mask.tail": options["mask_tail"],
-        "model.name": options["model"],
-        "model.num_classes": classes,
-        "train.steps": options["steps"],
-        "train.batch_size": options["batch_size"],
-        "train.seed": options["seed"],
-    }
-    preset = [_read_preset(options["config"])] if options["config"] else []
-    sets = configuration.parse_sets(options["sets"] or [])
-    config = configuration.build(*defaults, *preset, configuration.nest(flags), sets)
-    for option in ("mask_kind", "mask_block"):
-        if options[option] is not None and not masking.hides(config.mask):
-            flag = "--" + option.replace("_", "-")
-            raise UsageError(
-                f"{flag} {options[option]} has no effect without a mask: give --mask RATIO too"
-            )
-    if options["images"] is not None:
-        if options["steps"] is not None:
-            raise UsageError(
-                f"--images {options['images']} and --steps {options['steps']} say the same "
-                "thing: give one"
-            )
-        config.train.steps = max(1, -(-options["images"] // config.train.batch_size))
-    return config
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    """A preset or a YAML file; a run's own config.yaml is read as runs are."""
-    from msmdiff.core import config as configuration
-    from msmdiff.core import presets
-
-    content = presets.read(name)
-    if Path(name).is_file() and (Path(name).parent / "run.json").is_file():
-        return configuration.stored(content, name)
-    return content
 
 
 def _default_name(verb: str, config: Any) -> str:
@@ -343,71 +276,3 @@ def _is_same(run: Path, config: Any) -> bool:
         return False
     changes = configuration.difference(begun, resolved).values()
     return all(new in (None, "auto") for _, new in changes)
-
-
-def _show_plan(config: Any, as_json: bool) -> None:
-    """What `--dry-run` prints: the resolved configuration and what a step costs."""
-    import os
-
-    import torch
-
-    from msmdiff.cli.console import print_json
-    from msmdiff.core import build as road
-    from msmdiff.core.data import sources
-    from msmdiff.core.training import cost, launch, memory, sharding
-
-    source = sources.open_configured(config.data)
-    config = road.resolve(config, source.num_classes)
-    source.check(config)
-    cuda = torch.cuda.is_available()
-    chosen = launch.choose_precision(config, "cuda" if cuda else "cpu")
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
-    counted = cost.measure(config)
-    steps = config.model_copy(
-        update={"train": config.train.model_copy(update={"precision": chosen})}
-    )
-    taken = memory.estimate(steps, processes, sharding.asked())
-    if as_json:
-        print_json(
-            {
-                "config": config.as_dict(),
-                "images": len(source),
-                **dataclasses.asdict(counted),
-                "step_flops": counted.step_flops,
-                "memory": taken.as_dict(),
-            }
-        )
-        return
-    typer.echo(config.to_yaml().rstrip())
-    classes = {None: "labels in the files", 0: "no labels"}.get(
-        source.num_classes, f"{source.num_classes} classes"
-    )
-    typer.echo(
-        f"\n# data            {len(source):,} images, {classes}"
-        f"\n# parameters      {counted.parameters:,}"
-        f"\n# tokens          {counted.kept} of {counted.tokens} seen, "
-        f"{1 - counted.kept / counted.tokens:.2%} hidden"
-        f"\n# per step        {_step_cost(counted, config.train.batch_size)}"
-        f"\n# memory          about {taken.total / 2**30:.2f} GiB per process: {_parts(taken)}"
-    )
-    for line in road.notes(config):
-        typer.echo(f"# note            {line}")
-
-
-def _step_cost(counted: Any, batch_size: int) -> str:
-    """A step's operations as it is, with all its passes and copies, beside one plain pass."""
-    step = batch_size * counted.step_flops / 1e9
-    plain = 3 * batch_size * counted.forward_flops / 1e9
-    shown = f"{step:,.2f} GFLOP with the mask"
-    if counted.copies > 1:
-        shown += f" ({counted.copies} copies of each image)"
-    if counted.two_passes:
-        shown = f"{step:,.2f} GFLOP in two passes, plain and masked"
-    return f"{shown}, {plain:,.2f} without ({step / plain:.1%})"
-
-
-def _parts(taken: Any) -> str:
-    """What an estimate of memory is made of, the largest first, in GiB."""
-    sizes = {name: size for name, size in taken.as_dict().items() if size and name != "total"}
-    largest = sorted(sizes, key=sizes.__getitem__, reverse=True)
-    return ", ".join(f"{name} {sizes[name] / 2**30:.2f}" for name in largest)

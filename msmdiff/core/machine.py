@@ -43,6 +43,31 @@ def name_of(device: Any) -> str:
     return f"CPU, {torch.get_num_threads()} threads"
 
 
+def use(device: str | None) -> None:
+    """Let this process see one device only: `cpu`, `cuda`, `cuda:N`, or None for what there is. To
+    be called before CUDA is first used.
+
+    Raises UsageError for another name, or a GPU that is not there.
+    """
+    if device in (None, "auto"):
+        return
+    kind, _, number = str(device).partition(":")
+    if device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+        return
+    if kind != "cuda" or (number and not number.isdecimal()) or str(device).endswith(":"):
+        raise UsageError(f"--device {device}: give cpu, cuda or cuda:N")
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if number:
+        listed = seen.split(",") if seen else []
+        chosen = listed[int(number)] if int(number) < len(listed) else number
+        os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {device}: there is no such GPU here; leave it out, or give cpu")
+
+
 def prepare(threads: int | None = None) -> None:
     """Set torch's threads, flush denormals, and keep freed memory.
 

@@ -199,7 +199,10 @@ class EmaConfig(Section):
 class TrainConfig(Section):
     steps: int = Field(2000, ge=1, description="optimiser steps")
     max_seconds: float | None = Field(
-        None, gt=0, description="stop after this much time spent in training steps"
+        None,
+        gt=0,
+        description="stop after so many seconds since the start, pictures and measurements "
+        "included; those of earlier starts of a run count too",
     )
     batch_size: int = Field(
         128, ge=1, le=1_000_000, description="images per optimiser step, over all processes"

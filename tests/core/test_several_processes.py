@@ -59,6 +59,9 @@ class Silent:
     def progress(self, *_):
         pass
 
+    def activity(self, *_):
+        pass
+
 
 def train(name, folder, target):
     """Train, and keep the first step's gradients and what every pass drew."""

@@ -79,6 +79,9 @@ class Silent:
     def progress(self, *_):
         pass
 
+    def activity(self, *_):
+        pass
+
 
 def train(name, folder, steps=STEPS, sharded=True, **settings):
     """The trainer after its steps, closed."""

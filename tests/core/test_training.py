@@ -476,11 +476,26 @@ def test_previews_show_samples_and_what_the_mask_leaves(tmp_path, quiet):
         small({"train": {"steps": 2, "preview_every": 1}, "sample": {"steps": 2}}), tmp_path, quiet
     )
     names = sorted(p.name for p in (tmp_path / "previews").iterdir())
-    assert names == [
-        f"img-{i * 8:09d}-{kind}.png" for i in range(3) for kind in ("masked", "samples")
-    ]
+    kinds = ("masked", "samples")
+    # Samples of a network without any training are noise.
+    assert names == [f"img-{i * 8:09d}-{kind}.png" for i in range(3) for kind in kinds if i or
+                     kind == "masked"]  # fmt: skip
     picture = Image.open(tmp_path / "previews" / names[-2])
-    assert picture.width == 8 * (16 * 3 + 2) + 2
+    assert picture.height == 4 * (16 * 3 + 2) + 2
+    assert picture.width > 8 * (16 * 3 + 2) + 2  # the rows' names beside it
+
+
+def test_a_preview_costs_a_share_of_the_training_between_two(tmp_path):
+    layers = {"sample": {"steps": 50}, "mask": {"ratio": 0.0}, "objective": {"name": "dsm"}}
+    config = road.resolve(small(layers, {"train": {"batch_size": 8, "preview_every": 1000}}))
+    counted = cost.measure(config)  # a step is 3 x 8 passes
+    assert previews.plan(config, counted) == previews.Plan(40, 30)  # 50 steps are 1,200 passes
+    assert previews.plan(config, counted, first=True) == previews.Plan(8, 15)  # 5 steps are 120
+    config.train.batch_size = 128
+    assert previews.plan(config, counted) == previews.Plan(40, 50)
+    config.sample.cfg_scale = 2.0  # two passes of the network a step
+    config.train.batch_size = 4
+    assert previews.plan(config, counted) == previews.Plan(8, 37)
 
 
 @pytest.mark.parametrize("classes", [0, 10])
@@ -760,6 +775,40 @@ def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
     assert [path.read_bytes() for path in pictures] == whole
 
 
+def test_settings_that_change_only_how_a_step_is_computed_may_change(tmp_path, quiet):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    other = {"train": {"steps": 4, "micro_batch_size": 4, "gradient_checkpointing": True}}
+    assert train(small(other), tmp_path, quiet).steps == 4
+    told = [line for line in quiet.notes if "the same training, but not bit for bit" in line]
+    assert [line.split()[0] for line in told] == [
+        "train.micro_batch_size",
+        "train.gradient_checkpointing",
+    ]
+
+
+def test_a_rate_may_change_knowingly_and_is_recorded(tmp_path, quiet):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    slower = small({"optim": {"lr": 1e-4}, "train": {"steps": 4}})
+    with pytest.raises(UsageError, match=r"optim.lr: .* 0.0001 now.*--allow-change goes on"):
+        train(slower, tmp_path, quiet)
+    train(slower, tmp_path, quiet, allow_change=True)
+    rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics() if "lr" in line]
+    assert rates[-2:] == [1e-4, 1e-4]
+    assert rates[0] > 1e-4
+    train(small({"optim": {"lr": 1e-4}, "train": {"steps": 5}}), tmp_path, quiet)
+    (change,) = json.loads((tmp_path / "run.json").read_text())["changes"]
+    assert (change["images"], change["key"], change["new"]) == (16, "optim.lr", 1e-4)
+    wider = small({"model": {"depth": 7}, "train": {"steps": 5}}, {"optim": {"lr": 1e-4}})
+    with pytest.raises(UsageError, match=r"--allow-change does not cover model\.depth"):
+        train(wider, tmp_path, quiet, allow_change=True)
+
+
+def test_a_finished_run_says_so(tmp_path, quiet):
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    train(small({"train": {"steps": 2}}), tmp_path, quiet)
+    assert any("is finished: it has taken all of its 2 steps" in line for line in quiet.notes)
+
+
 def test_an_average_that_has_hardly_moved_is_told(tmp_path, quiet):
     done = train(small({"ema": {"decays": [0.999], "warmup": "constant"}}), tmp_path, quiet)
     assert "decay 0.999, which has gone 0.8% of the way from the first w" in done.remark
@@ -844,7 +893,7 @@ def test_a_signal_does_not_wait_for_distances(tmp_path, quiet, monkeypatch):
 
 
 def test_a_signal_does_not_wait_for_pictures(tmp_path, quiet, monkeypatch):
-    def told(*_):
+    def told(*_, **__):
         os.kill(os.getpid(), signal.SIGTERM)
         raise AssertionError("went on drawing")
 

@@ -43,6 +43,9 @@ class Silent:
     def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None:
         pass
 
+    def activity(self, what: str, done: int, total: int) -> None:
+        pass
+
 
 class Lane:
     """One arm with one seed: its stages one after the other, in slices.

@@ -3,12 +3,13 @@
 import io
 import math
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
 
 from msmdiff.core import files
 
@@ -212,3 +213,51 @@ def grid(images: np.ndarray, columns: int | None = None, tile: int = 48) -> Imag
             zoom, 0
         ).repeat(zoom, 1)
     return Image.fromarray(picture)
+
+
+def labelled(
+    picture: Image.Image,
+    *,
+    rows: Sequence[str] = (),
+    columns: Sequence[str] = (),
+    title: str = "",
+) -> Image.Image:
+    """A picture of `grid` with names left of its rows and over its columns, cut to their room, and
+    a line over all; as it is where there are none.
+    """
+    if not (any(rows) or any(columns) or title):
+        return picture
+    font = ImageFont.load_default(11)
+    left = max((math.ceil(font.getlength(name)) + 6 for name in rows), default=0)
+    lines = _broken(title, left + picture.width, font) if title else []
+    top = 15 * len(lines) + (15 if any(columns) else 0)
+    whole = Image.new("RGB", (left + picture.width, top + picture.height), "white")
+    whole.paste(picture, (left, top))
+    pen = ImageDraw.Draw(whole)
+    for i, line in enumerate(lines):
+        pen.text((3, 1 + 15 * i), line, "black", font)
+    for i, name in enumerate(columns):
+        room = picture.width / len(columns)
+        pen.text((left + 2 + i * room, top - 15), _cut(name, room - 2, font), "black", font)
+    for i, name in enumerate(rows):
+        pen.text((3, top + (i + 0.5) * picture.height / len(rows) - 7), name, "black", font)
+    return whole
+
+
+def _cut(name: str, room: float, font: Any) -> str:
+    """As much of a name as there is room for."""
+    while name and font.getlength(name) > room:
+        name = name[:-1]
+    return name
+
+
+def _broken(text: str, room: float, font: Any) -> list[str]:
+    """A text in lines that there is room for, broken at words."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > room - 6:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines

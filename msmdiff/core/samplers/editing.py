@@ -36,6 +36,23 @@ def inpainting(process: Process, known: Tensor, held: Tensor) -> Wrap:
     return wrap
 
 
+def counting(tell: Callable[[int], None]) -> Wrap:
+    """Tells how many evaluations of the denoiser there have been, after each."""
+    done = 0
+
+    def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
+        def counted(x_t: Tensor, t: Tensor) -> Estimate:
+            nonlocal done
+            estimate = denoise(x_t, t)
+            done += 1
+            tell(done)
+            return estimate
+
+        return counted, start
+
+    return wrap
+
+
 def wholly_kept(held: Tensor, side: int) -> Tensor:
     """bool [1, 1, H, W] in pixels -> [1, 1, side, side]: places all of whose pixels are kept."""
     return F.adaptive_avg_pool2d(held.float(), side) > 1 - 1e-6

@@ -73,7 +73,7 @@ def finish(run: Path, stem: str, retain: int, last: int) -> None:
     is that of the newest, and all but the newest `retain`, and the best one, go; of those of at
     most `last` images.
     """
-    whole = [path for path in complete(run) if _images(path) <= last]
+    whole = [path for path in complete(run) if images_of(path) <= last]
     if not whole:
         return
     publish(whole[-1], run, stem)
@@ -159,10 +159,11 @@ def load(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
 
 
 def _all(run: Path) -> list[Path]:
-    return sorted((run / "checkpoints").glob("img-*"), key=_images)
+    return sorted((run / "checkpoints").glob("img-*"), key=images_of)
 
 
-def _images(path: Path) -> int:
+def images_of(path: Path) -> int:
+    """The images seen that a checkpoint's name tells; -1 for another name."""
     digits = path.name.removeprefix("img-")
     return int(digits) if digits.isdigit() else -1
 

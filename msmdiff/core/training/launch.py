@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed
 
-from msmdiff.core import machine
+from msmdiff.core import interrupts, machine
 from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
 from msmdiff.core.sections import TrainConfig
@@ -195,16 +195,22 @@ class Signals:
             self._old = {s: signal.signal(s, self._note) for s in (signal.SIGINT, signal.SIGTERM)}
         except ValueError:  # not in the main thread, where Python allows no handlers
             self._old = {}
+        self._words = interrupts.saying(interrupts.AFTER_THIS_STEP)
+        self._words.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._words.__exit__(None, None, None)
+        self._give_back()
+
+    def _give_back(self) -> None:
         for number, handler in self._old.items():
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
-            self.__exit__()  # whoever asks a third time does not meet us again
-            raise KeyboardInterrupt  # asked twice: do not wait for the step
+            self._give_back()  # whoever asks a third time does not meet us again
+            raise KeyboardInterrupt(interrupts.QUIT)  # asked twice: do not wait for the step
         self.received = number
         if self._breaks_off:
             raise KeyboardInterrupt

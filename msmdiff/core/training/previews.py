@@ -1,7 +1,7 @@
 """Pictures of a run in progress: samples from fixed noise, and what a masked model sees."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +16,16 @@ from msmdiff.core.backbones.routes import Route, partial
 from msmdiff.core.build import Parts
 from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
-from msmdiff.core.data.images import grid
+from msmdiff.core.data.images import grid, labelled
 from msmdiff.core.data.loader import TrainingImages
 from msmdiff.core.diffusion.objectives import DrawRoute
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.model import Model
+from msmdiff.core.samplers import editing
+from msmdiff.core.samplers.times import visited
 from msmdiff.core.sections import SampleConfig
 from msmdiff.core.seeding import stream
+from msmdiff.core.training.cost import Cost
 
 
 def to_hwc(images: Tensor) -> np.ndarray:
@@ -52,14 +55,57 @@ def masked_at(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}-masked.png")
 
 
+MOST = 40
+"""Samples of a preview, at most."""
+SHARE = 0.05
+"""Of the steps between two previews, what samples may cost; LEAST steps are always allowed."""
+LEAST = 5.0
+
+Tell = Callable[[str, int, int], None]
+"""(what is done, how much of it is done, of how much)."""
+
+
+@dataclass
+class Plan:
+    """How much a preview draws: `count` samples in `steps` steps of the sampler."""
+
+    count: int
+    steps: int | str
+
+
+def plan(config: Config, cost: Cost, first: bool = False) -> Plan:
+    """As many samples and steps as cost no more than a share of the training between two previews;
+    before the first step, no more than a few steps.
+
+    By operations, not by the clock, so that the same run draws the same pictures.
+    """
+    train, wanted = config.train, config.sample.steps
+    passes_of_a_step = train.batch_size * cost.step_flops / max(1, cost.forward_flops)
+    budget = LEAST if first else max(LEAST, SHARE * train.preview_every)
+    affordable = budget * passes_of_a_step / (2 if config.sample.cfg_scale != 1 else 1)
+    if isinstance(wanted, str):  # ADM's spacing: the number of steps is not ours to choose
+        return Plan(MOST if affordable >= 50 * MOST else 8, wanted)
+    for count in (MOST, 24, 16, 8):
+        steps = min(wanted, 50, int(affordable / count))
+        if steps >= min(wanted, 25):
+            return Plan(count, steps)
+    return Plan(8, max(min(wanted, 8), min(wanted, 25, int(affordable / 8))))
+
+
+def draws_samples(config: Config, images_seen: int) -> bool:
+    """Whether a preview shows samples: those of a network without any training are noise."""
+    return images_seen > 0 or config.train.init_from is not None
+
+
 def masks(config: Config) -> bool:
     """Whether there is something to show of the mask."""
     return config.objective.name in ("msm", "mdt", "maskdit")
 
 
-def drawn(stem: Path, config: Config) -> bool:
+def drawn(stem: Path, config: Config, images_seen: int) -> bool:
     """Whether everything that `draw` writes is there, and whole: a kill may have come between."""
-    wanted = [samples_at(stem)] + ([masked_at(stem)] if masks(config) else [])
+    wanted = [samples_at(stem)] if draws_samples(config, images_seen) else []
+    wanted += [masked_at(stem)] if masks(config) else []
     try:
         for path in wanted:
             with files.reading(path, "a picture"), Image.open(path) as picture:
@@ -85,19 +131,47 @@ def model_in_training(network: Any, parts: Parts, config: Config) -> Model:
     )
 
 
-def draw(model: Model, parts: Parts, dataset: TrainingImages, stem: Path) -> None:
-    """Write `STEM-samples.png`, and `STEM-masked.png` where the training masks."""
+def draw(
+    model: Model,
+    parts: Parts,
+    dataset: TrainingImages,
+    stem: Path,
+    planned: Plan | None,
+    tell: Tell,
+) -> None:
+    """Write `STEM-samples.png` where samples are planned, and `STEM-masked.png` where the training
+    masks; `tell` hears of every step of the sampler.
+    """
     training = model.backbone.training
     model.backbone.eval()
-    context = dataset.context(40)
-    _save(samples(model, context=context), samples_at(stem))
+    if planned is not None:
+        context = dataset.context(planned.count)
+        picture = samples(model, planned.count, context, steps=planned.steps, tell=tell)
+        names = list(dataset.source.class_names) if model.condition.count else []
+        _save(_captioned(picture, model, names), samples_at(stem))
     *_, route_of = parts.objective.passes.values()
     if masks(model.config):
         images = next(dataset.sample(8, "preview"))
-        seen = None if context is None else context[: len(images)].to(model.device)
+        context = dataset.context(len(images))
+        seen = None if context is None else context.to(model.device)
         picture = masked_view(model, route_of, images, seen)
-        _save(picture, masked_at(stem))
+        _save(labelled(picture, rows=MASKED_ROWS), masked_at(stem))
     model.backbone.train(training)
+
+
+MASKED_ROWS = ("image", "visible", "noised", "predicted")
+"""The rows of `masked_view`."""
+CONFETTI = (
+    "masked pretraining: the network never sees a whole image, so samples are patchwork until it "
+    "is fine-tuned"
+)
+
+
+def _captioned(picture: Image.Image, model: Model, names: Sequence[str]) -> Image.Image:
+    """Samples with the classes over their columns, and a word on what a masked network draws."""
+    shown = [names[i] for i in range(min(len(names), 10))]
+    title = CONFETTI if model.config.objective.name == "msm" else ""
+    return labelled(picture, columns=shown, title=title)
 
 
 def _save(picture: Image.Image, path: Path) -> None:
@@ -105,18 +179,31 @@ def _save(picture: Image.Image, path: Path) -> None:
         picture.save(part, "PNG")
 
 
-def samples(model: Model, count: int = 40, context: Tensor | None = None) -> Image.Image:
+def samples(
+    model: Model,
+    count: int = MOST,
+    context: Tensor | None = None,
+    *,
+    steps: int | str | None = None,
+    tell: Tell = lambda what, done, total: None,
+) -> Image.Image:
     """A grid of `count` samples from seeds 0, 1, ...; a conditional network shows its classes in
     turn, by columns.
 
-    A network that draws from text takes context, [count, tokens, width].
+    Args:
+        context: of a network that draws from text, [count, tokens, width].
+        steps: of the sampler; None: at most 50.
+        tell: hears of every step.
     """
     options, classes = model.config.sample, model.condition.count
-    steps = min(options.steps, 50) if isinstance(options.steps, int) else options.steps
+    if steps is None:
+        steps = min(options.steps, 50) if isinstance(options.steps, int) else options.steps
     quick = model.config.model_copy(update={"sample": options.model_copy(update={"steps": steps})})
     seeds = range(count)
     y = context if context is not None else model.condition.deal(None, seeds)
-    drawn = replace(model, config=quick).batches(seeds, y)
+    expected = max(1, len(visited(model.process.schedule, quick.sample)) - 1)
+    watch = editing.counting(lambda done: tell("drawing a preview", done, max(done, expected)))
+    drawn = replace(model, config=quick).batches(seeds, y, wraps=[watch])
     columns = min(classes, 10) if classes else 8
     return grid(to_hwc(torch.cat([batch.images for batch in drawn])), columns)
 

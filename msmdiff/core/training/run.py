@@ -17,7 +17,7 @@ from msmdiff.core import config as configuration
 from msmdiff.core import files, presets, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import checkpoint, origins
+from msmdiff.core.training import changes, checkpoint
 
 
 class Reporter(Protocol):
@@ -26,6 +26,9 @@ class Reporter(Protocol):
     def note(self, text: str) -> None: ...
 
     def progress(self, images_seen: int, total: int, metrics: dict[str, Any]) -> None: ...
+
+    def activity(self, what: str, done: int, total: int) -> None:
+        """Something between steps that takes time, such as drawing: `done` of `total` parts."""
 
 
 @dataclass
@@ -57,6 +60,7 @@ class Run:
     def __init__(self, path: Path, writes: bool = True) -> None:
         self.path, self.writes = path, writes
         self._lock: files.Lock | None = None
+        self._changes: list[changes.Change] = []
         if not writes:
             return
         for name in ("config.yaml", "weights.safetensors"):
@@ -105,39 +109,41 @@ class Run:
         """The configuration of a run that has a whole checkpoint to go on from, else None."""
         return self.stored_config() if checkpoint.newest(self.path) else None
 
-    def admit(self, config: Config) -> None:
-        """Check that `config` continues what this run computed. Raises UsageError with the
-        differences.
+    def admit(self, config: Config, allow_change: bool = False) -> list[str]:
+        """Check that `config` continues what this run computed; what to tell of what differs.
 
-        Data and the weights it started from may lie elsewhere now: what they hold tells whether
-        they are the same (`origins.known_again`).
+        Raises UsageError with the differences, see `changes.admitted`.
         """
-        if (stored := self.begun()) is None:
-            return
-        changes = configuration.difference(stored, config)
-        for key in origins.MOVABLE:
-            if all(changes.get(key, ())):
-                changes.pop(key, None)
-        if changes:
-            shown = "; ".join(
-                f"{key}: {old!r} there, {new!r} now" for key, (old, new) in changes.items()
-            )
-            raise UsageError(
-                f"{self.path} was trained with another configuration ({shown}): "
-                "give the same settings to resume it, or another --run"
-            )
+        newest = checkpoint.newest(self.path)
+        begun = self.stored_config() if newest else None
+        if newest is None or begun is None:
+            return []
+        seen = checkpoint.images_of(newest)
+        notes, self._changes = changes.admitted(self.path, begun, config, seen, allow_change)
+        return notes
 
     def start(self, config: Config, command: str, images_seen: int) -> None:
         """Record the configuration and the circumstances; drop log lines past `images_seen`."""
         if not self.writes:
             return
         # First what tells the directory from a foreign one (`_is_run`).
-        files.write_json(self.path / "run.json", _circumstances(command))
+        made = changes.as_records(self._changes)
+        known = {"changes": [*self._earlier_changes(), *made]}
+        files.write_json(self.path / "run.json", _circumstances(command) | known)
         files.write_text(self.path / "config.yaml", config.to_yaml())
         kept = [line for line in self._lines() if line["images"] <= images_seen]
         files.write_text(
             self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)
         )
+
+    def _earlier_changes(self) -> list[Any]:
+        """What was changed knowingly in earlier starts; none where that cannot be read."""
+        try:
+            stored = json.loads((self.path / "run.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return []
+        found = stored.get("changes", []) if isinstance(stored, dict) else []
+        return found if isinstance(found, list) else []
 
     def log(self, metrics: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

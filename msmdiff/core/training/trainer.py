@@ -1,6 +1,7 @@
 """The one training loop. `pretrain`, `finetune` and `train` differ in their configuration only."""
 
 import functools
+import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 
-from msmdiff.core import backbones, machine, weights
+from msmdiff.core import backbones, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.condition import Text
@@ -18,7 +19,7 @@ from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
 from msmdiff.core.data.order import Chunks
-from msmdiff.core.diffusion import codecs, masking
+from msmdiff.core.diffusion import codecs
 from msmdiff.core.seeding import key
 from msmdiff.core.training import (
     checkpoint,
@@ -27,13 +28,14 @@ from msmdiff.core.training import (
     origins,
     previews,
     sharding,
+    telling,
     validation,
     warmstart,
 )
-from msmdiff.core.training.ema import progress
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
+from msmdiff.core.training.standing import Standing
 from msmdiff.core.training.step import Step
 from msmdiff.core.training.validation import Validation
 
@@ -44,6 +46,7 @@ def train(
     reporter: Reporter,
     *,
     allow_partial: bool = False,
+    allow_change: bool = False,
     command: str = "",
 ) -> Summary:
     """Train until `train.steps` or `train.max_seconds`; continues the run in `run_path` when there
@@ -54,6 +57,7 @@ def train(
         run_path: the run's directory.
         reporter: for messages and progress.
         allow_partial: start from weights (`train.init_from`) even if few of them fit.
+        allow_change: go on with another rate and the like, see `changes.KNOWINGLY`.
         command: what the user typed, for the run's record.
 
     Raises UsageError for a configuration that cannot work or differs from the run's, and
@@ -67,6 +71,7 @@ def train(
                 run_path=run_path,
                 reporter=reporter,
                 allow_partial=allow_partial,
+                allow_change=allow_change,
                 command=command,
             )
         if trainer is None:  # while data were checked or the network was built
@@ -90,9 +95,16 @@ class Trainer:
     """Everything a run needs, built once; `fit` is the loop."""
 
     def __init__(
-        self, config: Config, run_path: Path, reporter: Reporter, allow_partial: bool, command: str
+        self,
+        config: Config,
+        run_path: Path,
+        reporter: Reporter,
+        allow_partial: bool,
+        command: str,
+        allow_change: bool = False,
     ) -> None:
-        self.reporter = reporter
+        self.reporter, self._began = reporter, time.monotonic()
+        self._allow_change = allow_change
         self.main = launch.first()
         source = open_training(config.data, self._note)
         config = config.model_copy(deep=True)
@@ -121,7 +133,8 @@ class Trainer:
                 f"{self.run.path}/config.yaml is lost or empty: the configuration is taken from "
                 "the newest checkpoint"
             )
-        self.run.admit(config)
+        for line in self.run.admit(config, self._allow_change):
+            self._note(line)
         self.config = config
         launch.shares(config.train, self.accelerator.num_processes)
 
@@ -143,11 +156,20 @@ class Trainer:
             note=self._note,
             last_good=lambda: checkpoint.newest(self.run.path),
         )
-        self.images_seen, self.seconds = 0, 0.0
+        self.standing = Standing(
+            config=config,
+            run=self.run,
+            source=self.dataset.source,
+            step=self.step,
+            main=self.main,
+            note=self._note,
+        )
         if found:
-            self._restore(found)
+            self.standing.restore(found)
         else:
-            self.origins = origins.of(config, self.dataset.source)
+            self.standing.origins = origins.of(config, self.dataset.source)
+
+        self._earlier = self.standing.waited
 
         # What watches it.
         self.cost = cost.measure(config)
@@ -213,13 +235,15 @@ class Trainer:
         """
         train = self.config.train
         total = train.steps * train.batch_size
-        self._introduce(total)
+        self._introduce()
+        if self.images_seen >= total:
+            self._note(telling.finished(self.run.path, self.config))
         stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
         reached = self._reached()
         while True:
             step = self.images_seen // train.batch_size
             told = self._agree(signals.received is not None)
-            late = train.max_seconds is not None and self._agree(self.seconds >= train.max_seconds)
+            late = self._is_late() if train.max_seconds is None else self._agree(self._is_late())
             done = self.images_seen >= total or told or late
             if self.images_seen:
                 self._record(reached, step, done, told, total)
@@ -242,15 +266,21 @@ class Trainer:
             seconds=self.seconds,
             writes=self.main,
             interrupted=signal,
-            remark=self._unmoved_average(step),
+            remark=telling.unmoved_average(self.config.ema, step),
         )
+
+    def _is_late(self) -> bool:
+        """Whether the user has waited as long as `train.max_seconds` says, in all starts."""
+        self.standing.waited = self._earlier + time.monotonic() - self._began
+        limit = self.config.train.max_seconds
+        return limit is not None and self.standing.waited >= limit
 
     def _reached(self) -> Reached:
         """Where a start stands. A kill may have come between a checkpoint and what follows it; the
         first process can tell.
         """
         saved = self.images_seen or -1
-        pictured = self.main and previews.drawn(self._stem, self.config)
+        pictured = self.main and previews.drawn(self._stem, self.config, self.images_seen)
         evaluator = self.evaluator if self.main else None
         measured = evaluator is not None and evaluator.measured(self.images_seen)
         return Reached(
@@ -270,7 +300,7 @@ class Trainer:
         if logs:
             self._log(total, validates)
         if due and reached.saved != self.images_seen:
-            self._save()
+            self.standing.save()
             reached.saved = self.images_seen
 
     def _show(self, reached: Reached, step: int, done: bool, signals: launch.Signals) -> None:
@@ -297,6 +327,16 @@ class Trainer:
         reached.evaluated = self.images_seen
 
     @property
+    def images_seen(self) -> int:
+        """The images that the training's steps took."""
+        return self.standing.images_seen
+
+    @property
+    def seconds(self) -> float:
+        """The time spent in steps."""
+        return self.standing.seconds
+
+    @property
     def _alone(self) -> bool:
         return self.accelerator.num_processes == 1
 
@@ -304,27 +344,11 @@ class Trainer:
         # Of several processes the others would wait at a barrier.
         return signals.breaking_off() if self._alone else nullcontext()
 
-    def _unmoved_average(self, steps: int) -> str:
-        """What is sampled from may be nearly the network before training: then a sentence on it."""
-        ema = self.config.ema
-        if not ema.decays:
-            return ""
-        copied, moved = progress(ema, ema.decays[0], steps)
-        if moved >= 0.9 or copied >= 0.9 * steps:
-            return ""
-        first = f"those after step {copied:,}" if copied else "the first weights"
-        remedy = "a lower ema.power" if ema.warmup == "power" else "ema.warmup=power"
-        return (
-            f"note: weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
-            f"{moved:.1%} of the way from {first} to the trained ones: train longer, or with a "
-            f"lower ema.decays, a lower ema.update_every, or {remedy}"
-        )
-
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)
         batch_size = self.config.train.batch_size
-        self.images_seen += batch_size
-        self.seconds += taken.seconds
+        self.standing.images_seen += batch_size
+        self.standing.seconds += taken.seconds
         self.meter.add(
             taken.terms,
             taken.grad_norm,
@@ -387,77 +411,17 @@ class Trainer:
         network = self.sampled()
         if self.main:
             model = previews.model_in_training(network, self.parts, self.config)
-            previews.draw(model, self.parts, self.dataset, self._stem)
+            planned = None
+            if previews.draws_samples(self.config, self.images_seen):
+                planned = previews.plan(model.config, self.cost, first=not self.images_seen)
+            tell = self.reporter.activity
+            previews.draw(model, self.parts, self.dataset, self._stem, planned=planned, tell=tell)
         self.accelerator.wait_for_everyone()
 
     @property
     def _stem(self) -> Path:
         """What this step's pictures are called, up to what they show."""
         return self.run.path / "previews" / f"img-{self.images_seen:09d}"
-
-    def _save(self) -> None:
-        scaler, history = self.accelerator.scaler, self.parts.objective.history
-        state = {
-            "images_seen": self.images_seen,
-            "seconds": self.seconds,
-            "skipped": self.step.skipped,
-            "optimizer": self.step.optimizer.state_dict(),
-            "averages": self.step.averages.counters(),
-            "times": history.state_dict() if history is not None else None,
-            "data": len(self.dataset.source),
-            "processes": self.accelerator.num_processes,
-            "scaler": scaler.state_dict() if scaler is not None else None,
-            **self.origins,
-        }
-        networks = {"model": self.accelerator.unwrap_model(self.step.model).state_dict()}
-        networks |= {
-            f"ema-{decay}": net.state_dict() for decay, net in self.step.averages.networks.items()
-        }
-        state, networks = sharding.gathered((state, networks), wanted=self.main)
-        if self.main:
-            checkpoint.save(
-                run=self.run.path,
-                images_seen=self.images_seen,
-                state=state,
-                networks=networks,
-                config=self.config,
-                retain=self.config.train.keep_checkpoints,
-                class_names=self.dataset.source.class_names,
-            )
-        self.accelerator.wait_for_everyone()
-
-    def _restore(self, path: Path) -> None:
-        state, networks = checkpoint.load(path)
-        begun = self.run.begun()
-        assert begun is not None
-        source = self.dataset.source
-        self.origins = origins.known_again(self.run.path, begun, self.config, source, state)
-        sharding.load(self.accelerator.unwrap_model(self.step.model), networks["model"])
-        averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
-        self.step.averages.load(state["averages"], averaged)
-        sharding.load_optimizer(self.step.optimizer, state["optimizer"])
-        if self.parts.objective.history is not None:
-            self.parts.objective.history.load_state_dict(state["times"])
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        self.images_seen, self.seconds, self.step.skipped = (
-            state["images_seen"],
-            state["seconds"],
-            state["skipped"],
-        )
-        if self.main:
-            stem = next((f"ema-{decay}" for decay in self.step.averages.networks), "model")
-            keep = self.config.train.keep_checkpoints
-            checkpoint.finish(self.run.path, stem, keep, self.images_seen)
-        self._note(f"resuming {self.run.path} at image {self.images_seen:,}")
-        if (
-            state["processes"] != self.accelerator.num_processes
-            and not self.config.train.micro_batch_size
-        ):
-            self._note(
-                f"{state['processes']} processes before, {self.accelerator.num_processes} now: "
-                "other random draws"
-            )
 
     def _measured(self, config: Config) -> Config:
         """Measure what the codec needs to know of the data, once; a resumed run keeps what it
@@ -477,49 +441,17 @@ class Trainer:
             self._note(f"measured codec.{name} of the data: {shown}")
         return config
 
-    def _introduce(self, total: int) -> None:
-        train, mask, cost_ = self.config.train, self.parts.mask, self.cost
-        limit = train.max_seconds
-        goal = (
-            f"{total:,} images to see"
-            if limit is None
-            else f"{limit:,.0f} seconds of steps, or {total:,} images"
+    def _introduce(self) -> None:
+        told = telling.introduction(
+            config=self.config,
+            parts=self.parts,
+            cost=self.cost,
+            source=self.dataset.source,
+            where=f"{self.device.type} x {self.accelerator.num_processes}",
+            run=self.run.path,
         )
-        self._note(
-            f"{self.run.path}: {cost_.parameters / 1e6:.2f} M parameters, "
-            f"{len(self.dataset.source):,} images, "
-            f"batch {self.config.train.batch_size}, {self.config.train.precision} on "
-            f"{self.device.type} x "
-            f"{self.accelerator.num_processes}, {goal}"
-        )
-        if self.device.type == "cpu":
-            self._note(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")
-        optim = self.config.optim
-        if optim.decay_steps and optim.schedule != "constant" and optim.decay_steps < train.steps:
-            self._note(
-                f"the rate reaches {optim.final_lr:g} at step {optim.decay_steps:,} and stays "
-                f"there until step {train.steps:,}: optim.decay_steps keeps what it was begun with"
-            )
-        if self.config.objective.name == "mdt":
-            mask_section: Any = self.config.mask
-            low, spread = mask_section.ratio, mask_section.spread or 0.0
-            self._note(
-                f"a second pass hides {low:.0%}"
-                + (f" to {low + spread:.0%}" if spread else "")
-                + " of the tokens"
-            )
-        elif self.config.mask.ratio or mask.kept < mask.tokens:
-            self._note(
-                f"the network sees {mask.kept} of {mask.tokens} tokens "
-                f"({mask.effective_ratio:.1%} hidden), "
-                f"{cost_.masked_flops / cost_.forward_flops:.1%} of the full pass"
-            )
-        if later := self.parts.objective.stages[1:]:
-            ratios = dict(masking.over_training(self.config.mask))
-            shown = ", ".join(
-                f"{ratios[stage.start]:.0%} from {stage.start:.0%}" for stage in later
-            )
-            self._note(f"the mask over the training: {shown}")
+        for line in told:
+            self._note(line)
 
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size

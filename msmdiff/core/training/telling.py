@@ -1,0 +1,111 @@
+"""What a training says of itself in words: how it starts, and what its end leaves to be known."""
+
+from typing import Any
+
+import torch
+
+from msmdiff.core import machine
+from msmdiff.core.build import Parts
+from msmdiff.core.config import Config
+from msmdiff.core.data.source import Source
+from msmdiff.core.diffusion import masking
+from msmdiff.core.sections import EmaConfig
+from msmdiff.core.training.cost import Cost
+from msmdiff.core.training.ema import progress
+
+
+def data_line(source: Source) -> str:
+    """The data, how many images there are, and their classes."""
+    text = f"data: {source.spec}, {len(source):,} images"
+    names = list(source.class_names)
+    if not names:
+        return text if source.num_classes is None else f"{text}, no classes"
+    shown = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+    return f"{text}, {len(names)} classes ({shown})"
+
+
+def introduction(
+    config: Config, parts: Parts, cost: Cost, source: Source, where: str, run: Any
+) -> list[str]:
+    """The lines that a training begins with.
+
+    Args:
+        config: resolved.
+        parts: built from it.
+        cost: of an image.
+        source: the training's images.
+        where: devices and processes, for people.
+        run: the run's directory.
+    """
+    train = config.train
+    total = train.steps * train.batch_size
+    goal = f"{train.steps:,} steps, {total:,} images to see"
+    if train.max_seconds is not None:
+        goal = f"{train.max_seconds:,.0f} seconds, or {total:,} images"
+    told = "and the network learns them" if config.model.num_classes else "which it is not told"
+    classes = f", {told}" if len(source.class_names) > 1 else ""
+    lines = [
+        data_line(source) + classes,
+        f"{run}: {config.model.name or config.model.family}, {cost.parameters / 1e6:.2f} M "
+        f"parameters, images of {config.data.image_size} px, batch {train.batch_size}, "
+        f"{train.precision} on {where}, {goal}",
+    ]
+    if where.startswith("cpu"):
+        lines.append(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")
+    return lines + _rate(config) + _mask(config, parts, cost)
+
+
+def _rate(config: Config) -> list[str]:
+    optim, steps = config.optim, config.train.steps
+    if not optim.decay_steps or optim.schedule == "constant" or optim.decay_steps >= steps:
+        return []
+    return [
+        f"the rate reaches {optim.final_lr:g} at step {optim.decay_steps:,} and stays there until "
+        f"step {steps:,}: optim.decay_steps keeps what it was begun with"
+    ]
+
+
+def _mask(config: Config, parts: Parts, cost: Cost) -> list[str]:
+    """What is hidden, where something is."""
+    lines, mask = [], parts.mask
+    if config.objective.name == "mdt":
+        section: Any = config.mask
+        low, spread = section.ratio, section.spread or 0.0
+        upper = f" to {low + spread:.0%}" if spread else ""
+        lines.append(f"a second pass hides {low:.0%}{upper} of the tokens")
+    elif config.mask.ratio or mask.kept < mask.tokens:
+        lines.append(
+            f"the network sees {mask.kept} of {mask.tokens} tokens "
+            f"({mask.effective_ratio:.1%} hidden), "
+            f"{cost.masked_flops / cost.forward_flops:.1%} of the full pass"
+        )
+    if later := parts.objective.stages[1:]:
+        ratios = dict(masking.over_training(config.mask))
+        shown = ", ".join(f"{ratios[stage.start]:.0%} from {stage.start:.0%}" for stage in later)
+        lines.append(f"the mask over the training: {shown}")
+    return lines
+
+
+def finished(run: Any, config: Config) -> str:
+    """Of a run that is started again when there is nothing left to do."""
+    steps = config.train.steps
+    return (
+        f"{run} is finished: it has taken all of its {steps:,} steps. To train it further, give "
+        f"more, such as --steps {2 * steps}"
+    )
+
+
+def unmoved_average(ema: EmaConfig, steps: int) -> str:
+    """What is sampled from may be nearly the network before training: then a sentence on it."""
+    if not ema.decays:
+        return ""
+    copied, moved = progress(ema, ema.decays[0], steps)
+    if moved >= 0.9 or copied >= 0.9 * steps:
+        return ""
+    first = f"those after step {copied:,}" if copied else "the first weights"
+    remedy = "a lower ema.power" if ema.warmup == "power" else "ema.warmup=power"
+    return (
+        f"note: weights.safetensors is the average of decay {ema.decays[0]:g}, which has gone "
+        f"{moved:.1%} of the way from {first} to the trained ones: train longer, or with a "
+        f"lower ema.decays, a lower ema.update_every, or {remedy}"
+    )
