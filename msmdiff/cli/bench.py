@@ -228,7 +228,7 @@ def data(
     from msmdiff.cli.console import Console
     from msmdiff.core import config as configuration
     from msmdiff.core.bench import loading
-    from msmdiff.core.data.loader import open_training
+    from msmdiff.core.data.checking import open_training
 
     flags = {"source": source, "image_size": image_size}
     chosen = configuration.build({"data": flags}, configuration.parse_sets(sets or [])).data

@@ -93,7 +93,7 @@ def encode(
     from msmdiff.cli.console import Console
     from msmdiff.core import machine
     from msmdiff.core.data import encode as encoding
-    from msmdiff.core.data.loader import open_training
+    from msmdiff.core.data.checking import open_training
     from msmdiff.core.data.text import Captions, TextEncoder
 
     machine.prepare()
@@ -201,7 +201,7 @@ def pack(
     """Put images into one zip archive, which is read as fast as a folder and copied much faster."""
     from msmdiff.cli.console import Console
     from msmdiff.core.data import inspection
-    from msmdiff.core.data.loader import open_training
+    from msmdiff.core.data.checking import open_training
 
     console = Console()
     config = _configure(
@@ -237,7 +237,7 @@ def features(
 
     from msmdiff.cli.console import Console
     from msmdiff.core import files, machine
-    from msmdiff.core.data.loader import open_training
+    from msmdiff.core.data.checking import open_training
     from msmdiff.core.errors import UsageError
     from msmdiff.core.metrics import classifier
 

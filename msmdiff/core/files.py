@@ -118,6 +118,26 @@ def read_bytes(path: Path | str, limit: int = 2**31) -> bytes:
         return file.read()
 
 
+def cache_folder() -> Path:
+    """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff.
+
+    Raises UsageError for a user without a home (a container's number without a name).
+    """
+    if given := os.environ.get("MSMDIFF_CACHE"):
+        return Path(given)
+    try:
+        return Path.home() / ".cache" / "msmdiff"
+    except RuntimeError:
+        raise UsageError("there is no home folder for a cache: set HOME or MSMDIFF_CACHE") from None
+
+
+def beginning(path: Path | str, size: int) -> bytes:
+    """The first bytes of an ordinary file. Raises Unreadable."""
+    with reading(path, "a file"), _opened(path) as file:
+        _require_regular(path, os.fstat(file.fileno()).st_mode)
+        return file.read(size)
+
+
 def _opened(path: Path | str) -> IO[bytes]:
     # Without O_NONBLOCK, opening a pipe would wait for someone to write into it.
     return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")

@@ -49,8 +49,10 @@ class DataConfig(Section):
     )
     crop: Literal["center", "random"] = Field("center", description="ADM's centre or random crop")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
-    verify: StrictBool = Field(
-        True, description="decode every image once before the first training on this data"
+    verify: Literal["auto", "all", "lazy", "off"] = Field(
+        "auto",
+        description="before the first training on this data, decode every image once (all), or "
+        "look at the beginnings of the files (lazy: auto of more than 50,000 images); off: neither",
     )
     skip_unreadable: StrictBool = Field(
         False, description="leave unreadable images out instead of stopping"
@@ -64,6 +66,12 @@ class DataConfig(Section):
     workers: int | None = Field(
         None, ge=0, le=1024, description="loader processes; null: as many as help"
     )
+
+    @field_validator("verify", mode="before")
+    @classmethod
+    def _verify_as_once(cls, value: Any) -> Any:
+        """It was a truth value."""
+        return {True: "auto", False: "off"}[value] if isinstance(value, bool) else value
 
 
 class CodecConfig(Section):

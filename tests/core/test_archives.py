@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from msmdiff.core.config import section
-from msmdiff.core.data import loader, sources
+from msmdiff.core.data import checking, loader, sources
 from msmdiff.core.data.lmdb import Pages
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -37,7 +37,7 @@ def test_lsun(lsun, quiet):
     assert np.array_equal(np.asarray(source.read(4)), pixels[4])
     assert source.labels is None
     config = section("data", source=str(path), image_size=16, skip_unreadable=True, workers=2)
-    usable = loader.open_training(config, quiet.note)
+    usable = checking.open_training(config, quiet.note)
     assert "left out: 1 of 6 images" in quiet.notes[-1]
     assert "key3" in quiet.notes[-1]
     # In worker processes, each with its own environment.

@@ -14,7 +14,7 @@ from PIL import Image
 
 from msmdiff.core import files
 from msmdiff.core.config import section
-from msmdiff.core.data import embedded, images, inspection, loader, sources
+from msmdiff.core.data import checking, embedded, images, inspection, loader, sources
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.errors import MsmdiffError, UsageError
 
@@ -234,8 +234,8 @@ def test_unreadable_images_stop_or_are_left_out(photos, quiet):
     config = section("data", source=str(photos), image_size=16)
     for _ in range(2):  # the second time from the remembered verdict
         with pytest.raises(MsmdiffError, match=r"2 of 13 images .*cat/1.png .*dog/empty.png"):
-            loader.open_training(config, quiet.note)
-    source = loader.open_training(config.model_copy(update={"skip_unreadable": True}), quiet.note)
+            checking.open_training(config, quiet.note)
+    source = checking.open_training(config.model_copy(update={"skip_unreadable": True}), quiet.note)
     assert len(source) == 11
     assert len(source.labels) == 11
     assert "left out: 2 of 13" in quiet.notes[-1]
@@ -327,21 +327,90 @@ def test_a_passing_fault_is_not_remembered_and_what_failed_is_looked_at_again(
 
     monkeypatch.setattr(files, "read_bytes", fail)
     with pytest.raises(MsmdiffError, match=r"1 of 12 .* cat/3.png \(Input/output error\)"):
-        loader.open_training(config, quiet.note)
+        checking.open_training(config, quiet.note)
     assert remembered(tmp_path / "cache") == []
     monkeypatch.setattr(files, "read_bytes", whole)
-    assert len(loader.open_training(config, quiet.note)) == 12
+    assert len(checking.open_training(config, quiet.note)) == 12
     # A verdict that is there, wrong or damaged, is no reason to refuse an image that can be read.
     (place,) = remembered(tmp_path / "cache")
-    for content in ('{"1": "gone"}', "[1, 2]", "[", "[[]]", '{"99": "x"}', "7"):
+    wrong = '{"done": 12, "failed": [1]}'
+    older = ('{"1": "gone"}', "[1, 2]", "[", "[[]]", '{"done": 12, "failed": [99]}', "7")
+    for content in (wrong, *older):
         place.write_text(content)
-        assert len(loader.open_training(config, quiet.note)) == 12
+        assert len(checking.open_training(config, quiet.note)) == 12
     # What could be read is not read again.
     monkeypatch.setattr(files, "read_bytes", fail)
-    place.write_text('{"1": "gone"}')
+    place.write_text(wrong)
     read.clear()
-    loader.open_training(config, quiet.note)
+    checking.open_training(config, quiet.note)
     assert [name for name in read if name.endswith(".png")] == ["11.png"]
+
+
+def test_a_check_that_was_broken_off_goes_on(photos, tmp_path, monkeypatch, quiet):
+    monkeypatch.setenv("MSMDIFF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(checking, "AT_ONCE", 4)
+    monkeypatch.setattr(checking, "REMEMBER_EVERY", -1.0)
+    read, whole = [], files.read_bytes
+
+    def break_off(path, *rest):
+        read.append(path.name)
+        if len(read) == 10:
+            raise KeyboardInterrupt
+        return whole(path, *rest)
+
+    config = section("data", source=str(photos), image_size=16)
+    monkeypatch.setattr(files, "read_bytes", break_off)
+    with pytest.raises(KeyboardInterrupt):
+        checking.open_training(config, quiet.note)
+    before = set(read[:8])
+    read[:] = [""] * 100
+    assert len(checking.open_training(config, quiet.note)) == 12
+    after = {name for name in read if name.endswith(".png")}
+    assert len(before) == 8
+    assert not before & after
+    read[:] = [""] * 100
+    checking.open_training(config, quiet.note)
+    assert not any(name.endswith(".png") for name in read)
+
+
+def test_a_lazy_check_looks_at_beginnings_and_reading_finds_the_rest(photos, quiet):
+    """In place of what cannot be read stands the next image, with that one's class."""
+    whole = (photos / "cat" / "1.png").read_bytes()
+    (photos / "cat" / "1.png").write_bytes(whole[:100])
+    config = section("data", source=str(photos), image_size=16, verify="lazy")
+    source = checking.open_training(config, quiet.note)
+    assert len(source) == 12
+    assert quiet.notes == []
+    order = images_at(0, 12, range(12))
+    bad = source.names.index("cat/1.png")
+    for workers in (0, 1):
+        for skip in (False, True):
+            chosen = config.model_copy(update={"skip_unreadable": skip, "workers": workers})
+            dataset = loader.TrainingImages(source, chosen, seed=0)
+            stream = loader.batches(dataset, Chunks(0, 12, 12), False, quiet.note)
+            if not skip:
+                with pytest.raises(MsmdiffError, match=r"cat/1\.png.* is not an image"):
+                    next(stream)
+                continue
+            batch, again = next(stream), next(stream)
+            instead = np.where(order == bad, bad + 1, order)
+            assert torch.equal(batch.y, torch.from_numpy(source.labels[instead]))
+            assert torch.equal(batch.images, dataset.crops(instead))
+            assert len(again.images) == 12
+    told = [note for note in quiet.notes if note.startswith("left out: cat/1.png")]
+    assert len(told) == 2  # once a stream
+    (photos / "cat" / "1.png").write_bytes(b"no image at all")
+    with pytest.raises(MsmdiffError, match=r"1 of 12 .*cat/1.png \(it begins as no PNG, JPEG"):
+        checking.open_training(config, quiet.note)
+
+
+def test_many_images_are_looked_at_lazily_by_themselves(photos, quiet, monkeypatch):
+    (photos / "cat" / "1.png").write_bytes((photos / "cat" / "1.png").read_bytes()[:100])
+    monkeypatch.setattr(checking, "MANY", 11)
+    config = section("data", source=str(photos), image_size=16)
+    assert len(checking.open_training(config, quiet.note)) == 12
+    for value, stored in ((True, "auto"), (False, "off"), ("all", "all")):
+        assert section("data", verify=value).verify == stored
 
 
 def test_what_is_no_file_is_an_unreadable_image(photos, quiet, tmp_path, monkeypatch):
@@ -349,7 +418,7 @@ def test_what_is_no_file_is_an_unreadable_image(photos, quiet, tmp_path, monkeyp
     (photos / "cat" / "loop.png").symlink_to(photos / "cat" / "loop.png")
     os.mkfifo(photos / "cat" / "pipe.png")
     config = section("data", source=str(photos), image_size=16, skip_unreadable=True)
-    assert len(loader.open_training(config, quiet.note)) == 12
+    assert len(checking.open_training(config, quiet.note)) == 12
     assert "cat/link.png (No such file or directory)" in quiet.notes[-1]
     assert "cat/pipe.png (a pipe, a socket or a device, not a file)" in quiet.notes[-1]
     for name in ("a.zip", "b.npz"):
@@ -362,7 +431,7 @@ def test_names_that_are_not_utf_8_or_not_one_line(photos, tmp_path, quiet):
     odd = os.fsencode(photos / "cat") + b"/caf\xe9.png"
     (photos / "cat" / "1.png").rename(os.fsdecode(odd))
     (photos / "cat" / "3.png").rename(photos / "cat" / "a\nb\\c.png")
-    source = loader.open_training(section("data", source=str(photos)), quiet.note)
+    source = checking.open_training(section("data", source=str(photos)), quiet.note)
     shown = {source.name(i) for i in range(12)}
     assert {"cat/caf%E9.png", "cat/a%0Ab%5Cc.png"} <= shown
     inspection.pack(source, tmp_path / "p.zip", None, lambda *_: None)
@@ -406,7 +475,7 @@ def test_folders_and_zips_have_one_rule_for_names(tmp_path):
 
 def test_an_image_beside_the_class_folders_is_named(photos, quiet):
     Image.new("RGB", (8, 8)).save(photos / "cover.png")
-    source = loader.open_training(section("data", source=str(photos), verify=False), quiet.note)
+    source = checking.open_training(section("data", source=str(photos), verify=False), quiet.note)
     assert source.labels is None
     assert "no labels: cover.png belongs to none of the classes" in quiet.notes[-1]
     assert "cover.png" in inspection.report(source)["classes"]

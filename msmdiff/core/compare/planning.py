@@ -15,7 +15,8 @@ from msmdiff.core.bench import timing
 from msmdiff.core.bench import training as bench
 from msmdiff.core.compare.spec import Budget, Spec
 from msmdiff.core.config import Config
-from msmdiff.core.data.loader import TrainingImages, batches, open_training
+from msmdiff.core.data.checking import open_training
+from msmdiff.core.data.loader import TrainingImages, batches
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs, masking
 from msmdiff.core.errors import UsageError

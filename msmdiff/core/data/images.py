@@ -83,6 +83,24 @@ def read_rgb(file: Path | bytes, decoding: Decoding = Decoding()) -> Image.Image
         return to_rgb(upright, decoding)
 
 
+BEGINNING = 32
+"""Bytes by which a format knows its files."""
+
+
+def require_beginning(head: bytes) -> None:
+    """Raises ValueError unless an image file may begin with these bytes."""
+    accepts = [Image.OPEN[name][1] for name in KNOWN]
+    known = any(accept is not None and accept(head) is True for accept in accepts)
+    if not known and not _may_be_tga(head):
+        raise ValueError(f"it begins as no {', '.join(KNOWN)}")
+
+
+def _may_be_tga(head: bytes) -> bool:
+    """TGA has no mark: the kinds of its colour map and of its pixels, and their bits."""
+    kinds = (1, 2, 3, 9, 10, 11)
+    return len(head) > 16 and head[1] < 2 and head[2] in kinds and head[16] in (1, 8, 16, 24, 32)
+
+
 def _require_plausible(size: tuple[int, int], length: int) -> None:
     """Raises ValueError for sizes that a file of this length does not hold."""
     pixels = size[0] * size[1]

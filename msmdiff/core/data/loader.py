@@ -1,27 +1,24 @@
-"""From a source to batches on the host: checking, decoding, cropping, caching, worker processes."""
+"""From a source to batches on the host: decoding, cropping, caching, worker processes."""
 
-import hashlib
-import json
 import multiprocessing
 import os
 import signal
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from msmdiff.core import files
-from msmdiff.core.data import images, sources
+from msmdiff.core.data import images
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.order import Chunks, images_at
 from msmdiff.core.data.source import Source
-from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.sections import DataConfig
 from msmdiff.core.seeding import numpy_stream
 
@@ -41,25 +38,30 @@ class Batch:
             comes with its mirror image.
         y: what the network is told: class indices int64 [B], the features of captions [B, tokens,
             width], or None.
+        left_out: sentences on images that could not be read, in whose place stands the next one.
     """
 
     position: int
     images: Tensor
     y: Tensor | None
+    left_out: tuple[str, ...] = ()
 
     def pin_memory(self) -> "Batch":
         y = self.y.pin_memory() if self.y is not None else None
-        return Batch(self.position, self.images.pin_memory(), y)
+        return Batch(self.position, self.images.pin_memory(), y, self.left_out)
 
     def __reduce__(self) -> Any:
         # To another process as arrays, which go through a pipe. Tensors would go through /dev/shm,
         # of which Docker gives 64 MB; torch waits without end where it is full.
         y = self.y.numpy() if self.y is not None else None
-        return _batch_of_arrays, (self.position, self.images.numpy(), y)
+        return _batch_of_arrays, (self.position, self.images.numpy(), y, self.left_out)
 
 
-def _batch_of_arrays(position: int, images: np.ndarray, y: np.ndarray | None) -> Batch:
-    return Batch(position, torch.from_numpy(images), None if y is None else torch.from_numpy(y))
+def _batch_of_arrays(
+    position: int, images: np.ndarray, y: np.ndarray | None, left_out: tuple[str, ...]
+) -> Batch:
+    told = None if y is None else torch.from_numpy(y)
+    return Batch(position, torch.from_numpy(images), told, left_out)
 
 
 def flip(images: Tensor, flipped: Tensor | None) -> Tensor:
@@ -98,6 +100,7 @@ class TrainingImages(Dataset):
             else None
         )
         self._filled = np.zeros(len(source), bool)
+        self._instead: dict[int, int] = {}  # of images that could not be read
 
     def __getitems__(self, positions: list[int]) -> "Batch | MsmdiffError":
         """The batch at these positions; an error as a value, since one raised in a worker arrives
@@ -117,31 +120,61 @@ class TrainingImages(Dataset):
                     indices, numpy_stream(self.seed, "caption", positions[0])
                 )
             return Batch(positions[0], entries, labels)
-        pixels = self._pixels(indices, positions)
+        left_out: list[str] = []
+        pixels, indices = self._pixels(indices, positions, left_out)
         labels = (
             None if self.source.labels is None else torch.from_numpy(self.source.labels[indices])
         )
-        return Batch(positions[0], torch.from_numpy(pixels), labels)
+        return Batch(positions[0], torch.from_numpy(pixels), labels, tuple(left_out))
 
-    def _pixels(self, indices: np.ndarray, positions: list[int]) -> np.ndarray:
-        """The images at these positions, uint8 [B, 3, H, W]."""
+    def _pixels(
+        self, indices: np.ndarray, positions: list[int], left_out: list[str]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The images at these positions, uint8 [B, 3, H, W], and which ones they are [B]."""
+        indices = np.array([self._instead.get(i, i) for i in indices.tolist()], np.int64)
         if self._cache is None:
-            every = [self._image(i, p) for i, p in zip(indices, positions, strict=True)]
-            return np.stack(every).transpose(0, 3, 1, 2).copy()
-        for index in indices[~self._filled[indices]]:
-            image = self.source.image(index)
-            pixels = images.center_crop(image, self.config.image_size)  # [H, W, 3]
-            self._cache[index] = pixels.transpose(2, 0, 1)
-            self._filled[index] = True
-        return self._cache[indices]
+            every = []
+            for place, position in enumerate(positions):
+                indices[place], image = self._readable(int(indices[place]), left_out)
+                every.append(self._cropped(image, position))
+            return np.stack(every).transpose(0, 3, 1, 2).copy(), indices
+        for place in np.flatnonzero(~self._filled[indices]).tolist():
+            index, image = self._readable(int(indices[place]), left_out)
+            indices[place] = index
+            if not self._filled[index]:
+                pixels = images.center_crop(image, self.config.image_size)  # [H, W, 3]
+                self._cache[index] = pixels.transpose(2, 0, 1)
+                self._filled[index] = True
+        return self._cache[indices], indices
 
-    def _image(self, index: int, position: int) -> np.ndarray:
-        image = self.source.image(index)
+    def _readable(self, index: int, left_out: list[str]) -> tuple[int, Image.Image]:
+        """The image at an index; or, where unreadable ones are left out (`data.skip_unreadable`),
+        the next one that can be read, so that the same data always make the same batches.
+
+        Raises Unreadable.
+        """
+        count = len(self.source)
+        first = self._instead.get(index, index)
+        for step in range(count):
+            at = (first + step) % count
+            try:
+                image = self.source.image(at)
+            except MsmdiffError as error:
+                # What may be readable at the next start must not be another image then.
+                if not self.config.skip_unreadable or files.passing(error) or count == 1:
+                    raise
+                left_out.append(str(error))
+                continue
+            if at != index:
+                self._instead[index] = at
+            return at, image
+        raise MsmdiffError(f"no image of {self.source.spec} can be read: {left_out[-1]}")
+
+    def _cropped(self, image: Image.Image, position: int) -> np.ndarray:
+        size = self.config.image_size
         if self.config.crop == "random":
-            return images.random_crop(
-                image, self.config.image_size, numpy_stream(self.seed, "crop", position)
-            )
-        return images.center_crop(image, self.config.image_size)
+            return images.random_crop(image, size, numpy_stream(self.seed, "crop", position))
+        return images.center_crop(image, size)
 
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
         """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W],
@@ -168,7 +201,9 @@ class TrainingImages(Dataset):
 
     def crops(self, indices: Iterable[int]) -> Tensor:
         """The centre crops of the images at `indices`: uint8 [B, 3, H, W]."""
-        return center_crops(self.source, indices, self.config.image_size)
+        found = [self._readable(int(i), [])[1] for i in indices]
+        pixels = np.stack([images.center_crop(image, self.config.image_size) for image in found])
+        return torch.from_numpy(pixels.transpose(0, 3, 1, 2).copy())
 
 
 def center_crops(source: Source, indices: Iterable[int], size: int) -> Tensor:
@@ -184,12 +219,23 @@ def default_workers() -> int:
     return max(1, min(8, (os.cpu_count() or 2) - 1))
 
 
-def batches(dataset: TrainingImages, chunks: Chunks, pin_memory: bool) -> Iterator[Batch]:
-    """The endless stream of a process's batches."""
+def batches(
+    dataset: TrainingImages,
+    chunks: Chunks,
+    pin_memory: bool,
+    note: Callable[[str], None] = lambda text: None,
+) -> Iterator[Batch]:
+    """The endless stream of a process's batches; `note` is told of each image that is left out."""
     workers = dataset.config.workers
     if workers is None:
         workers = 0 if dataset.cached else default_workers()
-    return through_workers(dataset, chunks, workers, pin_memory=pin_memory)
+    told = set()
+    for batch in through_workers(dataset, chunks, workers, pin_memory=pin_memory):
+        for sentence in batch.left_out:
+            if sentence not in told:
+                told.add(sentence)
+                note(f"left out: {sentence}")
+        yield batch
 
 
 # ------------------------------------------------------------------ worker processes
@@ -266,82 +312,3 @@ def _leave_signals_to_the_parent(worker: int) -> None:
     # the step.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-
-
-# ------------------------------------------------------------------ checking
-
-
-def open_training(config: DataConfig, report: Callable[[str], None]) -> Source:
-    """Open a data set for training and decode every image of it once, unless that was done before.
-
-    Unreadable images stop the training by name, or are left out when `data.skip_unreadable` is set;
-    what was left out is reported. The verdict is remembered per listing (names, sizes, times) in
-    the user's cache folder.
-    """
-    source = sources.open_configured(config)
-    if source.unlabelled:
-        report(f"note: {config.source} has {source.unlabelled}")
-    if not config.verify or source.verified or isinstance(source, Latents):
-        return source
-    bad = _verdict(source, report)
-    if not bad:
-        return source
-    listed = [f"{source.name(i)} ({reason})" for i, reason in list(bad.items())[:5]]
-    summary = f"{len(bad)} of {len(source)} images in {config.source} cannot be read: "
-    summary += "; ".join(listed) + (f" and {len(bad) - 5} more" if len(bad) > 5 else "")
-    if not config.skip_unreadable:
-        raise MsmdiffError(
-            f"{summary}. Repair or remove them, or leave them out: --set "
-            "data.skip_unreadable=true where training, "
-            "--skip-unreadable where packing"
-        )
-    if len(bad) == len(source):
-        raise MsmdiffError(summary)
-    report(f"left out: {summary}")
-    return sources.Subset(source, [i for i in range(len(source)) if i not in bad])
-
-
-def _verdict(source: Source, report: Callable[[str], None]) -> dict[int, str]:
-    """The images that cannot be read, and why: looked at now, or remembered.
-
-    What failed is looked at again each time, and nothing is remembered where the disk failed and
-    not a file: a repair need not change a name, a size or a time.
-    """
-    listing = "\n".join(source.describe(i) for i in range(len(source)))
-    digest = hashlib.sha256(listing.encode(errors="surrogateescape")).hexdigest()[:32]
-    place = cache_folder() / "verified" / f"{digest}.json"
-    failed = _remembered(place, len(source))
-    if failed is None and len(source) > 10_000:
-        report(
-            f"checking all {len(source):,} images of {source.spec} once "
-            "(data.verify=false skips this)"
-        )
-    errors = sources.survey(source, failed)[0]
-    bad = {index: files.reason(error) for index, error in errors.items()}
-    if failed != list(bad) and not any(files.passing(error) for error in errors.values()):
-        # A cache that cannot be written costs the next start some time, nothing else.
-        with suppress(MsmdiffError):
-            files.write_json(place, bad)
-    return bad
-
-
-def _remembered(place: Path, count: int) -> list[int] | None:
-    """The images that could not be read when all were looked at; None where that is not known."""
-    try:
-        failed = [int(index) for index in json.loads(files.read_text(place))]
-    except (MsmdiffError, ValueError, TypeError, RecursionError):
-        return None
-    return failed if all(0 <= index < count for index in failed) else None
-
-
-def cache_folder() -> Path:
-    """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff.
-
-    Raises UsageError for a user without a home (a container's number without a name).
-    """
-    if given := os.environ.get("MSMDIFF_CACHE"):
-        return Path(given)
-    try:
-        return Path.home() / ".cache" / "msmdiff"
-    except RuntimeError:
-        raise UsageError("there is no home folder for a cache: set HOME or MSMDIFF_CACHE") from None

@@ -27,6 +27,8 @@ def shown(name: str) -> str:
     """A name on one line, in characters that UTF-8 has: the others' bytes as %XX, a backslash too,
     which archives take for a separator.
     """
+    if name.isascii() and name.isprintable() and "\\" not in name:
+        return name  # as nearly all of a million are
     return "".join(
         "".join(f"%{byte:02X}" for byte in c.encode("utf-8", "surrogateescape"))
         if c == "\\" or unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp")
@@ -49,17 +51,39 @@ def sorted_out(names: Iterable[str]) -> tuple[list[str], list[str]]:
     """
     images, others = [], set()
     for name in names:
+        # Strings, not paths: of a million names each microsecond is a second.
+        if not _may_be_hidden(name):
+            if suffix_of(name) in SUFFIXES:
+                images.append(name)
+            else:
+                others.add(name)
+            continue
         parts = PurePosixPath(name).parts
         first = next((i for i, part in enumerate(parts) if hidden(part)), None)
         if first is not None:
             inside = first + 1 < len(parts) or name.endswith("/")
             others.add("/".join(parts[: first + 1]) + ("/" if inside else ""))
-        elif PurePosixPath(name).suffix.lower() in SUFFIXES:
+        elif suffix_of(name) in SUFFIXES:
             images.append(name)
         else:
             others.add(name)
-    captions = {str(PurePosixPath(name).with_suffix(".txt")) for name in images}
-    return sorted(images), sorted(others - captions)
+    texts = {name for name in others if name.endswith(".txt")}
+    if texts:
+        stems = {name[: len(name) - len(suffix_of(name))] for name in images}
+        texts = {name for name in texts if name.removesuffix(".txt") in stems}
+    return sorted(images), sorted(others - texts)
+
+
+def suffix_of(name: str) -> str:
+    """The suffix of a name with `/` between its parts, in lower case, with its dot; "" without."""
+    file = name.rpartition("/")[2]
+    stem, dot, suffix = file.rpartition(".")
+    return f".{suffix.lower()}" if dot and stem and suffix else ""
+
+
+def _may_be_hidden(name: str) -> bool:
+    """Whether `hidden` has to be asked about the parts of a name."""
+    return name.startswith(".") or "/." in name or any(part in name for part in LEFT_BY_SYSTEMS)
 
 
 def walk(root: Path) -> Iterable[str]:
@@ -74,13 +98,14 @@ def walk(root: Path) -> Iterable[str]:
 
     seen = {root.resolve()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        relative = PurePosixPath(Path(folder).relative_to(root).as_posix())
-        yield from (f"{relative / name}/" for name in subfolders if hidden(name))
+        relative = Path(folder).relative_to(root).as_posix()
+        start = "" if relative == "." else f"{relative}/"
+        yield from (f"{start}{name}/" for name in subfolders if hidden(name))
         real = {name: (Path(folder) / name).resolve() for name in subfolders if not hidden(name)}
         # A link may lead back up.
         subfolders[:] = [name for name, target in real.items() if target not in seen]
         seen.update(real.values())
-        yield from (str(relative / name) for name in files)
+        yield from (start + name for name in files)
 
 
 def classes(
@@ -93,29 +118,23 @@ def classes(
     not fit.
     """
     # An archive of one folder (`zip -r photos.zip photos`) has its classes one level further down.
-    parents = [PurePosixPath(n).parts[:-1] for n in names]
-    common = next(
-        (i for i, level in enumerate(zip(*parents, strict=False)) if len(set(level)) > 1), 0
-    )
-    inside = all(len(p) > common for p in parents)
-    deeper = [PurePosixPath(n).parts[common if inside else 0 :] for n in names]
-    folders = [parts[0] if len(parts) > 1 else None for parts in deeper]
-    stems = [re.match(r"[^_]+(?=_)", PurePosixPath(n).name) for n in names]
-    prefixes = [m.group() if m else None for m in stems]
-    by_rule = {
-        "folders": (folders, "class/image.png"),
-        "adm": (prefixes, "ClassID_anything.jpg"),
-    }
-    if rule == "auto":
-        if None not in folders and len(set(folders)) > 1:
-            rule = "folders"
-        elif None not in prefixes and 1 < len(set(prefixes)) <= len(names) // 2:
-            rule = "adm"
-        else:
-            return None, [], _stray(names, folders) or _stray(names, prefixes)
     if rule == "none":
         return None, [], None
-    keys, form = by_rule[rule]
+    parents = [name.rpartition("/")[0] for name in names]
+    parts = {parent: PurePosixPath(parent).parts for parent in dict.fromkeys(parents)}
+    levels = enumerate(zip(*parts.values(), strict=False))
+    common = next((i for i, level in levels if len(set(level)) > 1), 0)
+    inside = all(len(p) > common for p in parts.values())
+    deeper = {parent: p[common if inside else 0 :] for parent, p in parts.items()}
+    by_folder = {parent: p[0] if p else None for parent, p in deeper.items()}
+    folders = [by_folder[parent] for parent in parents]
+    keys, form = folders, "class/image.png"
+    if rule == "adm" or (rule == "auto" and not (None not in folders and len(set(folders)) > 1)):
+        prefixes = [_prefix(name) for name in names]
+        suits = None not in prefixes and 1 < len(set(prefixes)) <= len(names) // 2
+        if rule == "auto" and not suits:
+            return None, [], _stray(names, folders) or _stray(names, prefixes)
+        rule, keys, form = "adm", prefixes, "ClassID_anything.jpg"
     if None in keys:
         name = shown(names[keys.index(None)])
         raise UsageError(
@@ -125,6 +144,12 @@ def classes(
     index = {c: i for i, c in enumerate(found)}
     labels = np.array([index[k] for k in keys if k is not None], dtype=np.int64)
     return labels, [shown(name) for name in found], None
+
+
+def _prefix(name: str) -> str | None:
+    """The ClassID of ClassID_anything.jpg."""
+    found = re.match(r"[^_]+(?=_)", name.rpartition("/")[2])
+    return found.group() if found else None
 
 
 def _stray(names: list[str], keys: list[str | None]) -> str | None:

@@ -9,7 +9,7 @@ from PIL import Image
 
 from msmdiff.core.condition import text_shape
 from msmdiff.core.config import Config
-from msmdiff.core.data.images import Decoding
+from msmdiff.core.data.images import Decoding, require_beginning
 from msmdiff.core.errors import UsageError
 from msmdiff.core.files import reading
 
@@ -61,6 +61,23 @@ class Source:
         """The image at `index` as 8-bit RGB. Raises Unreadable, which names it."""
         with reading(f"{self.name(index)} in {self.spec}", "an image"):
             return self.read(index)
+
+    def glance(self, index: int) -> None:
+        """Look whether there is an image at `index`, as far as that is quickly seen: at the
+        beginning of its file, or else at all of it. Raises Unreadable.
+        """
+        head = self.beginning(index)
+        if head is None:
+            self.image(index)
+            return
+        with reading(f"{self.name(index)} in {self.spec}", "an image"):
+            require_beginning(head)
+
+    def beginning(self, index: int) -> bytes | None:
+        """The first BEGINNING bytes of the image's file; None where that is no quicker than all of
+        it. Raises Unreadable.
+        """
+        return None
 
     def content(self, index: int) -> bytes | None:
         """The image's file as it is; None where there are no files. Raises Unreadable."""

@@ -8,7 +8,8 @@ A new kind of source is one class, here or in a plugin, with `opens`, `__len__`,
 import os
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -18,7 +19,7 @@ from PIL import Image
 from msmdiff.core import files, registry, zips
 from msmdiff.core.config import section
 from msmdiff.core.data import names
-from msmdiff.core.data.images import SUFFIXES, Decoding, read_rgb
+from msmdiff.core.data.images import BEGINNING, SUFFIXES, Decoding, read_rgb
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
@@ -74,6 +75,11 @@ class Files(Source):
     def content(self, index: int) -> bytes:
         return self._content(self.names[index])
 
+    def beginning(self, index: int) -> bytes | None:
+        if not self.path.is_dir():
+            return self.content(index)[:BEGINNING]
+        return files.beginning(f"{self.path}/{self.names[index]}", BEGINNING)
+
     def caption_file(self, index: int) -> bytes | None:
         name = str(PurePosixPath(self.names[index]).with_suffix(".txt"))
         there = (self.path / name).exists() if self.path.is_dir() else name in self._entries
@@ -90,7 +96,8 @@ class Files(Source):
             entry = self._entries[self.names[index]]
             return f"{self.name(index)} ({entry.file_size} bytes, crc {entry.CRC:08x})"
         try:
-            stat = (self.path / self.names[index]).stat()
+            # Not through Path, which takes longer than the system: there may be a million.
+            stat = os.stat(f"{self.path}/{self.names[index]}")  # noqa: PTH116
         except OSError as error:  # a link that leads nowhere
             return f"{self.name(index)} ({error.strerror})"
         return f"{self.name(index)} ({stat.st_size} bytes, changed {stat.st_mtime_ns})"
@@ -186,6 +193,9 @@ class Subset(Source):
 
     def sight(self, index: int) -> bytes:
         return self._source.sight(self._indices[index])
+
+    def beginning(self, index: int) -> bytes | None:
+        return self._source.beginning(self._indices[index])
 
     def caption_file(self, index: int) -> bytes | None:
         return self._source.caption_file(self._indices[index])
@@ -284,23 +294,31 @@ def _with_labels(source: Source, rule: str) -> Source:
 def survey(
     source: Source, indices: Sequence[int] | None = None
 ) -> tuple[dict[int, MsmdiffError], Counter[tuple[int, int]]]:
-    """Decode every image, or those at `indices`, in threads: what fails and why, and how many have
-    which (width, height).
+    """Decode every image, or those at `indices`: what fails and why, and how many have which
+    (width, height).
     """
-    from concurrent.futures import ThreadPoolExecutor
+    sizes: Counter[tuple[int, int]] = Counter()
 
-    def attempt(index: int) -> tuple[int, int] | MsmdiffError:
+    def decode(index: int) -> None:
+        sizes[source.image(index).size] += 1
+
+    return failing(decode, range(len(source)) if indices is None else indices), sizes
+
+
+def failing(look: Callable[[int], object], indices: Sequence[int]) -> dict[int, MsmdiffError]:
+    """The indices at which `look` fails, in threads, and why."""
+
+    def attempt(index: int) -> MsmdiffError | None:
         try:
-            return source.image(index).size
+            look(index)
         except MsmdiffError as error:
             return error
+        return None
 
-    chosen = range(len(source)) if indices is None else indices
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        results = dict(zip(chosen, pool.map(attempt, chosen), strict=True))
+        found = dict(zip(indices, pool.map(attempt, indices), strict=True))
     finally:
         # After Ctrl-C, the images that are left are not waited for.
         pool.shutdown(cancel_futures=True)
-    bad = {index: result for index, result in results.items() if isinstance(result, MsmdiffError)}
-    return bad, Counter(size for size in results.values() if not isinstance(size, MsmdiffError))
+    return {index: error for index, error in found.items() if error is not None}

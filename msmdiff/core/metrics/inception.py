@@ -10,7 +10,6 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from msmdiff.core import files, hub, tensor_files
-from msmdiff.core.data.loader import cache_folder
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics.features import Features, clean, one_line
 from msmdiff.core.registry import Options, register
@@ -186,7 +185,7 @@ def _published_weights() -> Path:
     """
     theirs, ours = (
         Path(torch.hub.get_dir()) / "checkpoints" / INCEPTION_FILE,
-        cache_folder() / INCEPTION_FILE,
+        files.cache_folder() / INCEPTION_FILE,
     )
     if not ours.is_file() and not theirs.is_file():
         from pytorch_fid.inception import FID_WEIGHTS_URL

@@ -3,21 +3,23 @@
 import importlib.util
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed
 
 from msmdiff.core import interrupts, machine
 from msmdiff.core.config import Config
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.sections import TrainConfig
 from msmdiff.core.training import sharding
+
+T = TypeVar("T")
 
 AUTOCAST_WIDTH = 64
 """From this hidden_size on, bf16 autocast is faster than fp32 on a CPU with bf16 instructions
@@ -145,6 +147,27 @@ def agree(accelerator: Any, stop: bool) -> bool:
         return stop
     flag = torch.tensor([float(stop)], device=accelerator.device)
     return bool(accelerator.reduce(flag, "sum").item())
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What the first of the launched processes makes, handed to all; the others wait for it, for
+    hours if need be. Raises in all of them the MsmdiffError that it raised.
+    """
+    if not torch.distributed.is_initialized():
+        return make()
+    made: list[Any] = [None, None]
+    if first():
+        try:
+            made[0] = make()
+        except MsmdiffError as error:
+            made[1] = error
+    # Over gloo, whose waiting costs nothing, and not within the ten minutes that NCCL waits.
+    group: Any = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=7))
+    torch.distributed.broadcast_object_list(made, src=0, group=group)
+    torch.distributed.destroy_process_group(group)
+    if made[1] is not None:
+        raise made[1]
+    return made[0]
 
 
 def process() -> tuple[torch.device, bool]:

@@ -16,8 +16,9 @@ from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
+from msmdiff.core.data import checking
 from msmdiff.core.data.latents import Latents
-from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
+from msmdiff.core.data.loader import Batch, TrainingImages, batches
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.seeding import key
@@ -106,7 +107,7 @@ class Trainer:
         self.reporter, self._began = reporter, time.monotonic()
         self._allow_change = allow_change
         self.main = launch.first()
-        source = open_training(config.data, self._note)
+        source = checking.opened(config.data, self._note)
         config = config.model_copy(deep=True)
         begun = Run(run_path, writes=False).begun()
         if begun and config.optim.decay_steps is None:  # more steps later do not change the past
@@ -116,11 +117,13 @@ class Trainer:
         config.train.precision = launch.choose_precision(
             config, "cuda" if torch.cuda.is_available() else "cpu"
         )
-        self.dataset = TrainingImages(source, config.data, config.train.seed)
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
         try:
+            # Hours for a million images: after all that may be refused at once, and by one process.
+            source = checking.checked(source, config.data, self._note, launch.from_first)
+            self.dataset = TrainingImages(source, config.data, config.train.seed)
             self._prepare(config, allow_partial, command)
         except BaseException:
             self.close()
@@ -238,7 +241,8 @@ class Trainer:
         self._introduce()
         if self.images_seen >= total:
             self._note(telling.finished(self.run.path, self.config))
-        stream_of_batches = batches(self.dataset, self._chunks(), self.device.type == "cuda")
+        pins = self.device.type == "cuda"
+        stream_of_batches = batches(self.dataset, self._chunks(), pins, self._note)
         reached = self._reached()
         while True:
             step = self.images_seen // train.batch_size

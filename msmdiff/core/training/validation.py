@@ -21,8 +21,9 @@ from msmdiff.core import files
 from msmdiff.core.build import Parts
 from msmdiff.core.condition import Classes, Condition, Text
 from msmdiff.core.config import Config
+from msmdiff.core.data.checking import open_training
 from msmdiff.core.data.latents import Latents
-from msmdiff.core.data.loader import center_crops, flip, open_training
+from msmdiff.core.data.loader import center_crops, flip
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.diffusion.schedules import Schedule
