@@ -305,20 +305,28 @@ def survey(
     return failing(decode, range(len(source)) if indices is None else indices), sizes
 
 
+TOGETHER = 64
+"""Images that a thread looks at in a row: handing over a single one takes as long as a glance."""
+
+
 def failing(look: Callable[[int], object], indices: Sequence[int]) -> dict[int, MsmdiffError]:
     """The indices at which `look` fails, in threads, and why."""
 
-    def attempt(index: int) -> MsmdiffError | None:
-        try:
-            look(index)
-        except MsmdiffError as error:
-            return error
-        return None
+    def attempt(some: Sequence[int]) -> dict[int, MsmdiffError]:
+        failed = {}
+        for index in some:
+            try:
+                look(index)
+            except MsmdiffError as error:
+                failed[index] = error
+        return failed
 
+    groups = [indices[at : at + TOGETHER] for at in range(0, len(indices), TOGETHER)]
     pool = ThreadPoolExecutor(os.cpu_count())
     try:
-        found = dict(zip(indices, pool.map(attempt, indices), strict=True))
+        return {
+            index: error for found in pool.map(attempt, groups) for index, error in found.items()
+        }
     finally:
         # After Ctrl-C, the images that are left are not waited for.
         pool.shutdown(cancel_futures=True)
-    return {index: error for index, error in found.items() if error is not None}
