@@ -1,6 +1,7 @@
 import io
 import multiprocessing
 import os
+import pwd
 import struct
 import time
 import zipfile
@@ -411,6 +412,16 @@ def test_many_images_are_looked_at_lazily_by_themselves(photos, quiet, monkeypat
     assert len(checking.open_training(config, quiet.note)) == 12
     for value, stored in ((True, "auto"), (False, "off"), ("all", "all")):
         assert section("data", verify=value).verify == stored
+
+
+def test_a_user_without_a_home_is_told_what_to_set(photos, quiet, monkeypatch):
+    monkeypatch.delenv("MSMDIFF_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a container's number without a name
+    with pytest.raises(UsageError, match="no home folder for a cache: set HOME or MSMDIFF_CACHE"):
+        checking.open_training(section("data", source=str(photos)), quiet.note)
+    config = section("data", source=str(photos), verify=False)
+    assert len(checking.open_training(config, quiet.note)) > 0
 
 
 def test_what_is_no_file_is_an_unreadable_image(photos, quiet, tmp_path, monkeypatch):
