@@ -229,6 +229,16 @@ def test_a_worker_that_makes_nothing_is_not_waited_for_without_end(monkeypatch):
         next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
 
 
+def test_as_many_workers_as_were_asked_for_are_no_warning(photos, recwarn):
+    source = sources.open_source(str(photos))
+    workers = len(os.sched_getaffinity(0)) + 1
+    config = section("data", image_size=8, workers=workers, crop="random")
+    dataset = loader.TrainingImages(source, config, seed=0)
+    batch = next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
+    assert batch.images.shape == (1, 3, 8, 8)
+    assert not [each for each in recwarn if "DataLoader" in str(each.message)]
+
+
 def test_unreadable_images_stop_or_are_left_out(photos, quiet):
     (photos / "cat" / "1.png").write_bytes((photos / "cat" / "1.png").read_bytes()[:100])
     (photos / "dog" / "empty.png").write_bytes(b"")
