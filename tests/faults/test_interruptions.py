@@ -134,10 +134,16 @@ def test_a_few_operations(children, inputs, undisturbed, tmp_path, name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "SIGINT"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_operation(children, inputs, undisturbed, tmp_path, name, kind):
     fail_at(children, inputs, undisturbed, tmp_path, name, kind, few=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_many_interrupts(children, inputs, undisturbed, tmp_path, name):
+    fail_at(children, inputs, undisturbed, tmp_path, name, "SIGINT", few=20)
 
 
 def kill_at_random(children, inputs, undisturbed, folder, name, times):
