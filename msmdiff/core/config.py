@@ -297,7 +297,9 @@ def difference(old: Config, new: Config) -> dict[str, tuple[Any, Any]]:
 
 
 def _explain(name: str, fields: dict[str, Any], problem: Any) -> str:
-    where = ".".join(str(part) for part in (name, *problem["loc"]))
+    # Beyond a key are places in a list, and names that the library gives to alternatives.
+    places = [part for i, part in enumerate(problem["loc"]) if i == 0 or isinstance(part, int)]
+    where = ".".join(map(str, (name, *places)))
     key = str(problem["loc"][0]) if problem["loc"] else ""
     if problem["type"] == "extra_forbidden":
         takers = _takers(name)

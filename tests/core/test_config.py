@@ -213,3 +213,11 @@ def test_another_optimiser_drops_the_old_ones_betas():
     assert config.optim.betas == [0.98, 0.92, 0.99]
     kept = configuration.build({"optim": {"betas": [0.9, 0.99]}}, {"optim": {"name": "adamw"}})
     assert kept.optim.betas == [0.9, 0.99]
+
+
+def test_a_value_that_fits_no_alternative_is_told_by_its_key_alone():
+    with pytest.raises(UsageError, match=r"^model\.num_classes = 1000000000000: input sho") as told:
+        configuration.build({"model": {"num_classes": 10**12}})
+    assert "constrained" not in str(told.value)
+    with pytest.raises(UsageError, match=r"^ema\.decays\.1 = 'x': input should be a valid number"):
+        configuration.build({"ema": {"decays": [0.9, "x"]}})

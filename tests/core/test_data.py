@@ -1,6 +1,7 @@
 import io
 import multiprocessing
 import os
+import pwd
 import struct
 import time
 import zipfile
@@ -228,6 +229,16 @@ def test_a_worker_that_makes_nothing_is_not_waited_for_without_end(monkeypatch):
         next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
 
 
+def test_as_many_workers_as_were_asked_for_are_no_warning(photos, recwarn):
+    source = sources.open_source(str(photos))
+    workers = len(os.sched_getaffinity(0)) + 1
+    config = section("data", image_size=8, workers=workers, crop="random")
+    dataset = loader.TrainingImages(source, config, seed=0)
+    batch = next(loader.batches(dataset, Chunks(0, 1, 1), pin_memory=False))
+    assert batch.images.shape == (1, 3, 8, 8)
+    assert not [each for each in recwarn if "DataLoader" in str(each.message)]
+
+
 def test_unreadable_images_stop_or_are_left_out(photos, quiet):
     (photos / "cat" / "1.png").write_bytes((photos / "cat" / "1.png").read_bytes()[:100])
     (photos / "dog" / "empty.png").write_bytes(b"")
@@ -411,6 +422,16 @@ def test_many_images_are_looked_at_lazily_by_themselves(photos, quiet, monkeypat
     assert len(checking.open_training(config, quiet.note)) == 12
     for value, stored in ((True, "auto"), (False, "off"), ("all", "all")):
         assert section("data", verify=value).verify == stored
+
+
+def test_a_user_without_a_home_is_told_what_to_set(photos, quiet, monkeypatch):
+    monkeypatch.delenv("MSMDIFF_CACHE", raising=False)
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)  # a container's number without a name
+    with pytest.raises(UsageError, match="no home folder for a cache: set HOME or MSMDIFF_CACHE"):
+        checking.open_training(section("data", source=str(photos)), quiet.note)
+    config = section("data", source=str(photos), verify=False)
+    assert len(checking.open_training(config, quiet.note)) > 0
 
 
 def test_what_is_no_file_is_an_unreadable_image(photos, quiet, tmp_path, monkeypatch):

@@ -4,11 +4,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from msmdiff.core import backbones, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core import weights
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.sections import ModelConfig
 from msmdiff.core.training import warmstart
+from msmdiff.core.weights import published
 
 SMALL = {"model": {"name": "tiny", "hidden_size": 16, "num_heads": 2, "depth": 3}}
 
@@ -301,6 +303,30 @@ def test_a_next_stage_takes_over_the_network_and_not_how_long_the_last_one_went(
     assert (now.train.batch_size, now.optim.clip_grad_norm, now.train.init_from) == (16, 0.5, None)
     assert now.model.null_class is False
     assert warmstart.told_by(now)["null_class"] is False
+
+
+@pytest.mark.parametrize("family", ["mdt", "mdtv2"])
+def test_a_network_of_another_family_starts_from_what_both_have(tmp_path, family):
+    fields = dict(name=None, patch_size=2, hidden_size=16, depth=2, num_heads=2, learn_sigma=True)
+    dit = backbones.resolve(ModelConfig(family="dit", num_classes=3, **fields))
+    tensors = backbones.build(dit, (3, 8, 8)).state_dict()
+    torch.save(published.export(tensors, dit, (3, 8, 8), "dit"), tmp_path / "dit.pt")
+    model = {**fields, "family": family, "num_classes": 3, "decode_layers": 1}
+    config = road.resolve(configuration.build({"model": model, "data": {"image_size": 8}}))
+    hints = warmstart.told_by(config)
+    assert hints == {"num_heads": 2, "decode_layers": 1}
+    found = weights.read(tmp_path / "dit.pt", hints=hints)
+    assert found.config.model.family == "dit"
+    net = road.build(config).backbone
+    if family == "mdt":
+        report = warmstart.start_from(net, found)
+        assert report.share == pytest.approx(0.74, abs=0.01)
+        assert torch.equal(net.blocks[1].mlp.fc1.weight, tensors["blocks.1.mlp.fc1.weight"])
+    else:
+        with pytest.raises(UsageError, match=r"only 35% of the network's parameters are in"):
+            warmstart.start_from(net, found)
+    with pytest.raises(UsageError, match=r"unknown configuration key 'model.decode_layers'"):
+        weights.read(tmp_path / "dit.pt", {"num_heads": 2, "decode_layers": 1})
 
 
 def test_a_folder_of_a_runs_name_does_not_hide_the_run(tmp_path, monkeypatch):

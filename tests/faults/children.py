@@ -126,7 +126,9 @@ def require_calm(end: End, *codes: int) -> None:
     assert end.code in codes, told
     assert "Warning" not in end.err, told
     assert end.seen == [], f"{end.seen}\n{told}"
-    if end.code:
+    if end.code == 128 + signal.SIGINT:
+        assert "interrupted" in end.out + end.err, told
+    elif end.code:
         assert end.err.count("error: ") == 1 or "Usage:" in end.err or "─ Error ─" in end.err, told
         assert "more memory than" not in end.err, told
         assert "out of memory" not in end.err, told
@@ -211,6 +213,7 @@ def _live(job: Job, notes: Path) -> int:
         opened = os.open(notes / name, os.O_WRONLY | os.O_CREAT)
         os.dup2(opened, descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background ignores it
     os.chdir(job.folder)
     _bound_memory(job.megabytes)
     watch = Watch([job.folder, os.environ["MSMDIFF_CACHE"], str(notes)])

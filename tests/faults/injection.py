@@ -26,7 +26,8 @@ class Operations:
         folder: what lies elsewhere is not counted.
         kind: `kill` ends the process with SIGKILL before the operation (a write is then half done);
             `ENOSPC` and `EIO` fail it, once, and nothing of it is done: what Python's buffers hold
-            is written when the file is closed. `none` only counts. EIO hits reading too.
+            is written when the file is closed. EIO hits reading too. `SIGINT` is Ctrl-C before
+            the operation; `none` only counts.
         at: the number of the operation, from 0 on.
         log: a file that gets a line per operation: its name, and the path within the folder.
     """
@@ -51,6 +52,9 @@ class Operations:
             if half is not None:
                 half()
             os.kill(os.getpid(), signal.SIGKILL)
+        if self.kind == "SIGINT":
+            signal.raise_signal(signal.SIGINT)
+            return
         code = getattr(errno, self.kind)
         raise OSError(code, os.strerror(code), path)
 

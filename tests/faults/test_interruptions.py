@@ -4,11 +4,15 @@ and every operation on a file failed once.
 
 import random
 import shutil
+import signal
 from pathlib import Path
+from signal import SIGINT
 
 import pytest
 from children import Children, End, Job, require_calm
 from scenarios import SCENARIOS, make_inputs, numbers
+
+from msmdiff.cli import console
 
 
 @pytest.fixture(scope="module")
@@ -102,10 +106,13 @@ def fail_at(children, inputs, undisturbed, folder, name, kind, few):
 
 
 def assert_failed_well(end: End, kind: str, hit: str) -> None:
-    """What is asked of a command that was killed, or one of whose operations failed."""
+    """What is asked of a command that was killed or interrupted, or whose operation failed."""
     if kind == "kill":
         assert end.code == -9, end
         assert end.seen == []
+        return
+    if kind == "SIGINT":
+        require_calm(end, 0, 128 + SIGINT)
         return
     require_calm(end, 0, 1, 2)
     assert end.code == 0 or names_the_file(end, hit), end.err
@@ -117,7 +124,7 @@ def assert_ran_again(end: End) -> None:
     assert end.code == 0 or "is there already" in end.err, end.err
 
 
-KINDS = ("kill", "ENOSPC", "EIO")
+KINDS = ("kill", "ENOSPC", "EIO", "SIGINT")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -127,10 +134,16 @@ def test_a_few_operations(children, inputs, undisturbed, tmp_path, name, kind):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "SIGINT"])
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_operation(children, inputs, undisturbed, tmp_path, name, kind):
     fail_at(children, inputs, undisturbed, tmp_path, name, kind, few=0)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_many_interrupts(children, inputs, undisturbed, tmp_path, name):
+    fail_at(children, inputs, undisturbed, tmp_path, name, "SIGINT", few=20)
 
 
 def kill_at_random(children, inputs, undisturbed, folder, name, times):
@@ -153,6 +166,44 @@ def kill_at_random(children, inputs, undisturbed, folder, name, times):
 @pytest.mark.parametrize("name", ["train", "sample"])
 def test_kills_at_a_few_random_instants(children, inputs, undisturbed, tmp_path, name):
     kill_at_random(children, inputs, undisturbed, tmp_path, name, 1)
+
+
+def interrupt_twice() -> None:
+    """In a child: what cleans up after the first Ctrl-C never ends."""
+    console.heed_the_second_interrupt()
+    try:
+        signal.raise_signal(SIGINT)
+    except KeyboardInterrupt:
+        signal.raise_signal(SIGINT)
+
+
+def test_a_second_interrupt_ends_at_once(children, tmp_path):
+    end = children.call(tmp_path, (Path(__file__).stem, "interrupt_twice"))
+    assert end.code == 128 + SIGINT
+    assert end.err == "error: interrupted twice: ended at once\n"
+
+
+@pytest.mark.parametrize(
+    ("operation", "said"),
+    [
+        ("mkdir\truns/r", "interrupted before the first step: nothing was saved yet"),
+        ("open\truns/r/metrics.jsonl", "interrupted at image 8 and saved: the same command resu"),
+    ],
+)
+def test_an_interrupted_training_says_what_it_saved(
+    children, inputs, undisturbed, tmp_path, operation, said
+):
+    bits, operations, _ = undisturbed.of("train")
+    argv = SCENARIOS["train"].argv
+    place, at = (
+        SCENARIOS["train"].prepare(inputs, tmp_path / "r"),
+        operations["writes"].index(operation),
+    )
+    end = children.command(place, *argv, fault="SIGINT", at=at)
+    require_calm(end, 128 + SIGINT)
+    assert said in end.out
+    assert_ran_again(children.command(place, *argv))
+    assert_same_bits(place, bits)
 
 
 @pytest.mark.slow

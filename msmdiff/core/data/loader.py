@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import signal
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -258,8 +259,9 @@ def through_workers(
     the system ended or that makes nothing for PATIENCE seconds; `console` has the sentence.
     """
     others = multiprocessing.active_children()
-    loader = iter(
-        DataLoader(
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="This DataLoader will create")  # as was asked
+        made = DataLoader(
             dataset,
             batch_sampler=chunks,
             collate_fn=_as_is,
@@ -269,7 +271,7 @@ def through_workers(
             timeout=min(LOOK_EVERY, PATIENCE) if workers else 0,
             pin_memory=pin_memory,
         )
-    )
+        loader = iter(made)
     started = [child for child in multiprocessing.active_children() if child not in others]
     try:
         for batch in _patiently(loader):
