@@ -19,7 +19,7 @@ install: .venv/installed
 quickstart: install
 	$(BIN)/msmdiff quickstart
 
-# All of docs/does-masking-pay.md: some 30 hours on two CPU cores; after a kill it goes on. The emoji are for a GPU.
+# All of docs/does-masking-pay.md: some 36 hours on two CPU cores; after a kill it goes on. The emoji are for a GPU.
 SPECS ?= $(wildcard docs/does-masking-pay/mnist-*.yaml)
 
 does-masking-pay: .venv/installed

@@ -47,6 +47,12 @@ class DataConfig(Section):
         "auto",
         description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none",
     )
+    classes: list[str] | None = Field(
+        None, description="only images of these classes, by name; all of them keep their numbers"
+    )
+    share: float = Field(
+        1.0, gt=0, le=1, description="only this share of each class's images, spread evenly"
+    )
     crop: Literal["center", "random"] = Field("center", description="ADM's centre or random crop")
     hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
     verify: Literal["auto", "all", "lazy", "off"] = Field(
@@ -72,6 +78,14 @@ class DataConfig(Section):
     def _verify_as_once(cls, value: Any) -> Any:
         """It was a truth value."""
         return {True: "auto", False: "off"}[value] if isinstance(value, bool) else value
+
+    @field_validator("classes", mode="before")
+    @classmethod
+    def _digits_are_names(cls, classes: Any) -> Any:
+        """YAML reads a class that is called 5 as a number."""
+        if not isinstance(classes, list):
+            return classes
+        return [str(c) if isinstance(c, int) and not isinstance(c, bool) else c for c in classes]
 
 
 class CodecConfig(Section):

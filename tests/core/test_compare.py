@@ -12,6 +12,7 @@ from msmdiff.core import build, compare
 from msmdiff.core.compare import figures, planning
 from msmdiff.core.compare import spec as specs
 from msmdiff.core.compare.figures import Turn
+from msmdiff.core.data import images
 from msmdiff.core.errors import UsageError
 
 TINY = {
@@ -74,6 +75,24 @@ def test_a_budget_of_seconds_follows_the_paces(monkeypatch):
     arms = planning.plan(spec_of(budget={"seconds": 6}), lambda text: None)
     steps = {arm.name: [s.steps for s in arm.stages] for arm in arms}
     assert steps == {"dense": [600], "masked": [1000], "chain": [750, 450]}
+
+
+def test_no_arm_is_timed_while_it_decodes_images_for_the_others(monkeypatch):
+    """Images are cropped once: not within the steps of the arm that comes first."""
+    cropped, timed = [], []
+    original = images.center_crop
+    monkeypatch.setattr(images, "center_crop", lambda *a: cropped.append(1) or original(*a))
+
+    def pace(training):
+        before = len(cropped)
+        training()
+        timed.append(len(cropped) - before)
+        return 0.01
+
+    monkeypatch.setattr(planning, "_pace", pace)
+    planning.plan(spec_of(budget={"seconds": 1}), lambda text: None)
+    assert cropped
+    assert timed == [0] * 5 * planning.TIMING_ROUNDS  # masked has two kinds of step, chain two
 
 
 def test_a_decay_ends_with_the_plan_unless_a_length_was_given():

@@ -576,6 +576,43 @@ def test_embedded_scans_are_divided_into_two_parts(name, count, side):
         sources.open_source(f"{name}:val")
 
 
+def chosen(**keys):
+    return sources.open_configured(section("data", source="digits", **keys))
+
+
+def test_classes_are_chosen_by_name_and_keep_their_numbers():
+    source = chosen(classes=[7, "2"])
+    assert set(source.labels.tolist()) == {2, 7}
+    assert source.num_classes == 10
+    whole = sources.open_source("digits")
+    assert len(source) == sum(label in (2, 7) for label in whole.labels)
+
+
+def test_a_share_is_of_every_class_and_spread_evenly():
+    source, whole = chosen(share=0.1), sources.open_source("digits")
+    for number in range(10):
+        own = np.flatnonzero(whole.labels == number)
+        assert (source.labels == number).sum() == round(len(own) / 10)
+    places = [int(source.describe(i).partition("[")[2][:-1]) for i in range(len(source))]
+    assert places == sorted(places)
+    assert max(np.diff(places)) < 100  # not the first tenth
+    assert chosen(share=1.0).describe(3) == whole.describe(3)
+
+
+@pytest.mark.parametrize(
+    ("keys", "sentence"),
+    [
+        ({"classes": ["0", "ten"]}, "data.classes: digits has no class ten"),
+        ({"classes": ["0"], "labels": "none"}, r"data.classes \['0'\]: digits has no classes"),
+        ({"classes": []}, r"data.classes .* leaves none of the 1797 images"),
+        ({"share": 1e-6}, r"data.share 1e-06 leaves none of the 1797 images"),
+    ],
+)
+def test_choosing_what_is_not_there_is_one_sentence(keys, sentence):
+    with pytest.raises(UsageError, match=sentence):
+        chosen(**keys)
+
+
 class Slow:
     """A loader that gives up so many times before each batch, and then raises what it is given."""
 

@@ -51,8 +51,10 @@ def test_a_gain_is_told_seed_by_seed_beside_the_first_arm():
 def test_the_table_has_every_arm_with_its_cost_and_ratio():
     text = summary.markdown({"few": result(64, {"msm": ("msm", 0.2, [0.1, 0.2])})})
     assert text.startswith("### few\n\n64 tokens, 60 seconds for every arm and seed, 2 seeds")
-    assert "| dense | 0% | 100% | 1,000 | 2 | 61 | 0.3 (0.2 0.4) | 1 |" in text
-    assert "| msm | 75% | 20% | 1,000 | 2 | 61 | 0.15 (0.1 0.2) | 0.500 (0.500 to 0.500) |" in text
+    assert "| dense | 0% | 100% | 1,000 | 2 | 61.2 | 0.3 (0.2 0.4) | 1 |" in text
+    assert (
+        "| msm | 75% | 20% | 1,000 | 2 | 61.2 | 0.15 (0.1 0.2) | 0.500 (0.500 to 0.500) |" in text
+    )
 
 
 def test_budgets_are_told_in_their_units():
@@ -60,6 +62,18 @@ def test_budgets_are_told_in_their_units():
     assert summary.budget_of(result(4, {}, flops)) == "250 TFLOP"
     images = {"seconds": None, "flops": None, "images": 1_280_000}
     assert summary.budget_of(result(4, {}, images)) == "1,280,000 images"
+
+
+def test_comparisons_of_other_data_or_widths_do_not_share_a_line():
+    one = result(64, {"msm": ("msm", 0.2, [0.1, 0.2])})
+    other = json.loads(json.dumps(one))
+    common = {"data": {"source": "faces", "image_size": 64}, "model": {"hidden_size": 256}}
+    other["spec"]["common"] = common
+    panels = {summary._panel(gain) for gain in summary.gains({"one": one, "other": other})}
+    assert panels == {
+        ("", "seconds", "heldout"),
+        ("faces, 64 px, width 256", "seconds", "heldout"),
+    }
 
 
 def test_pictures_are_drawn_of_what_there_is(tmp_path):

@@ -24,7 +24,7 @@ def draw(arms: dict[str, dict[str, Any]], metrics: dict[str, str], path: Path) -
     for panels, metric in zip(rows, shown, strict=True):
         for axis, (key, (title, unit)) in zip(panels, AXES.items(), strict=True):
             for number, (name, arm) in enumerate(arms.items()):
-                _lines(axis, arm, (key, unit, metric), f"C{number % 10}", name)
+                _lines(axis, arm, (key, unit, metric), colour=f"C{number % 10}", name=name)
             axis.set(xlabel=title)
             axis.grid(alpha=0.3)
         panels[0].set(ylabel=metrics[metric], yscale="log")
@@ -33,7 +33,7 @@ def draw(arms: dict[str, dict[str, Any]], metrics: dict[str, str], path: Path) -
 
 
 def _lines(
-    axis: Any, arm: dict[str, Any], what: tuple[str, float, str], colour: str, name: str
+    axis: Any, arm: dict[str, Any], what: tuple[str, float, str], *, colour: str, name: str
 ) -> None:
     """A line for every seed of an arm: a metric over what it cost, in a unit."""
     key, unit, metric = what

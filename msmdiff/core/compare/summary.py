@@ -24,6 +24,7 @@ class Gain:
     """An arm of a comparison beside the first one.
 
     Attributes:
+        of: the data and the width that the comparison's arms share, for people.
         budget: such as "60 seconds".
         metric: key of what was measured.
         tokens, hidden, unmasked: of the arm's masking.
@@ -31,6 +32,7 @@ class Gain:
     """
 
     comparison: str
+    of: str
     budget: str
     arm: str
     metric: str
@@ -74,6 +76,7 @@ def gains(results: dict[str, dict[str, Any]]) -> list[Gain]:
                 found.append(
                     Gain(
                         comparison=comparison,
+                        of=_of(result),
                         budget=budget_of(result),
                         arm=name,
                         metric=metric,
@@ -82,6 +85,16 @@ def gains(results: dict[str, dict[str, Any]]) -> list[Gain]:
                     )
                 )
     return found
+
+
+def _of(result: dict[str, Any]) -> str:
+    """Comparisons of the same data and width make one plot."""
+    common = result["spec"].get("common", {})
+    data, model = common.get("data", {}), common.get("model", {})
+    known = [data.get("source")]
+    known += [f"{data['image_size']} px"] if "image_size" in data else []
+    known += [f"width {model['hidden_size']}"] if "hidden_size" in model else []
+    return ", ".join(part for part in known if part)
 
 
 def budget_of(result: dict[str, Any]) -> str:
@@ -142,8 +155,8 @@ def _cost(arm: dict[str, Any]) -> list[str]:
         f"{masking['hidden']:.0%}",
         f"{masking['unmasked']:.0%}",
         f"{arm['images']:,}",
-        f"{arm['flops'] / 1e12:,.3g}",
-        f"{arm['seconds']:.0f}",
+        f"{tera:,.0f}" if (tera := arm["flops"] / 1e12) >= 100 else f"{tera:.3g}",
+        f"{arm['seconds']:.1f}",
     ]
 
 
@@ -228,14 +241,15 @@ def _draw(
     from matplotlib.figure import Figure
 
     titles = {m: t for result in results.values() for m, t in result["metrics"].items()}
-    panels = sorted({(gain.metric, gain.budget.split()[-1]) for gain in found})
+    panels = sorted({_panel(gain) for gain in found})
     columns = min(2, len(panels))
     rows = math.ceil(len(panels) / columns)
     figure = Figure(figsize=(5.5 * columns, 4 * rows), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).flatten()
     names = list(dict.fromkeys(map(lines, found)))
-    for axis, (metric, budget) in zip(axes, panels, strict=False):
-        here = [g for g in found if (g.metric, g.budget.split()[-1]) == (metric, budget)]
+    for axis, panel in zip(axes, panels, strict=False):
+        here = [gain for gain in found if _panel(gain) == panel]
+        of, budget, metric = panel
         for number, name in enumerate(names):
             own = sorted((g for g in here if lines(g) == name), key=x)
             if not own:
@@ -246,8 +260,8 @@ def _draw(
                 values = gain.ratio["values"]
                 axis.plot([x(gain)] * len(values), values, "o", markersize=4, color=colour)
         axis.axhline(1.0, color="grey", linestyle=":")
-        axis.set(xlabel=title, ylabel=f"{titles[metric]} beside the first arm's")
-        axis.set_title(f"equal {budget}", fontsize=10)
+        axis.set(xlabel=title, ylabel=f"{titles[metric]}\nbeside the first arm's")
+        axis.set_title(f"{of}\nequal {budget}" if of else f"equal {budget}", fontsize=9)
         if logarithmic:
             ticks = sorted({x(gain) for gain in here})
             axis.set_xscale("log", base=2)
@@ -258,6 +272,10 @@ def _draw(
     axes[0].legend(frameon=False, fontsize=8)
     with files.atomic(path) as part:
         figure.savefig(part, dpi=120, format="png")
+
+
+def _panel(gain: Gain) -> tuple[str, str, str]:
+    return gain.of, gain.budget.split()[-1], gain.metric
 
 
 WRITTEN = ("summary.md", "crossover.png", "tails.png")

@@ -19,7 +19,7 @@ class Scans(Source):
 
     title: ClassVar[str]
     """What the user writes."""
-    verified: ClassVar = True
+    verified = True
 
     @classmethod
     def opens(cls, spec: str) -> bool:

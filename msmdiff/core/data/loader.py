@@ -177,6 +177,14 @@ class TrainingImages(Dataset):
             return images.random_crop(image, size, numpy_stream(self.seed, "crop", position))
         return images.center_crop(image, size)
 
+    def crop_ahead(self, positions: range) -> None:
+        """Fill the cache, where there is one, with the images at these positions. Raises
+        Unreadable.
+        """
+        wanted = np.unique(images_at(self.seed, len(self.source), positions))
+        for start in range(0, len(wanted) if self._cache is not None else 0, 64):
+            self._pixels(wanted[start : start + 64], [], [])
+
     def sample(self, count: int, purpose: str = "measure") -> Iterator[Tensor]:
         """Up to `count` distinct images in batches of 64, chosen by the seed: uint8 [B, 3, H, W],
         or packed.

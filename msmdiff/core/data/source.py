@@ -35,7 +35,7 @@ class Source:
     """Whether the names of its images hold the place where they lie."""
     brings_labels: ClassVar[bool] = True
     """Whether its labels are its own: else the constructor takes a rule for them."""
-    verified: ClassVar[bool] = False
+    verified: bool = False
     """Whether its images are in memory and whole: none has to be decoded to know."""
 
     spec: str

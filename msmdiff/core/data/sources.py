@@ -21,7 +21,7 @@ from msmdiff.core.config import section
 from msmdiff.core.data import names
 from msmdiff.core.data.images import BEGINNING, SUFFIXES, Decoding, read_rgb
 from msmdiff.core.data.source import Source
-from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError, nearest
 from msmdiff.core.registry import register
 from msmdiff.core.sections import AUTO, DataConfig
 
@@ -177,6 +177,7 @@ class Subset(Source):
         self.spec, self.class_names = source.spec, source.class_names
         self._source, self._indices = source, list(indices)
         self.left_out, self.unlabelled = source.left_out, source.unlabelled
+        self.verified = source.verified
         self.labels = None if source.labels is None else source.labels[self._indices]
 
     def __len__(self) -> int:
@@ -259,7 +260,43 @@ def open_configured(config: DataConfig) -> Source:
     options = {key: getattr(config, key) for key in sorted(given)}
     source = open_source(config.source, config.labels, config.kind, options)
     source.decoding = Decoding(float_range=config.float_range)
-    return source
+    return _part(source, config)
+
+
+def _part(source: Source, config: DataConfig) -> Source:
+    """The images that `data.classes` and `data.share` ask for: of every k of a class the same
+    number, so that a share of sorted images is of all of them.
+
+    Raises UsageError where there are none, or the source's images cannot be chosen.
+    """
+    if config.classes is None and config.share == 1:
+        return source
+    asked = f"data.share {config.share:g}"
+    if config.classes is not None:
+        asked = f"data.classes {config.classes}"
+    if hasattr(source, "gather"):
+        raise UsageError(f"{asked}: {source.spec} is encoded; choose images before encoding them")
+    names, labels = list(source.class_names), source.labels
+    if config.classes is not None and labels is None:
+        raise UsageError(f"{asked}: {source.spec} has no classes")
+    for name in config.classes or []:
+        if name not in names:
+            raise UsageError(
+                f"data.classes: {source.spec} has no class {name}{nearest(name, names)}"
+            )
+    wanted = range(len(names)) if config.classes is None else map(names.index, config.classes)
+    groups = (
+        [np.arange(len(source))]
+        if labels is None
+        else [np.flatnonzero(labels == number) for number in wanted]
+    )
+    chosen: list[int] = []
+    for group in groups:
+        count = round(len(group) * config.share)
+        chosen += group[np.arange(count) * len(group) // max(1, count)].tolist()
+    if not chosen:
+        raise UsageError(f"{asked} leaves none of the {len(source)} images of {source.spec}")
+    return Subset(source, sorted(chosen))
 
 
 def _recognised(spec: str) -> registry.Entry | None:

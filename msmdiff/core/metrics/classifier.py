@@ -99,7 +99,7 @@ def train(
     y = torch.from_numpy(labels[order]).to(device)
     torch.manual_seed(key(seed, "classifier"))
     net = network(len(source.class_names)).to(device)
-    _fit(net, images[held:], y[held:], (steps, seed), progress)
+    _fit(net, images[held:], y[held:], (steps, seed), progress=progress)
     accuracy = _accuracy(net.eval(), images[:held], y[:held])
     made = Trained(source.spec, len(source.class_names), side, steps, seed, round(accuracy, 4))
     about = {name: str(value) for name, value in asdict(made).items()}
@@ -113,6 +113,7 @@ def _fit(
     images: Tensor,
     y: Tensor,
     length: tuple[int, int],
+    *,
     progress: Callable[[int, int], None],
 ) -> None:
     (steps, seed), size = length, min(BATCH, len(images))

@@ -98,7 +98,7 @@ def open_images(
     spec = source_of(config)
     if spec is None:
         return None
-    data = config.data.model_copy(update={"source": spec, "crop": "center"})
+    data = config.data.model_copy(update={"source": spec, "crop": "center", "share": 1.0})
     source = open_training(data, note)
     source.check(config)
     order = numpy_stream(SEED, "heldout").permutation(len(source))[: config.eval.heldout_n]

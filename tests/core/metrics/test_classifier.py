@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from msmdiff.core import files, tensor_files
+from msmdiff.cli import data as command
+from msmdiff.core import files, machine, tensor_files
 from msmdiff.core.data.sources import open_source
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import classifier, evaluate, features, statistics
@@ -100,3 +101,17 @@ def test_images_without_classes_or_too_few_are_refused(tmp_path):
     few.labels, few._pixels = few.labels[:12], few._pixels[:12]
     with pytest.raises(UsageError, match="holds 12 images"):
         classifier.train(few, tmp_path / "x.safetensors")
+
+
+def test_the_command_replaces_its_own_files_only(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "prepare", lambda: None)  # threads of the whole process
+    out = tmp_path / "net.safetensors"
+    for _ in range(2):
+        command.features("digits:test", out, image_size=8, steps=10)
+        assert "net.safetensors: 10 classes" in capsys.readouterr().out
+    out.write_bytes(b"mine")
+    with pytest.raises(UsageError, match="was not written by msmdiff"):
+        command.features("digits:test", out, image_size=8, steps=10)
+    with pytest.raises(UsageError, match=r"ends in \.safetensors"):
+        command.features("digits:test", tmp_path / "net.pt")
+    assert out.read_bytes() == b"mine"
