@@ -66,15 +66,15 @@ class Model:
     def draw(
         self,
         seeds: Sequence[int],
-        classes: int | Sequence[int] | Tensor | None = None,
+        classes: int | str | Sequence[int | str] | Tensor | None = None,
         *,
         batch_size: int = 64,
     ) -> Tensor:
         """The images of `seeds`: uint8 [N, 3, H, W] on the CPU; a seed is an image.
 
         Args:
-            classes: one class for all, one for each seed, or the features of a text for each
-                [N, tokens, width]; None draws the classes in turn, by the seeds.
+            classes: one class for all, by number or name, one for each seed, or the features of a
+                text for each [N, tokens, width]; None draws the classes in turn, by the seeds.
 
         Raises UsageError for what are not seeds or not as many classes, and what `batches` raises.
         """
@@ -82,7 +82,7 @@ class Model:
         if classes is None:
             y = self.condition.deal(None, seeds)
         else:
-            wanted = [classes] * len(seeds) if isinstance(classes, int) else classes
+            wanted = [classes] * len(seeds) if isinstance(classes, int | str) else classes
             y = self.condition.values(wanted)
             if y is not None and len(y) != len(seeds):
                 raise UsageError(

@@ -139,7 +139,9 @@ class Stored(Images):
 
 
 class Drawn(Images):
-    """Images sampled from a model, seeds 0 to n - 1, classes in turn; none is written to disk."""
+    """Images sampled from a model, seeds 0 to n - 1; none is written to disk. Classes come in the
+    data's proportions, where the weights know them, else in turn.
+    """
 
     def __init__(self, spec: str, model: Model, n: int, **notes: Any) -> None:
         super().__init__(spec, n=n, sample=model.config.sample.model_dump(mode="json"), **notes)
@@ -151,17 +153,18 @@ class Drawn(Images):
         return self.notes["n"]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        y = self.model.condition.deal(None, indices)
+        counts = getattr(self.model.condition, "counts", ())
+        y = self.model.condition.deal("data" if sum(counts) else None, indices)
         for batch in self.model.batches(indices, y, batch_size=batch_size):
             yield batch.images
 
 
 def draws(spec: str) -> bool:
-    """Whether images are sampled for `spec`: weights, a run's directory, or its name, unless data
-    has it: `digits`.
+    """Whether images are sampled for `spec`: weights, the directory of a run or a checkpoint, or a
+    run's name, unless data has it: `digits`.
     """
     path = Path(spec)
-    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or (
+    run = [*path.glob("run.json"), *path.glob("state.pt"), *path.glob("nnet*.pth")] or (
         (Path("runs") / spec).is_dir() and not sources.is_data(spec)
     )
     return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")

@@ -138,7 +138,9 @@ def prediction(width: int | None, patch_numbers: int) -> str | None:
 
 
 def _process(given: Mapping[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """The prediction, unless the user chose it or the schedule that it belongs to."""
+    """Prediction and noise, unless the user chose one of them: they belong together. x0 learns
+    fastest on a straight path (docs/benchmarks.md).
+    """
     told = given.get("process") or {}
     if "prediction" in told or "schedule" in told:
         return {}
@@ -148,6 +150,8 @@ def _process(given: Mapping[str, Any], model: dict[str, Any]) -> dict[str, Any]:
         return {}  # published with the noise as its target
     numbers = 3 * (fields.get("patch_size") or 1) ** 2
     found = prediction(fields.get("hidden_size"), numbers)
+    if found == "x0":
+        return {"prediction": "x0", "schedule": "flow", "time_sampling": "logit_normal"}
     return {} if found is None else {"prediction": found}
 
 
@@ -161,7 +165,7 @@ def _reason(layer: dict[str, Any], facts: Facts, latent: int) -> str:
         patch = model.get("patch_size") or int(model["name"].rpartition("/")[2])
         parts.append(f"{model['name']} with {(latent // patch) ** 2} patches of {patch}x{patch}")
     if layer["process"].get("prediction") == "x0":
-        parts.append("prediction x0, since a narrow network cannot learn eps")
+        parts.append("flow matching with prediction x0, since a narrow network cannot learn eps")
     parts.append(f"batch {layer['train']['batch_size']}, {layer['train']['steps']:,} steps")
     return (
         f"chosen for {facts.images:,} images{about} on {machine}: {'; '.join(parts)} "

@@ -14,7 +14,7 @@ import torch
 from msmdiff.core import backbones, weights
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core.condition import Text
+from msmdiff.core.condition import Text, describe
 from msmdiff.core.config import Config
 from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import Batch, TrainingImages, batches, open_training
@@ -143,7 +143,7 @@ class Trainer:
         self.parts = road.build(config)
         for line in road.notes(config):
             self._note(f"note: {line}")
-        self._tell_empty_text()
+        self._describe_condition()
         found = self._clear_checkpoints()
         if config.train.init_from and not found:
             self._start_from_weights(config.train.init_from, allow_partial)
@@ -192,9 +192,10 @@ class Trainer:
         if config.train.trackers:
             self.accelerator.init_trackers("msmdiff", configuration.plain(config))
 
-    def _tell_empty_text(self) -> None:
-        """A network that draws from text learns what the empty one is."""
+    def _describe_condition(self) -> None:
+        """Classes get their names; a network that draws from text learns what the empty one is."""
         source, condition = self.dataset.source, self.parts.objective.condition
+        describe(condition, source.class_names, source.class_counts)
         if isinstance(condition, Text) and isinstance(source, Latents):
             empty = source.null_context if source.captioned else None
             condition.null = None if empty is None else empty.to(self.device)
