@@ -63,7 +63,10 @@ class Stored(Images):
     def __init__(self, source: Source, crop: int | None = None, workers: int | None = None) -> None:
         super().__init__(source.spec)
         self.source, self.crop, self._size = source, crop, ""
-        source.decoding = replace(source.decoding, alpha="white" if crop else "drop")
+        alpha = (
+            source.decoding.alpha if crop else "drop"
+        )  # cropped as in training, laid on as there
+        source.decoding = replace(source.decoding, alpha=alpha)
         if len(source) < 2:
             raise UsageError(
                 f"{source.spec} holds {len(source)} image: a distance needs at least two "
@@ -208,9 +211,9 @@ def open_input(
         given = {key: value for layer in layers for key, value in layer.get("data", {}).items()}
         options = {key: value for key, value in given.items() if sources.takes(spec, key)}
         source = sources.open_source(spec, "none", options=options)
-        if "float_range" in given:
-            data = section("data", float_range=given["float_range"])
-            source.decoding = images.Decoding(float_range=data.float_range)
+        told = {key: given[key] for key in ("float_range", "background") if key in given}
+        data = section("data", **told)
+        source.decoding = images.Decoding(data.float_range, data.background)
         opened = Stored(source, crop, workers)
     opened.stored = found
     return opened
