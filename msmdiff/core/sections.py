@@ -64,7 +64,8 @@ class DataConfig(Section):
     background: str = Field(
         "white",
         pattern="^(white|black|checker|[0-9a-fA-F]{6})$",
-        description="what transparent images are laid on: white, black, a colour RRGGBB, or checker",
+        description="what transparent images are laid on: white, black, a colour RRGGBB, or "
+        "checker",
     )
     workers: int | None = Field(
         None, ge=0, le=1024, description="loader processes; null: as many as help"
@@ -341,8 +342,8 @@ class EvalConfig(Section):
     )
     reference: str | None = Field(
         None,
-        description="images or statistics; null: the held-out images (eval.heldout) where there are "
-        "any, else the training data",
+        description="images or statistics; null: the held-out images (eval.heldout) where there "
+        "are any, else the training data",
     )
     heldout: str | None = Field(
         None,
