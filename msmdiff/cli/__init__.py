@@ -18,6 +18,7 @@ from msmdiff.cli import (
     listing,
     plugins,
     quickstart,
+    runs,
     sample,
     training,
     weights,
@@ -50,7 +51,7 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, listing, data, weights, bench, compare, quickstart):
+for _module in (training, sample, fid, runs, listing, data, weights, bench, compare, quickstart):
     _module.register(app)
 plugins.accept(app)
 answers.give(app)

@@ -103,8 +103,9 @@ class Evaluator:
         points = [(m["images"], m[name], m["saved"]) for m in self._alike()]
         return record(self.run.path, "best", self.features.title, points)
 
-    def __call__(self, network: Any, images_seen: int, saved: bool) -> None:
-        """Measure, log, draw the curve, and note the best of those measured alike.
+    def __call__(self, network: Any, images_seen: int, saved: bool) -> dict[str, float]:
+        """Measure, log, draw the curve, and note the best of those measured alike; returns the
+        distance by its name.
 
         `saved`: whether this step's checkpoint is.
         """
@@ -138,6 +139,7 @@ class Evaluator:
                 f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} "
                 f"samples; {best}"
             )
+        return {score.name: score.value}
 
 
 def record(run: Path, stem: str, title: str, points: Sequence[tuple[int, float, bool]]) -> str:

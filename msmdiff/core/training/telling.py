@@ -12,6 +12,7 @@ from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion import masking
 from msmdiff.core.sections import EmaConfig
+from msmdiff.core.training import results
 from msmdiff.core.training.cost import Cost
 from msmdiff.core.training.ema import progress
 
@@ -57,6 +58,8 @@ def introduction(
         f"{run}: {config.model.name or config.model.family}, {cost.parameters / 1e6:.2f} M "
         f"parameters, images of {config.data.image_size} px, batch {train.batch_size}, "
         f"{train.precision} on {where}, {goal}",
+        f"loss: {results.meaning(config)}; it compares only with runs whose loss is the same error"
+        " (the held-out loss compares in one space)",
     ]
     if where.startswith("cpu"):
         lines.append(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")
