@@ -89,3 +89,11 @@ def test_facts_are_the_images_that_can_be_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"none")
     facts = defaults.facts_of(sources.open_source(str(tmp_path)))
     assert (facts.images, facts.side) == (4, 24)
+
+
+def test_encoded_images_bring_their_codec():
+    facts = Facts(100, 256, "cuda", {"name": "vae", "channels": 16, "factor": 8})
+    layer = chosen(facts)
+    assert layer["codec"] == {"name": "vae", "channels": 16, "factor": 8}
+    assert (layer["data"]["image_size"], layer["model"]["name"]) == (256, "U-ViT-XS/2")
+    assert chosen(facts, codec={"name": "pixel"})["codec"] == {}
