@@ -29,7 +29,7 @@ class Subset(Source):
         self.labels = None if source.labels is None else source.labels[self._indices]
 
     @property
-    def decoding(self) -> Decoding:  # type: ignore[override]
+    def decoding(self) -> Decoding:
         """The whole's, which does the reading."""
         return self._source.decoding
 

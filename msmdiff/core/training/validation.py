@@ -230,7 +230,8 @@ class Validation:
         if held is None:
             note(
                 "note: no held-out loss: --data SOURCE:train keeps a tenth of the images back for "
-                "it, or eval.heldout names others (--set eval.heldout=FOLDER)"
+                "it, or eval.heldout names images that are not trained on (--set "
+                "eval.heldout=FOLDER)"
             )
             return None
         if held.images.dtype == torch.uint8:
