@@ -6,11 +6,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from msmdiff.cli import completion
 from msmdiff.core.errors import UsageError
 
 Source = Annotated[
     list[str] | None,
-    typer.Argument(help="Runs, their names, or weights files; default: newest."),
+    typer.Argument(
+        help="Runs, their names, checkpoints or weights files; default: newest.",
+        autocompletion=completion.runs,
+    ),
 ]
 N = Annotated[int | None, typer.Option(help="How many images: seeds 0 to n - 1.")]
 Seeds = Annotated[
@@ -30,7 +34,11 @@ Prompts = Annotated[
 ]
 Steps = Annotated[str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")]
 Sampler = Annotated[
-    str | None, typer.Option(help="Default: the run's, normally ddim (`list samplers`).")
+    str | None,
+    typer.Option(
+        help="Default: the run's, normally ddim (`list samplers`).",
+        autocompletion=completion.registered("sampler"),
+    ),
 ]
 Preset = Annotated[
     str | None,

@@ -4,7 +4,7 @@ import inspect
 
 import pytest
 
-from msmdiff.cli import answers, flags, plan
+from msmdiff.cli import answers, completion, flags, plan
 from msmdiff.core import config as configuration
 from msmdiff.core.errors import UsageError
 from msmdiff.core.training.trainer import train
@@ -83,3 +83,14 @@ def test_a_plan_without_the_data_and_without_a_mask(tmp_path, capsys, monkeypatc
     assert "GiB of CPU memory in fp32" in told["memory"]
     plan.show(configuration.build(SMALL), as_json=False)
     assert "16 of 64 seen, 75.00% hidden" in capsys.readouterr().out
+
+
+def test_a_shell_completes_what_there_is(tmp_path, monkeypatch):
+    assert "digits-pretrain" in completion.presets("digits-p")
+    assert completion.registered("size")("U-ViT-XX") == [f"U-ViT-XXS/{p}" for p in (1, 2, 4, 8, 16)]
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "other", "two"):
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "run.json").write_text("{}")
+    assert sorted(completion.runs("o")) == ["one", "other"]
+    assert completion.runs("runs/t") == ["runs/two"]
