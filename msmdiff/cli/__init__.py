@@ -18,6 +18,7 @@ from msmdiff.cli import (
     listing,
     plugins,
     quickstart,
+    runs,
     sample,
     training,
     weights,
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Train diffusion transformers cheaply by masking: pretrain, finetune, sample, measure.",
     epilog="Start with `msmdiff quickstart`, or `msmdiff pretrain --mask 0.9`.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -50,7 +51,7 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, listing, data, weights, bench, compare, quickstart):
+for _module in (training, sample, fid, runs, listing, data, weights, bench, compare, quickstart):
     _module.register(app)
 plugins.accept(app)
 answers.give(app)

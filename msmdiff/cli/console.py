@@ -254,6 +254,10 @@ def _summary(metrics: dict[str, Any]) -> str:
     if metrics.get("seconds_left", 0) >= 1:
         left = round(metrics["seconds_left"])
         parts.append(f"{left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left")
+    if "step" in metrics and "images_per_s" not in metrics:
+        parts.append(f"sampler step {metrics['step']}")
+    if metrics.get("peak_memory_bytes"):
+        parts.append(f"{metrics['peak_memory_bytes'] / 2**30:.1f} GiB")
     if "data_wait" in metrics and metrics["data_wait"] > 0.1:
         parts.append(f"{metrics['data_wait']:.0%} waiting for data")
     return "".join(f", {part}" for part in parts)

@@ -63,6 +63,10 @@ def register(app: typer.Typer) -> None:
         epilog="Examples: `msmdiff data features photos/ -o net.safetensors` · then `msmdiff fid "
         "samples/faces photos/ --crop 64 --features net.safetensors`"
     )(features)
+    group.command(
+        epilog="Examples: `msmdiff data split photos/` · `msmdiff data split photos/ -o parts "
+        "--share 0.2`, which writes parts/train.zip and parts/test.zip"
+    )(split)
     app.add_typer(group, name="data")
 
 
@@ -265,6 +269,51 @@ def features(
         f"{out}: {made.classes} classes, {made.accuracy:.1%} right of a tenth that it did not "
         f"train on (chance: {1 / made.classes:.1%})"
     )
+
+
+def split(
+    source: Annotated[str, typer.Argument(help="Images: a folder, a zip, ...")],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="Folder for train.zip and test.zip; default: only tell."),
+    ] = None,
+    share: Annotated[float, typer.Option(help="Of the images, what is held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed, other halves.")] = 0,
+    labels: Labels = None,
+    overwrite: Overwrite = False,
+) -> None:
+    """Divide images into a part to train on and a part that is held out, by their names: an image
+    stays in its part when others come or go.
+
+    `--data SOURCE:train` and `SOURCE:test` are these parts for the default share and seed, without
+    writing anything.
+    """
+    from msmdiff.cli.console import Console
+    from msmdiff.core.data import halves, inspection, sources
+    from msmdiff.core.errors import UsageError
+
+    if not 0 < share < 1:
+        raise UsageError(f"--share {share:g}: give a number between 0 and 1, such as 0.1")
+    console = Console()
+    config = _configure({"source": source, "labels": labels}, {}, None)
+    parts = dict(zip(("train", "test"), halves.split(sources.open_configured(config.data), share,
+                                                     seed), strict=True))  # fmt: skip
+    for name, part in parts.items():
+        counts = part.class_counts
+        rows = [f"{part.class_names[i]} {count:,}" for i, count in enumerate(counts)]
+        console.note(f"{name}: {len(part):,} images{': ' if rows else ''}{', '.join(rows)}")
+    if out is None:
+        if (share, seed) == (halves.SHARE, halves.SEED):
+            console.note(f"train on it: msmdiff train --data {source}:train")
+        return
+    for name in parts:
+        inspection.require_target(out / f"{name}.zip", overwrite)
+    out.mkdir(parents=True, exist_ok=True)
+    for name, part in parts.items():
+        inspection.pack(part, out / f"{name}.zip", None, console.progress, overwrite)
+        console.finish()
+    console.note(f"{out}/train.zip, {out}/test.zip; next: msmdiff train --data {out}/train.zip "
+                 f"--set eval.heldout={out}/test.zip")  # fmt: skip
 
 
 def _configure(data: dict[str, Any], codec: dict[str, Any], sets: list[str] | None) -> Any:

@@ -7,20 +7,25 @@ from typing import Annotated, Any
 
 import typer
 
+from msmdiff.cli import completion
 from msmdiff.core.errors import UsageError
 from msmdiff.core.layers import SECTIONS, merge
 
 
-def _key(name: str, more: str = "", *declarations: str) -> Any:
+def _key(name: str, more: str = "", completion: Any = None) -> Any:
     """An option of a configuration's key: its help is the key's own description."""
     section, _, key = name.partition(".")
     about = SECTIONS[section].model_fields[key].description or ""
-    return typer.Option(*declarations, help=about[:1].upper() + about[1:] + more)
+    return typer.Option(help=about[:1].upper() + about[1:] + more, autocompletion=completion)
 
 
 def _training_options(
     config: Annotated[
-        str | None, typer.Option(help="A preset's name (`list presets`) or a YAML file.")
+        str | None,
+        typer.Option(
+            help="A preset's name (`list presets`) or a YAML file.",
+            autocompletion=completion.presets,
+        ),
     ] = None,
     data: Annotated[str | None, _key("data.source")] = None,
     image_size: Annotated[int | None, _key("data.image_size")] = None,
@@ -31,7 +36,9 @@ def _training_options(
         int | None, typer.Option(help="Side of a block, in tokens, with --mask-kind block.")
     ] = None,
     mask_tail: Annotated[float | None, _key("mask.tail")] = None,
-    model: Annotated[str | None, _key("model.name", " (`list models`)")] = None,
+    model: Annotated[
+        str | None, _key("model.name", " (`list models`)", completion.registered("size"))
+    ] = None,
     conditional: Annotated[
         bool | None,
         typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none."),
@@ -51,11 +58,15 @@ def _training_options(
         str | None,
         typer.Option(
             help="Name under runs/, or a path. Where a run is there it goes on, with its own "
-            "settings where none are given."
+            "settings where none are given.",
+            autocompletion=completion.runs,
         ),
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(help="The same for a run that must be there already.")
+        str | None,
+        typer.Option(
+            help="The same for a run that must be there already.", autocompletion=completion.runs
+        ),
     ] = None,
     allow_change: Annotated[
         bool,

@@ -6,11 +6,15 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from msmdiff.cli import completion
 from msmdiff.core.errors import UsageError
 
 Source = Annotated[
     list[str] | None,
-    typer.Argument(help="Runs, their names, or weights files; default: newest."),
+    typer.Argument(
+        help="Runs, their names, checkpoints or weights files; default: newest.",
+        autocompletion=completion.runs,
+    ),
 ]
 N = Annotated[int | None, typer.Option(help="How many images: seeds 0 to n - 1.")]
 Seeds = Annotated[
@@ -20,8 +24,8 @@ Seeds = Annotated[
 Classes = Annotated[
     str | None,
     typer.Option(
-        help="As 3, 0-9 or 0,4,7, or balanced (all): dealt to the seeds in turn; or random, "
-        "by the seed."
+        help="As 3, 0-9, 0,4,7 or by name (Flags,Objects), or balanced (all): dealt to the seeds "
+        "in turn; or random, or data (in the data's proportions), by the seed."
     ),
 ]
 Prompts = Annotated[
@@ -30,7 +34,11 @@ Prompts = Annotated[
 ]
 Steps = Annotated[str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")]
 Sampler = Annotated[
-    str | None, typer.Option(help="Default: the run's, normally ddim (`list samplers`).")
+    str | None,
+    typer.Option(
+        help="Default: the run's, normally ddim (`list samplers`).",
+        autocompletion=completion.registered("sampler"),
+    ),
 ]
 Preset = Annotated[
     str | None,
@@ -40,6 +48,13 @@ Eta = Annotated[float | None, typer.Option(help="ddim: 0 deterministic, 1 as noi
 Cfg = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
 Guide = Annotated[str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")]
 Ema = Annotated[float | None, typer.Option(help="Which of a run's averages, by its decay.")]
+Best = Annotated[
+    bool, typer.Option("--best", help="The checkpoint whose samples measured best (best.json).")
+]
+Vae = Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id (codec.vae).")]
+Device = Annotated[
+    str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU where there is one.")
+]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
 Precision = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")]
 Out = Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")]
@@ -101,6 +116,9 @@ def sample(
     cfg: Cfg = None,
     guide: Guide = None,
     ema: Ema = None,
+    best: Best = False,
+    vae: Vae = None,
+    device: Device = None,
     batch_size: BatchSize = 64,
     precision: Precision = None,
     out: Out = None,
@@ -117,9 +135,11 @@ def sample(
     sets: Sets = None,
 ) -> None:
     """Sample images from trained weights."""
+    from msmdiff.core import machine
     from msmdiff.core.data.text import read_prompts
     from msmdiff.core.gallery import Request
 
+    machine.use(device)
     texts = read_prompts(prompts) if prompts else []
     request = Request(
         seeds=[],
@@ -142,7 +162,10 @@ def sample(
     _refuse_idle(request, {"--seeds": seeds, "--features": features, "--weights": weights})
     flags = {"sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg, "ema": ema}
     flags |= {"guide": guide, "precision": precision}
-    _draw(source, request, out, _layers(preset, flags, sets))
+    changes = _layers(preset, flags, sets)
+    if vae is not None:
+        changes[0].append({"codec": {"vae": vae}})
+    _draw(source, request, out, changes, best)
 
 
 def _draw(
@@ -150,6 +173,7 @@ def _draw(
     request: Any,
     out: Path | None,
     changes: tuple[list[dict[str, Any]], dict[str, Any]],
+    best: bool,
 ) -> None:
     """Draw a request from each source, into folders of their own."""
     from msmdiff.cli.console import Console
@@ -158,6 +182,8 @@ def _draw(
     from msmdiff.core.training import launch
 
     sources = source or [str(stored.newest())]
+    if best:
+        sources = [str(stored.best(each)) for each in sources]
     for option, path in (("--npz", request.npz), ("--stats", request.stats)):
         if len(sources) > 1 and path is not None:
             raise UsageError(
@@ -173,10 +199,22 @@ def _draw(
         folder = (out or Path("samples")) / _name_of(each)
         if out is not None and len(sources) == 1:
             folder = out
-        made = Gallery(model, replace(request, folder=folder)).make(console.progress)
+        try:
+            made = Gallery(model, replace(request, folder=folder)).make(console.progress)
+        except KeyboardInterrupt:
+            console.finish()
+            raise KeyboardInterrupt(_left(folder, request)) from None
         if main:
             console.note(made)
     launch.leave()
+
+
+def _left(folder: Path, request: Any) -> str:
+    """What an interruption leaves behind."""
+    whole = len(list(folder.glob("[0-9]*.png"))) if request.png and folder.is_dir() else 0
+    if not whole or request.picture:
+        return "interrupted: nothing was finished"
+    return f"interrupted: {whole:,} images are in {folder}; the same command draws the others"
 
 
 def _described(model: Any) -> str:
@@ -254,4 +292,6 @@ def _name_of(source: str) -> str:
     path = Path(source)
     if path.name == "weights.safetensors" and path.resolve().parent.name:
         return path.resolve().parent.name
+    if (path / "state.pt").is_file():  # a checkpoint: its run, and which it is
+        return f"{path.resolve().parents[1].name}-{path.name}"
     return path.name.removesuffix(".safetensors").removesuffix(".pt").removesuffix(".pth")

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from msmdiff.cli import completion
 from msmdiff.cli.flags import begun, configure, place, with_training_options
 from msmdiff.core.errors import UsageError
 
@@ -54,7 +55,8 @@ def finetune(
         str | None,
         typer.Option(
             help="A run, its name, or a weights file to start from (its EMA). A run that goes on "
-            "knows it."
+            "knows it.",
+            autocompletion=completion.runs,
         ),
     ] = None,
     allow_partial: Annotated[
@@ -217,6 +219,11 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
     )
     if summary.remark:
         console.note(summary.remark)
+    drawn = [name for name in ("results.png", "previews") if any((path / name).glob("*"))
+             or (path / name).is_file()]  # fmt: skip
+    if drawn:
+        console.note(f"pictures: {', '.join(f'{path}/{name}' for name in drawn)}; msmdiff runs "
+                     "shows all runs")  # fmt: skip
     if options["as_json"]:
         stored = presets.parse_yaml((path / "config.yaml").read_text(), str(path))
         print_json(

@@ -93,7 +93,7 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
         ("network", f"{size} ({config.model.family}), {counted.parameters:,} parameters"),
         ("forward", f"{gmacs}, {counted.tokens} tokens{seen}"),
         ("dimensions", ", ".join(f"{key} {value}" for key, value in fields.items())),
-        ("classes", str(config.model.num_classes or "unconditional")),
+        ("classes", _classes(config, notes)),
         ("space", f"{codec.describe()}, {' x '.join(map(str, codec.shape))}{images}"),
         ("noise", f"{noise}, predicts {config.process.prediction}"),
     ]
@@ -105,6 +105,19 @@ def _rows(stored: Any, counted: Any, digest: str) -> list[tuple[str, str]]:
     rows.append(("trained", f"{trained}, {config.objective.name}, {mask}"))
     rows.append(("data", config.data.source))
     return rows
+
+
+def _classes(config: Any, notes: dict[str, str]) -> str:
+    """How many classes there are, their names, and how many images each had."""
+    import json
+
+    names, counts = (json.loads(notes.get(f"class_{key}", "[]")) for key in ("names", "counts"))
+    if not (config.model.num_classes and names):
+        return str(config.model.num_classes or "unconditional")
+    known = len(counts) == len(names)
+    shown = [f"{name} ({counts[i]:,})" if known else name for i, name in enumerate(names[:20])]
+    more = f" and {len(names) - 20} more" if len(names) > 20 else ""
+    return f"{config.model.num_classes}: {', '.join(shown)}{more}"
 
 
 @group.command(

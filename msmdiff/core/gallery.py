@@ -26,11 +26,12 @@ from msmdiff.core import files, weights
 from msmdiff.core.condition import Text, Unconditional
 from msmdiff.core.config import flatten
 from msmdiff.core.data import npy, text
-from msmdiff.core.data.images import center_crop, grid, read_rgb
+from msmdiff.core.data.images import center_crop, grid, labelled, read_rgb
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.metrics import evaluate, features, statistics
 from msmdiff.core.model import Model
 from msmdiff.core.samplers import editing
+from msmdiff.core.samplers.times import visited
 from msmdiff.core.seeding import SeedNoise, parse_range, spans, stream
 from msmdiff.core.training.previews import to_hwc
 
@@ -51,8 +52,8 @@ class Request:
 
     Attributes:
         seeds: one image each.
-        classes: `3`, `0-9`, `0,4,7`, or `balanced` (all, as None) are dealt to the seeds in turn;
-            `random` is by seed.
+        classes: `3`, `0-9`, `0,4,7`, names, or `balanced` (all, as None) are dealt to the seeds in
+            turn; `random` and `data` (in the data's proportions) are by seed.
         prompts: of a network that draws from text, dealt to the seeds in turn.
         png, npz, stats, grid: what a set becomes; the statistics are of `features` with their
             `weights`.
@@ -256,14 +257,17 @@ class Gallery:
         wanted; `total` counts those that were there, too.
         """
         done, began = 0, monotonic()
-        size = self.request.batch_size
-        for drawn in self.model.batches(seeds, self._told(seeds), batch_size=size):
+        size, there = self.request.batch_size, total - len(seeds)
+        steps = len(visited(self.model.process.schedule, self.model.config.sample)) - 1
+        watch = editing.counting(lambda step: shown.tell_step(there + done, total, step, steps))
+        told = self._told(seeds)
+        for drawn in self.model.batches(seeds, told, batch_size=size, wraps=[watch]):
             pixels = np.ascontiguousarray(to_hwc(drawn.images))
             if self.request.png:
                 for seed, image in zip(drawn.seeds, pixels, strict=True):
                     _save(Image.fromarray(image), self._png(seed))
             done += len(pixels)
-            shown.tell(total - len(seeds) + done, total, done / (monotonic() - began))
+            shown.tell(there + done, total, done / (monotonic() - began))
             yield from pixels
 
     def _stored(self, seed: int) -> np.ndarray:
@@ -280,7 +284,12 @@ class Gallery:
         labels = self.model.condition.deal(wish.classes, wish.seeds)
         different = 0 if labels is None else len(set(labels.tolist()))
         columns = different if 1 < different <= 20 else None
-        return _save(grid(first, columns), self._grid_path(), self._record(seeds))
+        picture = grid(first, columns)
+        names = getattr(self.model.condition, "names", ())
+        if columns is not None and labels is not None and len(names) > max(labels.tolist()):
+            heads = [names[label] for label in labels[:columns].tolist()]
+            picture = labelled(picture, columns=heads if len(set(heads)) == columns else ())
+        return _save(picture, self._grid_path(), self._record(seeds))
 
     def _grid_path(self) -> Path:
         wish = self.request
@@ -417,6 +426,11 @@ class _Shown:
             left = (total - done) / images_per_s
             about = {"images_per_s": images_per_s * self.world, "seconds_left": left}
             self.progress(done, total, about)
+
+    def tell_step(self, done: int, total: int, step: int, steps: int) -> None:
+        """Inside a batch, which may take long."""
+        if self.rank == 0 and done < total:
+            self.progress(done, total, {"step": f"{step} of {max(step, steps)}"})
 
 
 def _cropped_alike(image: Path, mask: Path, side: int) -> list[Tensor]:

@@ -2,6 +2,7 @@
 enough without one.
 """
 
+import re
 import ssl
 import threading
 import urllib.error
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from msmdiff.core.errors import MsmdiffError
 
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+"""A name, or an owner's name and one; anything else is a path."""
 PATIENCE = 5.0
 """Seconds that an answer is waited for."""
 
@@ -67,6 +70,8 @@ def loading(source: str, what: str, remedy: str) -> Iterator[None]:
     if Path(source).exists():
         yield
         return
+    if not HUB_ID.fullmatch(source):
+        raise MsmdiffError(f"{what} {source}: there is no such folder or file: {remedy}")
     from huggingface_hub import constants
 
     offline = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else ""

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from msmdiff.core import registry
@@ -20,7 +21,7 @@ from msmdiff.core.samplers import guidance
 from msmdiff.core.samplers.editing import Wrap
 from msmdiff.core.samplers.times import visited
 from msmdiff.core.sections import SampleConfig
-from msmdiff.core.seeding import SeedNoise
+from msmdiff.core.seeding import SeedNoise, stream
 
 DECODED_AT_ONCE = 32
 """Images per pass of the codec's decoder."""
@@ -65,24 +66,25 @@ class Model:
 
     def draw(
         self,
-        seeds: Sequence[int],
-        classes: int | Sequence[int] | Tensor | None = None,
+        seeds: int | Sequence[int],
+        classes: int | str | Sequence[int | str] | Tensor | None = None,
         *,
         batch_size: int = 64,
     ) -> Tensor:
         """The images of `seeds`: uint8 [N, 3, H, W] on the CPU; a seed is an image.
 
         Args:
-            classes: one class for all, one for each seed, or the features of a text for each
-                [N, tokens, width]; None draws the classes in turn, by the seeds.
+            seeds: so many images, from seed 0 on, or the seeds themselves.
+            classes: one class for all, by number or name, one for each seed, or the features of a
+                text for each [N, tokens, width]; None draws the classes in turn, by the seeds.
 
         Raises UsageError for what are not seeds or not as many classes, and what `batches` raises.
         """
-        seeds = checked_seeds(seeds)
+        seeds = checked_seeds(range(seeds) if isinstance(seeds, int) else seeds)
         if classes is None:
             y = self.condition.deal(None, seeds)
         else:
-            wanted = [classes] * len(seeds) if isinstance(classes, int) else classes
+            wanted = [classes] * len(seeds) if isinstance(classes, int | str) else classes
             y = self.condition.values(wanted)
             if y is not None and len(y) != len(seeds):
                 raise UsageError(
@@ -91,6 +93,56 @@ class Model:
                 )
         drawn = self.batches(seeds, y, batch_size=batch_size)
         return torch.cat([batch.images for batch in drawn])
+
+    def pictures(
+        self, seeds: int | Sequence[int], classes: Any = None, *, batch_size: int = 64
+    ) -> list[Image.Image]:
+        """The same as `draw`, as PIL images."""
+        drawn = self.draw(seeds, classes, batch_size=batch_size)
+        return [Image.fromarray(image.numpy()) for image in drawn.permute(0, 2, 3, 1).contiguous()]
+
+    @torch.no_grad()
+    def features(
+        self,
+        images: Tensor,
+        classes: Any = None,
+        *,
+        time: float = 0.1,
+        block: int | None = None,
+    ) -> Tensor:
+        """What a block of the network makes of images: hidden tokens [B, L, D], on the CPU.
+
+        Args:
+            images: uint8 [B, 3, H, W] of the network's size.
+            classes: one for all or each; None is the null.
+            time: how noisy the images are made first, 0 not at all; the noise is by their place.
+            block: its number, in the order of the network; None is the middle one.
+
+        Raises UsageError for images of another size, and for a block that there is not.
+        """
+        side = self.config.data.image_size
+        if images.dtype != torch.uint8 or tuple(images.shape[1:]) != (3, side, side):
+            raise UsageError(
+                f"images are {images.dtype} {list(images.shape)}: give uint8 [B, 3, {side}, {side}]"
+            )
+        known = [m for m in self.backbone.modules() if hasattr(m, "attn") and hasattr(m, "mlp")]
+        number = len(known) // 2 if block is None else block
+        if not 0 <= number < len(known):
+            raise UsageError(f"block {number}: this network's blocks are 0..{len(known) - 1}")
+        wanted = [classes] * len(images) if isinstance(classes, int | str) else classes
+        y = self.condition.values(wanted)
+        self.codec.load(self.device)
+        x0 = self.codec.encode(images.to(self.device), stream(self.device, 0, "features"))
+        eps = SeedNoise(list(range(len(images))), self.codec.shape, self.device)()
+        t = torch.full((len(images),), time, device=self.device)
+        found: list[Tensor] = []
+        hook = known[number].register_forward_hook(lambda *made: found.append(made[2]))
+        try:
+            x_t = self.process.add_noise(x0, t, eps)
+            self.process.feed(self.backbone, x_t, t, None if y is None else y.to(self.device))
+        finally:
+            hook.remove()
+        return found[0].float().cpu()
 
     @torch.no_grad()
     def batches(

@@ -69,6 +69,12 @@ class DataConfig(Section):
         allow_inf_nan=False,
         description="what is white in images of floats or 32-bit integers, such as float TIFFs",
     )
+    background: str = Field(
+        "white",
+        pattern="^(white|black|checker|[0-9a-fA-F]{6})$",
+        description="what transparent images are laid on: white, black, a colour RRGGBB, or "
+        "checker",
+    )
     workers: int | None = Field(
         None, ge=0, le=1024, description="loader processes; null: as many as help"
     )
@@ -356,11 +362,15 @@ class EvalConfig(Section):
     weights: str | None = Field(
         None, description="the features' weights file; null: as `msmdiff fid` finds them"
     )
-    reference: str | None = Field(None, description="images or statistics; null: the training data")
+    reference: str | None = Field(
+        None,
+        description="images or statistics; null: the held-out images (eval.heldout) where there "
+        "are any, else the training data",
+    )
     heldout: str | None = Field(
         None,
         description="images that are not trained on, opened as data.source is, for the held-out "
-        "loss; null: digits:test beside digits:train, else none",
+        "loss; null: SOURCE:test where SOURCE:train is trained on, else none",
     )
     heldout_n: int = Field(256, ge=1, description="of those, how many are looked at")
     heldout_every: int | None = Field(

@@ -219,3 +219,15 @@ def test_thresholding_is_for_pixels():
             road.resolve(
                 configuration.build(layers, {"codec": {"name": codec}, "data": {"image_size": 64}})
             )
+
+
+def test_another_vae_than_the_latents_were_made_with_is_refused(vae, tmp_path):
+    made_with = vae_codec(vae).identity()["sha256"]
+    tensors = load_file(vae / "diffusion_pytorch_model.safetensors")
+    tensors["decoder.conv_in.bias"] += 1
+    save_file(tensors, tmp_path / "other.safetensors")
+    other = {"source": tmp_path / "other.safetensors", "vae_config": str(vae)}
+    vae_codec(vae, vae_sha256=made_with).load()
+    with pytest.raises(UsageError, match="is not the VAE that the latents were made with"):
+        vae_codec(**other, vae_sha256=made_with).load()
+    vae_codec(**other, vae_sha256="any").load()

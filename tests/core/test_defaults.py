@@ -50,7 +50,7 @@ def test_the_patch_leaves_as_many_tokens_as_the_machine_takes():
     ],
 )
 def test_a_narrow_network_predicts_the_image(model, prediction):
-    assert chosen(Facts(100, 64, "cpu"), model=model)["process"] == {"prediction": prediction}
+    assert chosen(Facts(100, 64, "cpu"), model=model)["process"]["prediction"] == prediction
     assert chosen(Facts(100, 64, "cpu"), model=model)["model"] == {}
 
 
@@ -78,8 +78,8 @@ def test_the_line_says_why():
     reason = defaults.choose({}, Facts(1911, 64, "cpu")).reason
     assert reason == (
         "chosen for 1,911 images of about 64 px on a CPU: images of 32 px; U-ViT-XXS/4 with 64 "
-        "patches of 4x4; prediction x0, since a narrow network cannot learn eps; batch 32, 3,584 "
-        "steps (flags and --set override)"
+        "patches of 4x4; flow matching with prediction x0, since a narrow network cannot learn "
+        "eps; batch 32, 3,584 steps (flags and --set override)"
     )
 
 
@@ -89,3 +89,11 @@ def test_facts_are_the_images_that_can_be_read(tmp_path):
     (tmp_path / "broken.png").write_bytes(b"none")
     facts = defaults.facts_of(sources.open_source(str(tmp_path)))
     assert (facts.images, facts.side) == (4, 24)
+
+
+def test_encoded_images_bring_their_codec():
+    facts = Facts(100, 256, "cuda", {"name": "vae", "channels": 16, "factor": 8})
+    layer = chosen(facts)
+    assert layer["codec"] == {"name": "vae", "channels": 16, "factor": 8}
+    assert (layer["data"]["image_size"], layer["model"]["name"]) == (256, "U-ViT-XS/2")
+    assert chosen(facts, codec={"name": "pixel"})["codec"] == {}

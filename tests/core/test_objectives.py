@@ -190,7 +190,7 @@ def test_mdtv2_hides_another_share_in_every_step_and_version_one_the_same():
             r"'msm' does not suit model.family mdtv2: use 'mdt'",
         ),
         ([EDT, {"mask": {"ratio": 0.5}}], "draws masks of its own"),
-        ([MDT, {"mask": {"ratio": 0.9}}], r"0\.9 plus mask.spread 0\.2 below 1"),
+        ([MDT, {"mask": {"ratio": 0.9}}], r"0\.9 plus mask.spread 0\.2 of the tokens"),
         ([{"objective": {"name": "edt"}}], "does not suit model.family uvit"),
         ([{"objective": {"channel_groups": [3, 9]}}], "must add up to the 3 channels"),
         ([{"model": {"num_classes": 3, "null_class": False}}], "needs a null class"),

@@ -683,6 +683,7 @@ def test_a_schedule_ends_where_the_training_was_to_end(tmp_path, quiet):
             {"ACCELERATE_USE_CPU": "true", "MASTER_PORT": "29500"},
             "starts one process whatever --num_processes says",
         ),
+        ({"SLURM_STEP_NUM_TASKS": "4"}, "srun started 4 tasks, which would each work alone"),
         ({"WORLD_SIZE": "2"}, "WORLD_SIZE is 2, but no RANK, MASTER_ADDR, MASTER_PORT: unset it"),
     ],
 )

@@ -65,7 +65,11 @@ SIZES: dict[str, dict] = {
     ),
     "U-ViT-H/2": dict(patch_size=2, hidden_size=1152, depth=28, num_heads=16),
     "U-ViT-H/4": dict(patch_size=4, hidden_size=1152, depth=28, num_heads=16),
-    **{f"U-ViT-{n}/{p}": dict(patch_size=p, **SMALL[n]) for n in SMALL for p in (1, 2, 4, 8, 16)},
+    **{
+        f"U-ViT-{size}/{p}": dict(patch_size=p, **fields, final_conv=True)
+        for size, fields in SMALL.items()
+        for p in (1, 2, 4, 8, 16)
+    },
 }
 
 

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
@@ -50,12 +50,13 @@ class Decoding:
 
     Attributes:
         float_range: what is white in images of floats, and of 32-bit integers.
-        alpha: what becomes of transparency: laid on `white`, or left out (`drop`), as pytorch-fid,
-            ADM's evaluator, torch-fidelity and clean-fid do.
+        alpha: what becomes of transparency: laid on `white`, `black`, a colour RRGGBB or a
+            `checker` board, or left out (`drop`), as pytorch-fid, ADM's evaluator, torch-fidelity
+            and clean-fid do.
     """
 
     float_range: float = 1.0
-    alpha: Literal["white", "drop"] = "white"
+    alpha: str = "white"
 
 
 def read_rgb(file: Path | bytes, decoding: Decoding = Decoding()) -> Image.Image:
@@ -140,10 +141,24 @@ def to_rgb(image: Image.Image, decoding: Decoding = Decoding()) -> Image.Image:
         image = _grey(np.asarray(image, np.float32) / 257)  # 65535 -> 255
     elif image.mode in ("I", "F"):
         image = _grey(_scaled(np.asarray(image, np.float32), decoding.float_range))
-    if decoding.alpha == "white" and image.has_transparency_data:
+    if decoding.alpha != "drop" and image.has_transparency_data:
         rgba = image.convert("RGBA")
-        image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+        image = Image.alpha_composite(_ground(decoding.alpha, rgba.size), rgba)
     return image.convert("RGB")
+
+
+def _ground(kind: str, size: tuple[int, int]) -> Image.Image:
+    """What transparent images are laid on. A checker board has 8 squares along the shorter side, in
+    two greys.
+    """
+    if kind != "checker":
+        colour = kind if kind in ("white", "black") else f"#{kind}"
+        return Image.new("RGBA", size, colour)
+    square = max(1, min(size) // 8)
+    rows, columns = np.ogrid[: size[1], : size[0]]
+    light = (rows // square + columns // square) % 2 == 0
+    grey = np.where(light, 204, 153).astype(np.uint8)
+    return Image.fromarray(grey).convert("RGBA")
 
 
 def _grey(values: np.ndarray) -> Image.Image:

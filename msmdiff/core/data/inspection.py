@@ -19,11 +19,11 @@ from PIL import Image
 from msmdiff.core import files, registry
 from msmdiff.core.config import section
 from msmdiff.core.data import sources
-from msmdiff.core.data.images import center_crop, grid
+from msmdiff.core.data.images import KNOWN, center_crop, grid
 from msmdiff.core.data.latents import Latents, Packed
 from msmdiff.core.data.loader import TrainingImages, batches, flip
 from msmdiff.core.data.order import Chunks
-from msmdiff.core.data.source import Source
+from msmdiff.core.data.source import PROBES, Source
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.files import reason
@@ -46,6 +46,9 @@ def report(source: Source) -> dict[str, Any]:
         found["sizes"] = {
             f"{width}x{height}": count for (width, height), count in sizes.most_common()
         }
+        if share := transparent(source):
+            ground = source.decoding.alpha
+            found["transparent"] = f"about {share:.0%}, laid on {ground} (data.background)"
         found["unreadable"] = [f"{source.name(i)} ({reason(e)})" for i, e in bad.items()]
         return found
     found |= {
@@ -60,6 +63,19 @@ def report(source: Source) -> dict[str, Any]:
         found["latent_mean"] = mean.mean((0, 2, 3)).tolist()
         found["latent_std"] = (mean.var((0, 2, 3)) + std.square().mean((0, 2, 3))).sqrt().tolist()
     return found | ({"source": source.header["source"]} if isinstance(source, Packed) else {})
+
+
+def transparent(source: Source) -> float:
+    """The share of images with transparency, of the few that are looked at."""
+    looked = sorted({i * len(source) // PROBES for i in range(PROBES)})
+    found = 0
+    for index in looked:
+        with suppress(Exception):  # what cannot be read is named elsewhere
+            content = source.content(index)
+            if content is not None:
+                with Image.open(io.BytesIO(content), formats=KNOWN) as image:
+                    found += image.has_transparency_data
+    return found / len(looked)
 
 
 def read_speed(source: Source, config: DataConfig, batch_size: int = 256) -> dict[str, float]:

@@ -133,6 +133,13 @@ class Source:
         """How many classes there are: 0 without labels, None where only the single files know."""
         return len(self.class_names)
 
+    @property
+    def class_counts(self) -> list[int]:
+        """How many images each class has; empty without labels."""
+        if self.labels is None or not len(self.class_names):
+            return []
+        return np.bincount(self.labels, minlength=len(self.class_names)).tolist()
+
     def check(self, config: Config) -> None:
         """Raise UsageError unless a resolved configuration can be trained on this data."""
         if wanted := text_shape(config.model):

@@ -18,10 +18,11 @@ from PIL import Image
 
 from msmdiff.core import files, registry, zips
 from msmdiff.core.config import section
-from msmdiff.core.data import names
+from msmdiff.core.data import halves, names
+from msmdiff.core.data.halves import Subset as Subset
 from msmdiff.core.data.images import BEGINNING, SUFFIXES, Decoding, read_rgb
 from msmdiff.core.data.source import Source
-from msmdiff.core.errors import MsmdiffError, UsageError, nearest
+from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
 from msmdiff.core.sections import AUTO, DataConfig
 
@@ -170,45 +171,12 @@ def _class_indices(spec: str, labels: np.ndarray, count: int) -> np.ndarray:
     return labels.astype(np.int64)
 
 
-class Subset(Source):
-    """Some images of another source, in the given order."""
-
-    def __init__(self, source: Source, indices: Sequence[int]) -> None:
-        self.spec, self.class_names = source.spec, source.class_names
-        self._source, self._indices = source, list(indices)
-        self.left_out, self.unlabelled = source.left_out, source.unlabelled
-        self.verified = source.verified
-        self.labels = None if source.labels is None else source.labels[self._indices]
-
-    def __len__(self) -> int:
-        return len(self._indices)
-
-    def read(self, index: int) -> Image.Image:
-        return self._source.read(self._indices[index])
-
-    def describe(self, index: int) -> str:
-        return self._source.describe(self._indices[index])
-
-    def content(self, index: int) -> bytes | None:
-        return self._source.content(self._indices[index])
-
-    def sight(self, index: int) -> bytes:
-        return self._source.sight(self._indices[index])
-
-    def beginning(self, index: int) -> bytes | None:
-        return self._source.beginning(self._indices[index])
-
-    def caption_file(self, index: int) -> bytes | None:
-        return self._source.caption_file(self._indices[index])
-
-    def name(self, index: int) -> str:
-        return self._source.name(self._indices[index])
-
-
 def open_source(
     spec: str, labels: str = "auto", kind: str = AUTO, options: Mapping[str, Any] | None = None
 ) -> Source:
     """Open images by what the user wrote.
+
+    `SOURCE:train` and `SOURCE:test` are the two halves of any source, see `halves`.
 
     `labels` is `auto` (sub-folders if every image lies in one, else `ClassID_*.jpg` names if all
     are of that form with at least two classes, else none), `folders`, `adm` or `none`; `kind` is
@@ -223,6 +191,9 @@ def open_source(
             f"data source '{names.shown(spec)}': its name is not plain text in UTF-8: rename it"
         )
     entry = registry.find("source", kind, "data.kind") if kind != AUTO else _recognised(spec)
+    if entry is None and (part := halves.named(spec)) and is_data(part[0]):
+        whole = open_source(part[0], labels, kind, options)
+        return halves.half(whole, part[1], spec)
     if entry is None:
         kinds = "; ".join(e.summary for e in registry.entries("source").values())
         there = "is a file of no known kind" if Path(spec).exists() else "does not exist"
@@ -259,44 +230,8 @@ def open_configured(config: DataConfig) -> Source:
     given = config.model_fields_set - set(DataConfig.model_fields)
     options = {key: getattr(config, key) for key in sorted(given)}
     source = open_source(config.source, config.labels, config.kind, options)
-    source.decoding = Decoding(float_range=config.float_range)
-    return _part(source, config)
-
-
-def _part(source: Source, config: DataConfig) -> Source:
-    """The images that `data.classes` and `data.share` ask for: of every k of a class the same
-    number, so that a share of sorted images is of all of them.
-
-    Raises UsageError where there are none, or the source's images cannot be chosen.
-    """
-    if config.classes is None and config.share == 1:
-        return source
-    asked = f"data.share {config.share:g}"
-    if config.classes is not None:
-        asked = f"data.classes {config.classes}"
-    if hasattr(source, "gather"):
-        raise UsageError(f"{asked}: {source.spec} is encoded; choose images before encoding them")
-    names, labels = list(source.class_names), source.labels
-    if config.classes is not None and labels is None:
-        raise UsageError(f"{asked}: {source.spec} has no classes")
-    for name in config.classes or []:
-        if name not in names:
-            raise UsageError(
-                f"data.classes: {source.spec} has no class {name}{nearest(name, names)}"
-            )
-    wanted = range(len(names)) if config.classes is None else map(names.index, config.classes)
-    groups = (
-        [np.arange(len(source))]
-        if labels is None
-        else [np.flatnonzero(labels == number) for number in wanted]
-    )
-    chosen: list[int] = []
-    for group in groups:
-        count = round(len(group) * config.share)
-        chosen += group[np.arange(count) * len(group) // max(1, count)].tolist()
-    if not chosen:
-        raise UsageError(f"{asked} leaves none of the {len(source)} images of {source.spec}")
-    return Subset(source, sorted(chosen))
+    source.decoding = Decoding(float_range=config.float_range, alpha=config.background)
+    return halves.chosen(source, config)
 
 
 def _recognised(spec: str) -> registry.Entry | None:

@@ -254,9 +254,14 @@ class Mdt:
             mask.spread = backbone.published_spread
         if mask.kind == "patch" and mask.ratio + mask.spread < 1:
             return []
+        if mask.kind != "patch":
+            return [
+                "objective.name 'mdt' hides single tokens: mask.kind must be patch, not "
+                f"{mask.kind}"
+            ]
         return [
-            f"objective.name 'mdt' hides single tokens: mask.kind must be patch, not {mask.kind}, "
-            f"and mask.ratio {mask.ratio} plus mask.spread {mask.spread} below 1"
+            f"objective.name 'mdt' hides up to mask.ratio {mask.ratio} plus mask.spread "
+            f"{mask.spread} of the tokens: give less than 1 in all"
         ]
 
     def passes(self, setting: Setting) -> dict[str, DrawRoute]:

@@ -63,7 +63,10 @@ class Stored(Images):
     def __init__(self, source: Source, crop: int | None = None, workers: int | None = None) -> None:
         super().__init__(source.spec)
         self.source, self.crop, self._size = source, crop, ""
-        source.decoding = replace(source.decoding, alpha="white" if crop else "drop")
+        alpha = (
+            source.decoding.alpha if crop else "drop"
+        )  # cropped as in training, laid on as there
+        source.decoding = replace(source.decoding, alpha=alpha)
         if len(source) < 2:
             raise UsageError(
                 f"{source.spec} holds {len(source)} image: a distance needs at least two "
@@ -139,7 +142,9 @@ class Stored(Images):
 
 
 class Drawn(Images):
-    """Images sampled from a model, seeds 0 to n - 1, classes in turn; none is written to disk."""
+    """Images sampled from a model, seeds 0 to n - 1; none is written to disk. Classes come in the
+    data's proportions, where the weights know them, else in turn.
+    """
 
     def __init__(self, spec: str, model: Model, n: int, **notes: Any) -> None:
         super().__init__(spec, n=n, sample=model.config.sample.model_dump(mode="json"), **notes)
@@ -151,17 +156,18 @@ class Drawn(Images):
         return self.notes["n"]
 
     def batches(self, indices: Sequence[int], batch_size: int) -> Iterator[Tensor]:
-        y = self.model.condition.deal(None, indices)
+        counts = getattr(self.model.condition, "counts", ())
+        y = self.model.condition.deal("data" if sum(counts) else None, indices)
         for batch in self.model.batches(indices, y, batch_size=batch_size):
             yield batch.images
 
 
 def draws(spec: str) -> bool:
-    """Whether images are sampled for `spec`: weights, a run's directory, or its name, unless data
-    has it: `digits`.
+    """Whether images are sampled for `spec`: weights, the directory of a run or a checkpoint, or a
+    run's name, unless data has it: `digits`.
     """
     path = Path(spec)
-    run = [*path.glob("run.json"), *path.glob("nnet*.pth")] or (
+    run = [*path.glob("run.json"), *path.glob("state.pt"), *path.glob("nnet*.pth")] or (
         (Path("runs") / spec).is_dir() and not sources.is_data(spec)
     )
     return bool(run) or path.suffix in (".safetensors", ".pt", ".pth")
@@ -205,9 +211,9 @@ def open_input(
         given = {key: value for layer in layers for key, value in layer.get("data", {}).items()}
         options = {key: value for key, value in given.items() if sources.takes(spec, key)}
         source = sources.open_source(spec, "none", options=options)
-        if "float_range" in given:
-            data = section("data", float_range=given["float_range"])
-            source.decoding = images.Decoding(float_range=data.float_range)
+        told = {key: given[key] for key in ("float_range", "background") if key in given}
+        data = section("data", **told)
+        source.decoding = images.Decoding(data.float_range, data.background)
         opened = Stored(source, crop, workers)
     opened.stored = found
     return opened

@@ -37,10 +37,11 @@ def inpainting(process: Process, known: Tensor, held: Tensor) -> Wrap:
 
 
 def counting(tell: Callable[[int], None]) -> Wrap:
-    """Tells how many evaluations of the denoiser there have been, after each."""
-    done = 0
+    """Tells, after each evaluation of the denoiser, how many there have been in this batch."""
 
     def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
+        done = 0
+
         def counted(x_t: Tensor, t: Tensor) -> Estimate:
             nonlocal done
             estimate = denoise(x_t, t)

@@ -22,6 +22,7 @@ def save(
     config: Config,
     retain: int,
     class_names: Sequence[str] = (),
+    class_counts: Sequence[int] = (),
 ) -> Path:
     """Write `checkpoints/img-NNNNNNNNN/` and refresh `weights.safetensors`; then drop all but the
     newest `retain`.
@@ -35,7 +36,8 @@ def save(
             model) is what sample and finetune take.
         config: goes into every weights file.
         retain: how many checkpoints stay.
-        class_names: the data's, kept in a conditional network's files for a next stage.
+        class_names, class_counts: the data's, kept in a conditional network's files for sampling
+            and for a next stage.
 
     Everything goes to a temporary directory that is renamed when it is on the disk, so a kill or a
     full disk leaves the earlier checkpoints as they were. Raises MsmdiffError when it cannot be
@@ -47,6 +49,7 @@ def save(
     notes = {"images_seen": str(images_seen)}
     if config.model.num_classes and class_names:
         notes["class_names"] = json.dumps(list(class_names))
+        notes["class_counts"] = json.dumps(list(class_counts))
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)

@@ -42,12 +42,13 @@ cannot carry the noise of its patches, which has no structure; the clean image i
 @dataclass(frozen=True)
 class Facts:
     """What the choice is made from: how many images there are, the median of their shorter sides
-    (None: not known), and what they are trained on.
+    (None: not known), and what they are trained on; of encoded ones, the codec's section.
     """
 
     images: int
     side: int | None
     machine: Machine
+    codec: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def facts_of(source: Source) -> Facts:
     """
     machine: Machine = "cuda" if torch.cuda.is_available() else "cpu"
     if isinstance(source, Latents):
-        return Facts(len(source), source.image_size, machine)
+        return Facts(len(source), **_packed(source, machine))
     sides = []
     for index in sorted({i * len(source) // PROBES for i in range(PROBES)}):
         try:
@@ -74,6 +75,16 @@ def facts_of(source: Source) -> Facts:
     return Facts(len(source), int(median(sides)) if sides else None, machine)
 
 
+def _packed(source: Latents, machine: Machine) -> dict[str, Any]:
+    """The facts of encoded images, which one codec reads, at one size."""
+    if not source.moments:
+        return {"side": source.image_size, "machine": machine}
+    channels, side = source.shape[-3] // 2, source.shape[-1]
+    image = source.image_size or 8 * side  # a cache does not tell: Stable Diffusion's factor
+    codec = {"name": source.codec["name"], "channels": channels, "factor": image // side}
+    return {"side": image, "machine": machine, "codec": codec}
+
+
 def choose(given: Mapping[str, Any], facts: Facts) -> Choice:
     """What `given`, a layer of the configuration, leaves open.
 
@@ -81,7 +92,8 @@ def choose(given: Mapping[str, Any], facts: Facts) -> Choice:
     """
     data, told, train = (dict(given.get(name) or {}) for name in ("data", "model", "train"))
     side = data.get("image_size") or image_size(facts)
-    codec = section("codec", **(given.get("codec") or {}))
+    packed = facts.codec if "name" not in (given.get("codec") or {}) else None
+    codec = section("codec", **{**(packed or {}), **(given.get("codec") or {})})
     entry = registry.find("codec", codec.name, "codec.name")
     latent = max(1, int(side) // entry.make.factor_of(entry.takes(codec)))
     model: dict[str, Any] = {}
@@ -91,7 +103,8 @@ def choose(given: Mapping[str, Any], facts: Facts) -> Choice:
     layer = {
         "data": {} if "image_size" in data else {"image_size": side},
         "model": model,
-        "process": _process(given, {**model, **told}),
+        "codec": packed or {},
+        "process": _process(given, {**model, **told}, getattr(codec, "channels", 3)),
         "optim": {"warmup_steps": 100},
         "train": {
             "batch_size": batch,
@@ -104,7 +117,11 @@ def choose(given: Mapping[str, Any], facts: Facts) -> Choice:
 
 
 def image_size(facts: Facts) -> int:
-    """The side of the images as they are, in fours, up to the machine's limit."""
+    """The side of the images as they are, in fours, up to the machine's limit; of encoded ones,
+    theirs.
+    """
+    if facts.codec is not None and facts.side is not None:
+        return facts.side
     limit = SIDE[facts.machine]
     return limit if facts.side is None else max(8, min(limit, facts.side // 4 * 4))
 
@@ -137,8 +154,10 @@ def prediction(width: int | None, patch_numbers: int) -> str | None:
     return "x0" if width < NARROW or patch_numbers > width // 8 else "eps"
 
 
-def _process(given: Mapping[str, Any], model: dict[str, Any]) -> dict[str, Any]:
-    """The prediction, unless the user chose it or the schedule that it belongs to."""
+def _process(given: Mapping[str, Any], model: dict[str, Any], channels: int) -> dict[str, Any]:
+    """Prediction and noise, unless the user chose one of them: they belong together. x0 learns
+    fastest on a straight path (docs/benchmarks.md).
+    """
     told = given.get("process") or {}
     if "prediction" in told or "schedule" in told:
         return {}
@@ -146,8 +165,10 @@ def _process(given: Mapping[str, Any], model: dict[str, Any]) -> dict[str, Any]:
     fields = known.model_dump()
     if fields.get("learn_sigma"):
         return {}  # published with the noise as its target
-    numbers = 3 * (fields.get("patch_size") or 1) ** 2
+    numbers = channels * (fields.get("patch_size") or 1) ** 2
     found = prediction(fields.get("hidden_size"), numbers)
+    if found == "x0":
+        return {"prediction": "x0", "schedule": "flow", "time_sampling": "logit_normal"}
     return {} if found is None else {"prediction": found}
 
 
@@ -161,7 +182,7 @@ def _reason(layer: dict[str, Any], facts: Facts, latent: int) -> str:
         patch = model.get("patch_size") or int(model["name"].rpartition("/")[2])
         parts.append(f"{model['name']} with {(latent // patch) ** 2} patches of {patch}x{patch}")
     if layer["process"].get("prediction") == "x0":
-        parts.append("prediction x0, since a narrow network cannot learn eps")
+        parts.append("flow matching with prediction x0, since a narrow network cannot learn eps")
     parts.append(f"batch {layer['train']['batch_size']}, {layer['train']['steps']:,} steps")
     return (
         f"chosen for {facts.images:,} images{about} on {machine}: {'; '.join(parts)} "

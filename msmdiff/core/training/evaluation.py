@@ -20,7 +20,7 @@ from msmdiff.core.data.source import Source
 from msmdiff.core.errors import UsageError
 from msmdiff.core.metrics import evaluate, features, scores, statistics
 from msmdiff.core.metrics.inputs import Drawn, Images, Stored, draws, open_input
-from msmdiff.core.training import checkpoint, previews
+from msmdiff.core.training import checkpoint, previews, validation
 from msmdiff.core.training.run import Run
 
 
@@ -57,11 +57,14 @@ class Evaluator:
             options.features, weights, judged.device, **entry.takes(options)
         )
         self._kept = None
-        if options.reference is None:
+        wanted = options.reference or validation.source_of(self.config)
+        data = self.config.data
+        if wanted is None:
             self._kept = self.run.path / "eval-reference.npz"
             self._reference: Images = Stored(judged.source, side)
         else:
-            self._reference = open_input(options.reference, crop=side)
+            ground = {"background": data.background, "float_range": data.float_range}
+            self._reference = open_input(wanted, crop=side, layers=[{"data": ground}])
         if self._kept and self._kept.is_file():  # measured before this run was resumed
             found = statistics.load(self._kept)
             if found and found.settings == self.features.settings() | self._reference.settings:
@@ -70,6 +73,10 @@ class Evaluator:
         sample = self.config.sample.model_dump()
         other = {"every", "heldout", "heldout_n", "heldout_every"}
         how = {"sample": sample, **options.model_dump(exclude=other)}
+        if options.reference is None and wanted is not None:
+            how["reference"] = wanted
+        if sum(getattr(self.parts.objective.condition, "counts", ())):
+            how["classes"] = "data"  # as `Drawn` deals them
         self._how = hashlib.sha256(json.dumps(how, sort_keys=True).encode()).hexdigest()[:12]
 
     def _drawn(self, network: Any) -> Drawn:
@@ -96,8 +103,9 @@ class Evaluator:
         points = [(m["images"], m[name], m["saved"]) for m in self._alike()]
         return record(self.run.path, "best", self.features.title, points)
 
-    def __call__(self, network: Any, images_seen: int, saved: bool) -> None:
-        """Measure, log, draw the curve, and note the best of those measured alike.
+    def __call__(self, network: Any, images_seen: int, saved: bool) -> dict[str, float]:
+        """Measure, log, draw the curve, and note the best of those measured alike; returns the
+        distance by its name.
 
         `saved`: whether this step's checkpoint is.
         """
@@ -131,6 +139,7 @@ class Evaluator:
                 f"image {images_seen:,}: {score.title} {score.value:.4f} of {drawn.count:,} "
                 f"samples; {best}"
             )
+        return {score.name: score.value}
 
 
 def record(run: Path, stem: str, title: str, points: Sequence[tuple[int, float, bool]]) -> str:

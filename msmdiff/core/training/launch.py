@@ -116,6 +116,12 @@ def _refuse_lonely_launch() -> None:
             "use `torchrun --nproc_per_node N -m -- msmdiff ...`"
         )
     world = os.environ.get("WORLD_SIZE", "1")
+    tasks = os.environ.get("SLURM_STEP_NUM_TASKS", "1")  # srun sets it, and a batch script has none
+    if "WORLD_SIZE" not in os.environ and tasks.isdecimal() and int(tasks) > 1:
+        raise UsageError(
+            f"srun started {tasks} tasks, which would each work alone: let each of them start "
+            "`torchrun ... -m -- msmdiff ...`, with srun --ntasks-per-node 1"
+        )
     if world == "1":
         return
     absent = [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]

@@ -70,6 +70,7 @@ class Standing:
                 config=self.config,
                 retain=self.config.train.keep_checkpoints,
                 class_names=self.source.class_names,
+                class_counts=self.source.class_counts,
             )
         accelerator.wait_for_everyone()
 

@@ -7,9 +7,12 @@ import torch
 from msmdiff.core import machine
 from msmdiff.core.build import Parts
 from msmdiff.core.config import Config
+from msmdiff.core.data.inspection import transparent
+from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion import masking
 from msmdiff.core.sections import EmaConfig
+from msmdiff.core.training import results
 from msmdiff.core.training.cost import Cost
 from msmdiff.core.training.ema import progress
 
@@ -42,13 +45,21 @@ def introduction(
     goal = f"{train.steps:,} steps, {total:,} images to see"
     if train.max_seconds is not None:
         goal = f"{train.max_seconds:,.0f} seconds, or {total:,} images"
-    told = "and the network learns them" if config.model.num_classes else "which it is not told"
+    told = "which the network learns" if config.model.num_classes else "--conditional learns them"
     classes = f", {told}" if len(source.class_names) > 1 else ""
+    if isinstance(source, Latents):
+        ground = ""
+    else:
+        ground = (
+            f"; transparency is laid on {config.data.background}" if transparent(source) else ""
+        )
     lines = [
-        data_line(source) + classes,
+        data_line(source) + classes + ground,
         f"{run}: {config.model.name or config.model.family}, {cost.parameters / 1e6:.2f} M "
         f"parameters, images of {config.data.image_size} px, batch {train.batch_size}, "
         f"{train.precision} on {where}, {goal}",
+        f"loss: {results.meaning(config)}; it compares only with runs whose loss is the same error"
+        " (the held-out loss compares in one space)",
     ]
     if where.startswith("cpu"):
         lines.append(f"CPU threads: {torch.get_num_threads()}, waiting {machine.waiting()}")

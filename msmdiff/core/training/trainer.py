@@ -11,27 +11,26 @@ from typing import Any
 
 import torch
 
-from msmdiff.core import backbones, weights
+from msmdiff.core import backbones
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
 from msmdiff.core.data import checking
-from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import Batch, TrainingImages, batches
 from msmdiff.core.data.order import Chunks
-from msmdiff.core.diffusion import codecs
 from msmdiff.core.seeding import key
 from msmdiff.core.training import (
     checkpoint,
     cost,
     launch,
     origins,
+    preparing,
     previews,
+    results,
     sharding,
     telling,
+    trackers,
     validation,
-    warmstart,
 )
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
@@ -130,7 +129,7 @@ class Trainer:
             raise
 
     def _prepare(self, config: Config, allow_partial: bool, command: str) -> None:
-        config = self._measured(config)
+        config = preparing.measured(config, self.run, self.dataset, self._note)
         if self.run.lost_config():
             self._note(
                 f"{self.run.path}/config.yaml is lost or empty: the configuration is taken from "
@@ -146,10 +145,12 @@ class Trainer:
         self.parts = road.build(config)
         for line in road.notes(config):
             self._note(f"note: {line}")
-        self._tell_empty_text()
+        preparing.tell_condition(self.parts.objective.condition, self.dataset.source, self.device)
         found = self._clear_checkpoints()
         if config.train.init_from and not found:
-            self._start_from_weights(config.train.init_from, allow_partial)
+            preparing.start_from_weights(
+                config, self.parts.backbone, self.dataset.source, allow_partial, self._note
+            )
 
         # What a step touches, and where the run stands.
         self.step = Step(
@@ -195,13 +196,6 @@ class Trainer:
         if config.train.trackers:
             self.accelerator.init_trackers("msmdiff", configuration.plain(config))
 
-    def _tell_empty_text(self) -> None:
-        """A network that draws from text learns what the empty one is."""
-        source, condition = self.dataset.source, self.parts.objective.condition
-        if isinstance(condition, Text) and isinstance(source, Latents):
-            empty = source.null_context if source.captioned else None
-            condition.null = None if empty is None else empty.to(self.device)
-
     def _clear_checkpoints(self) -> Path | None:
         """Remove torn checkpoints; returns the newest whole one."""
         if self.main:
@@ -209,14 +203,6 @@ class Trainer:
                 self._note(f"passed over and removed {torn}: it was not whole")
         self.accelerator.wait_for_everyone()
         return checkpoint.newest(self.run.path)
-
-    def _start_from_weights(self, source: str, allow_partial: bool) -> None:
-        stored = weights.read(weights.locate(source), hints=warmstart.told_by(self.config))
-        report = warmstart.start_from(
-            self.parts.backbone, stored, allow_partial, self.dataset.source.class_names
-        )
-        for line in report.lines():
-            self._note(line)
 
     # ------------------------------------------------------------------ the loop
 
@@ -261,6 +247,8 @@ class Trainer:
                 break
             self._take_step(stream_of_batches)
             yield
+        if self.main and not told and len(self.run.metrics()) >= results.WORTH_A_PICTURE:
+            results.of_run(self.run, self.config)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
         return Summary(
@@ -327,7 +315,10 @@ class Trainer:
             return
         with self._breaking_off(signals):
             saved = reached.saved == self.images_seen
-            self.evaluator(self.sampled(), self.images_seen, saved)
+            score = self.evaluator(self.sampled(), self.images_seen, saved)
+            self.accelerator.log(score, step=self.images_seen)
+            if self.main:
+                results.of_run(self.run, self.config)
         reached.evaluated = self.images_seen
 
     @property
@@ -380,13 +371,13 @@ class Trainer:
             network = self._averaged(None)  # every process has to ask for it where it is sharded
             line |= self.validation(network) if self.main else {}
         self.run.log(line)
-        if self.config.train.trackers:
-            self.accelerator.log(line, step=self.images_seen)
+        self.accelerator.log(line, step=self.images_seen)  # to the trackers there are
         if self.main:
             self.reporter.progress(self.images_seen, total, line)
         if validates:
             if self.main:
                 validation.draw(self.run)
+                results.of_run(self.run, self.config)
             self.accelerator.wait_for_everyone()
 
     def _validates(self, done: bool, step: int) -> bool:
@@ -420,30 +411,13 @@ class Trainer:
                 planned = previews.plan(model.config, self.cost, first=not self.images_seen)
             tell = self.reporter.activity
             previews.draw(model, self.parts, self.dataset, self._stem, planned=planned, tell=tell)
+            trackers.pictures(self.accelerator, self._stem, self.images_seen)
         self.accelerator.wait_for_everyone()
 
     @property
     def _stem(self) -> Path:
         """What this step's pictures are called, up to what they show."""
         return self.run.path / "previews" / f"img-{self.images_seen:09d}"
-
-    def _measured(self, config: Config) -> Config:
-        """Measure what the codec needs to know of the data, once; a resumed run keeps what it
-        measured.
-        """
-        codec = codecs.build(config.codec, config.data.image_size)
-        missing = codecs.open_measures(config.codec, codec)
-        if not missing:
-            return config
-        stored = self.run.begun()
-        if stored and stored.codec.model_copy(update=dict.fromkeys(missing)) == config.codec:
-            config.codec = stored.codec
-            return config
-        for name, values in codec.measure(self.dataset.sample(2048)).items():
-            setattr(config.codec, name, values)
-            shown = ", ".join(f"{value:.3g}" for value in values)
-            self._note(f"measured codec.{name} of the data: {shown}")
-        return config
 
     def _introduce(self) -> None:
         told = telling.introduction(

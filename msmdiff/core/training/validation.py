@@ -21,6 +21,7 @@ from msmdiff.core import files
 from msmdiff.core.build import Parts
 from msmdiff.core.condition import Classes, Condition, Text
 from msmdiff.core.config import Config
+from msmdiff.core.data import halves
 from msmdiff.core.data.checking import open_training
 from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import center_crops, flip
@@ -61,13 +62,18 @@ class HeldOut:
 
 
 def source_of(config: Config) -> str | None:
-    """Where held-out images come from: `eval.heldout`, or the digits' test part; None: nowhere.
+    """Where held-out images come from: `eval.heldout`, or the other half of `SOURCE:train`; None:
+    nowhere.
 
     Raises UsageError for images that are among the training's.
     """
     wanted, trained = config.eval.heldout, config.data.source
     if wanted is None:
-        return "digits:test" if trained == "digits:train" else None
+        part = halves.named(trained)
+        return f"{part[0]}:test" if part and part[1] == "train" else None
+    one, other = halves.named(wanted), halves.named(trained)
+    if one and other and one[0] == other[0] and one != other:
+        return wanted
     if _lies_in(wanted, trained) or _lies_in(trained, wanted):
         raise UsageError(
             f"eval.heldout {wanted}: the training on {trained} sees these images: name others"
@@ -224,8 +230,9 @@ class Validation:
         held = open_images(config, parts.objective.condition, trained, note)
         if held is None:
             note(
-                "note: no held-out loss: eval.heldout names images that are not trained on "
-                "(--set eval.heldout=FOLDER)"
+                "note: no held-out loss: --data SOURCE:train keeps a tenth of the images back for "
+                "it, or eval.heldout names images that are not trained on (--set "
+                "eval.heldout=FOLDER)"
             )
             return None
         if held.images.dtype == torch.uint8:

@@ -12,6 +12,7 @@ from torch import Tensor
 from msmdiff.core import backbones, files, registry, tensor_files
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
+from msmdiff.core.condition import describe
 from msmdiff.core.config import Config
 from msmdiff.core.diffusion import codecs
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -171,6 +172,8 @@ def load(
         report=stored.notes,
         path=stored.path,
     )
+    known = (json.loads(stored.notes.get(f"class_{key}", "[]")) for key in ("names", "counts"))
+    describe(model.condition, *known)
     if config.sample.guide:
         model.guide = _guide(model, device)
     return model
@@ -235,8 +238,8 @@ def _guide(model: Model, device: torch.device | str) -> Any:
 def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = None) -> Path:
     """The weights file that a user means by a file, a run directory, or a run's name.
 
-    `ema` picks another average of a run than the first: that of its newest checkpoint. Raises
-    UsageError when there is no such run, or none of its weights yet.
+    A checkpoint's folder means its first average. `ema` picks another one: of a run, that of its
+    newest checkpoint. Raises UsageError when there is no such run, or none of its weights yet.
     """
     places = [Path(source), runs / source]
     if places[0].is_dir() and not any(places[0].glob("nnet*.pth")) and _is_run(places[1]):
@@ -244,6 +247,8 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     for path in places:
         if path.is_dir() and any(path.glob("nnet*.pth")):
             return path  # the training state that U-ViT writes
+        if (path / "state.pt").is_file():
+            return _of_checkpoint(path, ema)
         if path.is_dir():
             if ema is not None:
                 averages = sorted(
@@ -251,7 +256,7 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
                     key=lambda p: (len(p.parent.name), p),
                 )
                 if not averages:
-                    raise UsageError(f"{path} has no average with decay {ema:g} in its checkpoints")
+                    raise UsageError(_no_average(path, ema, "checkpoints/img-*/"))
                 return averages[-1]
             if not (path / "weights.safetensors").is_file():
                 raise UsageError(
@@ -267,6 +272,43 @@ def locate(source: str | Path, runs: Path = Path("runs"), ema: float | None = No
     raise UsageError(
         f"'{source}' is neither a weights file nor a run directory, here or under {runs}/"
     )
+
+
+def _of_checkpoint(path: Path, ema: float | None) -> Path:
+    """The weights of one checkpoint: an average by its decay, else the first, else the network."""
+    if ema is None:
+        decays = stored_config(path / "model.safetensors").ema.decays
+        ema = decays[0] if decays else None
+    found = path / ("model.safetensors" if ema is None else f"ema-{ema:g}.safetensors")
+    if not found.is_file():
+        raise UsageError(_no_average(path, ema or 0.0))
+    return found
+
+
+def _no_average(path: Path, ema: float, under: str = "") -> str:
+    """That there is none of this decay, and which there are."""
+    found = {
+        p.name[4:].removesuffix(".safetensors") for p in path.glob(f"{under}ema-*.safetensors")
+    }
+    there = f"its averages have the decays {', '.join(sorted(found))}" if found else "it has none"
+    return f"{path} has no average with decay {ema:g} (--ema): {there}"
+
+
+def best(source: str | Path, runs: Path = Path("runs")) -> Path:
+    """The checkpoint that a run's `best.json` names.
+
+    Raises UsageError for what is no run, was never measured, or did not keep that checkpoint.
+    """
+    run = next((p for p in (Path(source), runs / source) if (p / "best.json").is_file()), None)
+    if run is None:
+        raise UsageError(
+            f"--best: {source} has no best.json: it is written where a training measures its "
+            "samples (--set eval.every=1000), or by `msmdiff fid --run`"
+        )
+    named = json.loads(files.read_text(run / "best.json")).get("checkpoint")
+    if not named or not (run / named / "state.pt").is_file():
+        raise UsageError(f"--best: {run} did not keep the checkpoint that was best")
+    return run / named
 
 
 def _is_run(path: Path) -> bool:

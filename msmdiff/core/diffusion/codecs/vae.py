@@ -20,6 +20,11 @@ class VaeOptions(Options):
         description="folder, file or hub id of an AutoencoderKL; null: what packed data was "
         "encoded with",
     )
+    vae_sha256: str | None = Field(
+        None,
+        description="checksum of the VAE that latents were made with, which another one is refused "
+        "for; null: what packed data were encoded with, any: do not look",
+    )
     vae_config: str | None = Field(
         None,
         description="folder or hub id with the config.json of a single file; null: Stable "
@@ -60,6 +65,7 @@ class VaeCodec(Codec):
     @classmethod
     def complete(cls, section: Any, identity: dict[str, Any]) -> None:
         section.vae = section.vae or identity.get("vae")
+        section.vae_sha256 = section.vae_sha256 or identity.get("sha256")
 
     @classmethod
     def fits(cls, section: Any, image_size: int, entry: tuple[int, ...]) -> dict[str, Any]:
@@ -145,6 +151,13 @@ class VaeCodec(Codec):
         if self._vae is None:
             vae, config = _load_vae(self.config), self.config
             self._checksum = checksum(vae.state_dict())
+            wanted = config.vae_sha256
+            if wanted not in (None, "any", self._checksum):
+                raise UsageError(
+                    f"codec.vae {config.vae} is not the VAE that the latents were made with: its "
+                    f"checksum is {self._checksum}, theirs {wanted}; give that one, or --set "
+                    "codec.vae_sha256=any"
+                )
             found = (vae.config.latent_channels, 2 ** (len(vae.config.block_out_channels) - 1))
             if found != (config.channels, config.factor):
                 raise UsageError(

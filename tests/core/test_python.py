@@ -1,0 +1,53 @@
+"""The package from Python: train, draw, features, distance."""
+
+import pytest
+import torch
+from PIL import Image
+
+import msmdiff
+from msmdiff.core.errors import UsageError
+
+SMALL = {
+    "model": {"hidden_size": 16, "num_heads": 2, "depth": 3, "patch_size": 8},
+    "train.steps": 2,
+    "train.batch_size": 4,
+    "train": {"preview_every": 0},
+    "sample.steps": 2,
+}
+
+
+def test_what_there_is():
+    assert dir(msmdiff) == sorted(["__version__", "distance", "load", "train"])
+
+
+def test_train_draw_and_compare(tmp_path, photos):
+    told = []
+    settings = {"data": {"source": str(photos)}, "model.num_classes": "auto", **SMALL}
+    model = msmdiff.train(settings, run=tmp_path / "r", tell=told.append)
+    assert told[0].startswith("chosen for 12 images of about 24 px")
+    assert model.config.data.image_size == 24
+    again = msmdiff.train(run=tmp_path / "r", tell=told.append)  # its own settings
+    assert any("is finished" in line for line in told)
+    drawn = model.draw(3, classes="dog")
+    assert torch.equal(drawn, again.draw([0, 1, 2], classes=1))
+    pictures = model.pictures(2, classes="dog")
+    assert isinstance(pictures[0], Image.Image)
+    assert pictures[1].size == (24, 24)
+    assert pictures[1].getpixel((5, 7)) == tuple(drawn[1, :, 7, 5].tolist())
+    with pytest.raises(UsageError, match="no such class; did you mean 'dog'"):
+        model.draw(1, classes="dogs")
+    hidden = model.features(drawn, "cat")
+    assert hidden.shape == (3, 2 + 9, 16)  # label and time, then 3 x 3 patches
+    assert torch.equal(hidden, model.features(drawn, "cat"))
+    assert not torch.equal(hidden, model.features(drawn, "cat", block=0))
+    with pytest.raises(UsageError, match=r"blocks are 0\.\.2"):
+        model.features(drawn, block=3)
+
+
+def test_distance_of_images_at_hand():
+    images = torch.randint(0, 256, (40, 3, 8, 8), dtype=torch.uint8)
+    assert msmdiff.distance(images, images) == pytest.approx(0, abs=1e-3)
+    darker = (images // 2).to(torch.uint8)
+    assert msmdiff.distance(images, darker) > 1
+    with pytest.raises(UsageError, match=r"b is torch.float32 .*: give images as uint8"):
+        msmdiff.distance(images, images.float())

@@ -1,0 +1,80 @@
+"""Figures and pictures of runs, and what trackers are shown."""
+
+import json
+
+import numpy as np
+from PIL import Image
+
+from msmdiff.core import config as configuration
+from msmdiff.core.training import results, trackers
+from msmdiff.core.training.run import Run
+from msmdiff.core.training.trainer import train
+
+LINES = [
+    {"images": 8 * i, "step": i, "loss": 1 / i, "images_per_s": 10.0, "val_loss": 2 / i}
+    for i in range(1, 4)
+]
+LINES.append({"images": 24, "step": 3, "fd_pixel": 7.5, "eval_n": 40, "saved": True,
+              "measured_as": "x"})  # fmt: skip
+
+
+def test_what_a_loss_is_an_error_of():
+    def of(**layers):
+        return results.meaning(configuration.build(layers))
+
+    assert of(objective={"name": "dsm"}) == "error of eps in pixels, over all tokens"
+    masked = of(objective={"name": "msm"}, mask={"ratio": 0.9}, process={"prediction": "x0"})
+    assert masked == "error of x0 in pixels, over the visible tokens"
+    assert of(codec={"name": "dwt"}, objective={"name": "dsm"}).startswith(
+        "error of eps in wavelets"
+    )
+
+
+def test_a_picture_has_a_panel_for_each_thing_there_is(tmp_path):
+    config = configuration.build({})
+    results.draw(tmp_path, LINES, config)
+    whole = Image.open(tmp_path / "results.png").size
+    results.draw(tmp_path, [{"images": 8, "loss": 1.0}], config)
+    one = Image.open(tmp_path / "results.png").size
+    assert whole == (4 * one[0], one[1]) == (4 * 440, 340)
+
+
+def test_how_a_run_stands(tmp_path, quiet):
+    layers = {
+        "model": {"hidden_size": 16, "num_heads": 2, "depth": 3},
+        "train": {"steps": 3, "batch_size": 8, "log_every": 1, "preview_every": 0},
+        "sample": {"steps": 2},
+        "eval": {"every": 3, "n": 8, "features": "pixel"},
+    }
+    train(configuration.build(layers), tmp_path / "r", quiet)
+    found = results.standing(tmp_path / "r")
+    lines = Run(tmp_path / "r", writes=False).metrics()
+    assert found is not None
+    assert (found.name, found.steps, found.of, found.metric) == ("r", 3, 3, "fd_pixel")
+    assert found.distance == next(line["fd_pixel"] for line in lines if "fd_pixel" in line)
+    assert found.loss == [line["loss"] for line in lines if "loss" in line][-1]
+    assert found.bytes > (tmp_path / "r" / "weights.safetensors").stat().st_size
+    assert (tmp_path / "r" / "results.png").is_file()
+    assert results.standing(tmp_path) is None
+    results.compare([tmp_path / "r", tmp_path / "r"], tmp_path / "both.png")
+    assert Image.open(tmp_path / "both.png").width == 1430
+
+
+def test_trackers_get_pictures(tmp_path):
+    class Tracker:
+        def __init__(self, name):
+            self.name, self.shown = name, []
+
+        def log_images(self, values, step, **how):
+            self.shown.append((values, step, how))
+
+    class Accelerator:
+        trackers = [Tracker("tensorboard"), Tracker("wandb")]  # noqa: RUF012
+
+    Image.new("RGB", (6, 4), (9, 8, 7)).save(tmp_path / "img-8-samples.png")
+    trackers.pictures(Accelerator(), tmp_path / "img-8", 8)
+    board, wandb = Accelerator.trackers
+    (values, step, how), = board.shown  # fmt: skip
+    assert (values["samples"].shape, step, how) == ((1, 4, 6, 3), 8, {"dataformats": "NHWC"})
+    assert np.array_equal(wandb.shown[0][0]["samples"][0], values["samples"][0])
+    assert json.dumps(wandb.shown[0][2]) == "{}"
