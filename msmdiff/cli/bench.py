@@ -43,23 +43,19 @@ def bench(
     context: typer.Context,
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
     model: Annotated[str | None, typer.Option(help="A size by its name.")] = None,
-    image_size: Annotated[
-        int | None, typer.Option(help="The side of the images, in pixels.")
-    ] = None,
-    codec: Annotated[
-        str | None, typer.Option(help="The space to train in. See `list codecs`.")
-    ] = None,
+    image_size: Annotated[int | None, typer.Option(help="The images' side in pixels.")] = None,
+    codec: Annotated[str | None, typer.Option(help="The space. See `list codecs`.")] = None,
     mask: Annotated[
         list[float] | None,
-        typer.Option(help="A mask's ratio to compare with no mask; may be repeated."),
+        typer.Option(help="A ratio to compare with no mask; may be repeated."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="How many steps are measured, after two of warm-up.")
+        int, typer.Option(min=1, help="Steps that are measured, after two others.")
     ] = 10,
     precision: Annotated[
         Literal["auto", "fp32", "bf16"] | None,
-        typer.Option(help="The precision; by default the configuration's."),
+        typer.Option(help="By default the configuration's."),
     ] = None,
     sets: Annotated[
         list[str] | None,
@@ -152,10 +148,10 @@ def train(
         "digits-pretrain"
     ),
     vs: Annotated[
-        str | None, typer.Option(help="Another preset or file, to time both in alternation.")
+        str | None, typer.Option(help="Another preset or file: both are timed in alternation.")
     ] = None,
     steps: Annotated[
-        int, typer.Option(min=1, help="How many steps are measured, with --vs in a slice.")
+        int, typer.Option(min=1, help="Steps that are measured, with --vs in a slice.")
     ] = 5,
     pairs: Annotated[int, typer.Option(min=2, help="How many pairs of slices --vs times.")] = 10,
     sets: Annotated[
@@ -226,14 +222,12 @@ def sample(
 
 def data(
     source: Annotated[str, typer.Argument(help="The images, as `--data` takes them.")],
-    image_size: Annotated[
-        int, typer.Option(min=1, help="The side of the images, in pixels.")
-    ] = 256,
+    image_size: Annotated[int, typer.Option(min=1, help="The images' side in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="The images of one step.")] = 64,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to read.")] = 10.0,
     step_ms: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Also read beside steps of this many milliseconds."),
+        typer.Option(min=0.0, help="Also read beside steps of so many milliseconds."),
     ] = None,
     sets: Sets = None,
     as_json: AsJson = False,
@@ -267,9 +261,7 @@ def fid(
     weights: Annotated[
         Path | None, typer.Option(help="Its weights; by default cached or downloaded.")
     ] = None,
-    image_size: Annotated[
-        int, typer.Option(min=8, help="The side of the images, in pixels.")
-    ] = 256,
+    image_size: Annotated[int, typer.Option(min=8, help="The images' side in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 50,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Of features: `--set features.precision=bf16`")

@@ -14,9 +14,7 @@ from msmdiff.core.errors import MsmdiffError, UsageError
 SetA = Annotated[
     str | None, typer.Argument(help="A folder, a zip, an `.npz`, or a run or weights to draw from.")
 ]
-SetB = Annotated[
-    str | None, typer.Argument(help="The reference: the same, or an `.npz` of statistics.")
-]
+SetB = Annotated[str | None, typer.Argument(help="The reference, or an `.npz` of statistics.")]
 Metrics = Annotated[
     str, typer.Option(help="What to compute, such as fid,kid,prdc. See `list metrics`.")
 ]
@@ -28,12 +26,9 @@ Features = Annotated[
     ),
 ]
 Weights = Annotated[
-    Path | None,
-    typer.Option(help="The feature network's weights; by default they are cached or downloaded."),
+    Path | None, typer.Option(help="The features' weights; by default cached or downloaded.")
 ]
-Dinov2Weights = Annotated[
-    Path | None, typer.Option(help="DINOv2's weights, for the metric fd_dinov2.")
-]
+Dinov2Weights = Annotated[Path | None, typer.Option(help="DINOv2's weights, for fd_dinov2.")]
 Resize = Annotated[
     str | None,
     typer.Option(
@@ -42,15 +37,14 @@ Resize = Annotated[
     ),
 ]
 Crop = Annotated[
-    int | None,
-    typer.Option(min=8, help="Crop images to this side first, as training does."),
+    int | None, typer.Option(min=8, help="Crop images to this side first, as training does.")
 ]
 N = Annotated[
     int | None,
     typer.Option(
         min=2,
         max=10_000_000,
-        help="How many images to draw from a run or weights; the default is 10,000.",
+        help="How many images are drawn; by default 10,000.",
     ),
 ]
 Sets = Annotated[
@@ -62,37 +56,28 @@ Sets = Annotated[
     ),
 ]
 Run = Annotated[
-    Path | None,
-    typer.Option(help="Measure this run, against the argument or else its training data."),
+    Path | None, typer.Option(help="Measure this run, against the argument or its data.")
 ]
 EveryCheckpoint = Annotated[
     bool,
-    typer.Option(
-        "--every-checkpoint", help="Measure every checkpoint of --run, and draw the curve."
-    ),
+    typer.Option("--every-checkpoint", help="Measure each checkpoint of --run."),
 ]
 Bootstrap = Annotated[
     int,
     typer.Option(min=0, max=10_000, help="Bootstrap resamples for a 95 % interval; 0 means none."),
 ]
-Plot = Annotated[
-    Path | None, typer.Option(help="Write a PNG of samples beside their nearest references.")
-]
+Plot = Annotated[Path | None, typer.Option(help="A PNG of samples beside the nearest references.")]
 AllowMismatch = Annotated[
-    bool,
-    typer.Option("--allow-mismatch", help="Compare although both sides were measured differently."),
+    bool, typer.Option("--allow-mismatch", help="Compare although the settings differ.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
 Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Inception's precision.")]
 Workers = Annotated[
-    int | None,
-    typer.Option(min=0, help="How many processes decode images; by default as many as help."),
+    int | None, typer.Option(min=0, help="Decoding processes; by default as many as help.")
 ]
 SaveStats = Annotated[
     Path | None,
-    typer.Option(
-        "--save-stats", "-o", "--out", help="Write the statistics of the last of the given sets."
-    ),
+    typer.Option("--save-stats", "-o", "--out", help="Write the statistics of the last set given."),
 ]
 JsonFile = Annotated[
     Path | None,
