@@ -88,8 +88,10 @@ def small(arguments: list[str]) -> list[str]:
         return _few_seeds(arguments) + _given("sample.steps=2")
     if verb == "fid":
         return _cheap_features(arguments)
-    if verb == "compare":
+    if verb == "compare" and arguments[1].endswith(".yaml"):
         return [verb, _small_spec(arguments[1]), *arguments[2:]]
+    if arguments[:2] == ["data", "features"]:
+        return [*arguments, "--steps", "10"]
     if verb == "bench":
         return arguments + _small_bench(arguments)
     if verb == "quickstart" and "--help" not in arguments:

@@ -86,7 +86,7 @@ def _write_program(path: Path, script: str) -> None:
 def _furnish(world: Path, programs: Path, inception: Path, vae: Path) -> None:
     """The pictures, and the files that the pages take from elsewhere."""
     rng = np.random.default_rng(0)
-    for i in range(12):
+    for i in range(24):
         colours = rng.integers(0, 255, (4, 6, 3), np.uint8)
         picture = Image.fromarray(colours).resize((72, 66), Image.Resampling.BICUBIC)
         for set_ in ("photos", "photos-train", "photos-val"):
