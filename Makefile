@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart does-masking-pay test lint clean
+.PHONY: install quickstart does-masking-pay test lint docs gpu clean
 
 install: .venv/installed
 
@@ -13,7 +13,7 @@ install: .venv/installed
 	touch $@
 
 .venv/tested: .venv/installed
-	$(BIN)/python -m pip install --quiet --editable '.[test]'
+	$(BIN)/python -m pip install --quiet --editable '.[test,docs]'
 	touch $@
 
 quickstart: install
@@ -34,7 +34,11 @@ lint: .venv/tested
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
+# The site, in site/. A link that leads nowhere is an error.
+docs: .venv/tested
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+test: lint docs
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n auto
 
 # What needs a CUDA device: its tests, then the papers' networks timed into the page.
@@ -43,4 +47,4 @@ gpu: .venv/tested
 	$(BIN)/msmdiff bench tables --into docs/benchmarks.md
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist site *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

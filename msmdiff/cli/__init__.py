@@ -26,7 +26,7 @@ from msmdiff.cli import (
 
 app = typer.Typer(
     name="msmdiff",
-    help="Train diffusion transformers cheaply by masking: pretrain, finetune, sample, measure.",
+    help="Train diffusion transformers cheaply by masking, draw samples, and measure them.",
     epilog="Start with `msmdiff quickstart`, or `msmdiff pretrain --mask 0.9`.",
     no_args_is_help=True,
     add_completion=True,

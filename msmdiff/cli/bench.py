@@ -42,25 +42,30 @@ def register(app: typer.Typer) -> None:
 def bench(
     context: typer.Context,
     config: Annotated[str | None, typer.Option(help="A preset's name or a YAML file.")] = None,
-    model: Annotated[str | None, typer.Option(help="Size by name.")] = None,
-    image_size: Annotated[int | None, typer.Option(help="Side of the images, in pixels.")] = None,
-    codec: Annotated[str | None, typer.Option(help="Space to train in (`list codecs`).")] = None,
+    model: Annotated[str | None, typer.Option(help="A size by its name.")] = None,
+    image_size: Annotated[int | None, typer.Option(help="The images' side in pixels.")] = None,
+    codec: Annotated[str | None, typer.Option(help="The space. See `list codecs`.")] = None,
     mask: Annotated[
-        list[float] | None, typer.Option(help="A ratio to compare with no mask; may be repeated.")
+        list[float] | None,
+        typer.Option(help="A ratio to compare with no mask; may be repeated."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per step.")] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps, after two of warm-up.")] = 10,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps that are measured, after two others.")
+    ] = 10,
     precision: Annotated[
-        Literal["auto", "fp32", "bf16"] | None, typer.Option(help="Default: the configuration's.")
+        Literal["auto", "fp32", "bf16"] | None,
+        typer.Option(help="By default the configuration's."),
     ] = None,
     sets: Annotated[
-        list[str] | None, typer.Option("--set", help="Any other key: `--set train.compile=true`.")
+        list[str] | None,
+        typer.Option("--set", help="Set any other key: `--set train.compile=true`."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """Time whole training steps on random images: without a mask, and with each of the given ones.
+    """Time whole training steps on random images, without a mask and with each of the given ones.
 
-    Without --mask: 0.9, or MDT's and EDT's own two passes.
+    Without --mask it takes 0.9, or the two passes of MDT and EDT.
     """
     if context.invoked_subcommand is not None:
         return
@@ -145,16 +150,19 @@ def train(
     vs: Annotated[
         str | None, typer.Option(help="Another preset or file: both are timed in alternation.")
     ] = None,
-    steps: Annotated[int, typer.Option(min=1, help="Measured steps of each; of a slice.")] = 5,
-    pairs: Annotated[int, typer.Option(min=2, help="With --vs: pairs of slices.")] = 10,
+    steps: Annotated[
+        int, typer.Option(min=1, help="Steps that are measured, with --vs in a slice.")
+    ] = 5,
+    pairs: Annotated[int, typer.Option(min=2, help="How many pairs of slices --vs times.")] = 10,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any key, of both: `--set train.batch_size=8`."),
+        typer.Option("--set", help="Set any key, of both: `--set train.batch_size=8`."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """Where a training step's time goes, with the configuration's route and without; or, with
-    --vs, how two configurations compare, pair by pair.
+    """Show where a training step's time goes, with the configuration's route and without.
+
+    With --vs, two configurations are timed in alternation and compared pair by pair.
     """
 
     from msmdiff.cli.console import print_json
@@ -180,20 +188,21 @@ def train(
 
 
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="Any key: `--set train.batch_size=8`.")
+    list[str] | None, typer.Option("--set", help="Set any key: `--set train.batch_size=8`.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")]
 
 
 def sample(
     config: Annotated[str, typer.Option(help="A preset's name or a YAML file.")] = "digits-uvit",
-    batch_size: Annotated[int, typer.Option(min=1, help="Images drawn at once.")] = 64,
-    repeats: Annotated[int, typer.Option(min=2, help="Drawings that are timed.")] = 3,
+    batch_size: Annotated[int, typer.Option(min=1, help="How many images are drawn at once.")] = 64,
+    repeats: Annotated[int, typer.Option(min=2, help="How many drawings are timed.")] = 3,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """How fast images are drawn with a configuration's sampler, and what that costs beside the bare
-    network. The network is a fresh one: speed does not depend on what it has learned.
+    """Show how fast a configuration's sampler draws images, and what it costs beside the network.
+
+    The network is a fresh one: speed does not depend on what it has learned.
     """
     from msmdiff.core.bench import sampling
 
@@ -212,19 +221,18 @@ def sample(
 
 
 def data(
-    source: Annotated[str, typer.Argument(help="What `--data` takes.")],
-    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 256,
-    batch_size: Annotated[int, typer.Option(min=1, help="Images of a step.")] = 64,
+    source: Annotated[str, typer.Argument(help="The images, as `--data` takes them.")],
+    image_size: Annotated[int, typer.Option(min=1, help="The images' side in pixels.")] = 256,
+    batch_size: Annotated[int, typer.Option(min=1, help="The images of one step.")] = 64,
     seconds: Annotated[float, typer.Option(min=0.1, help="How long to read.")] = 10.0,
     step_ms: Annotated[
-        float | None, typer.Option(min=0.0, help="Also read beside steps of so many milliseconds.")
+        float | None,
+        typer.Option(min=0.0, help="Also read beside steps of so many milliseconds."),
     ] = None,
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """How fast images are read the way training does, and for what share of the time a network
-    would wait for them.
-    """
+    """Show how fast images are read as in training, and how long a network would wait for them."""
     from msmdiff.cli.console import Console
     from msmdiff.core import config as configuration
     from msmdiff.core.bench import loading
@@ -253,14 +261,14 @@ def fid(
     weights: Annotated[
         Path | None, typer.Option(help="Its weights; by default cached or downloaded.")
     ] = None,
-    image_size: Annotated[int, typer.Option(min=8, help="Side of the images, in pixels.")] = 256,
+    image_size: Annotated[int, typer.Option(min=8, help="The images' side in pixels.")] = 256,
     batch_size: Annotated[int, typer.Option(min=1, help="Images per network pass.")] = 50,
     sets: Annotated[
         list[str] | None, typer.Option("--set", help="Of features: `--set features.precision=bf16`")
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """How fast a feature network reads images, and how long a distance takes to compute."""
+    """Show how fast a feature network reads images, and how long a distance takes."""
     from msmdiff.core import config as configuration
     from msmdiff.core.bench import scoring
     from msmdiff.core.errors import UsageError
@@ -288,7 +296,7 @@ def tables(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Whole training steps of the papers' networks on this device, as a table for a page.
+    """Time training steps of the papers' networks on this device, as a table for a page.
 
     On a GPU those are the XL networks with torch.compile, some minutes; on a CPU three small ones.
     """
@@ -325,8 +333,9 @@ def growth(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """How the time and memory of a step grow with the mask, the batch and the tokens, beside what
-    the counted operations alone would ask for.
+    """Show how a step's time and memory grow with the mask, the batch and the tokens.
+
+    Beside them stands what the counted operations alone would ask for.
     """
     from msmdiff.core.bench import growth as measuring
     from msmdiff.core.errors import UsageError
@@ -362,7 +371,7 @@ def plan(
     sets: Sets = None,
     as_json: AsJson = False,
 ) -> None:
-    """What a training would cost on GPUs that are not at hand: memory, milliseconds a step, hours.
+    """Show what a training would cost on other GPUs: memory, milliseconds a step, hours.
 
     The operations are counted; the share of the data sheet's speed is assumed. Published trainings
     of U-ViT-H/2 and DiT-XL/2 lie within a tenth of it (docs/benchmarks.md).

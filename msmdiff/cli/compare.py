@@ -11,7 +11,7 @@ def register(app: typer.Typer) -> None:
     app.command(
         epilog="Examples: `msmdiff compare spec.yaml --out compared` · the same again after a kill "
         "goes on · `msmdiff compare few.yaml many.yaml` · `msmdiff compare results/*.json` only "
-        "sums up · docs/recipes.md has a spec"
+        "sums up · docs/evaluation.md has a spec"
     )(compare)
 
 
@@ -20,25 +20,29 @@ def compare(
         list[Path],
         typer.Argument(
             metavar="SPEC...",
-            help="YAML: arms, budget, seeds, measure (docs/recipes.md); or the compare.json of "
-            "finished comparisons, to sum up.",
+            help="YAML files with arms, budget, seeds and measure (docs/evaluation.md), or the "
+            "compare.json of finished comparisons, to sum up.",
         ),
     ],
     out: Annotated[
         Path,
-        typer.Option(help="Folder for the runs, figures and pictures; of several, one in it each."),
+        typer.Option(
+            help="The folder for runs, figures and pictures; several specs get one each in it."
+        ),
     ] = Path("compared"),
     seeds: Annotated[
         int | None,
-        typer.Option(min=1, help="Only so many of the spec's seeds; more of them later go on."),
+        typer.Option(
+            min=1, help="Train this many of the spec's seeds; more of them can follow later."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """Train several arms with the same budget, taking turns of a few seconds, and say which is
-    better, with the spread over seeds.
+    """Train several settings with the same budget, and say which is better.
 
-    Run it again to go on after a kill: it ends with the same bits. Several comparisons are summed
-    up in one table and a plot over the number of tokens.
+    The arms take turns of a few seconds, so that other work on the machine hits all alike. The
+    table has the spread over seeds. Run the same command again to go on after a kill. Several
+    comparisons are summed up in one table and a plot over the number of tokens.
     """
     from dataclasses import asdict
 

@@ -1,13 +1,17 @@
 """`data`: encode, inspect and pack data sets, and train a classifier of one."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
 
-Labels = Annotated[str | None, typer.Option(help="Classes: auto, folders, adm or none.")]
+Labels = Annotated[
+    str | None, typer.Option(help="Where classes come from: auto, folders, adm or none.")
+]
 Sets = Annotated[
-    list[str] | None, typer.Option("--set", help="Keys of data and codec: `--set codec.tile=true`.")
+    list[str] | None,
+    typer.Option("--set", help="Set a key of data or codec: `--set codec.tile=true`."),
 ]
 Skip = Annotated[
     bool, typer.Option("--skip-unreadable", help="Leave unreadable images out instead of stopping.")
@@ -19,30 +23,39 @@ Overwrite = Annotated[
 ]
 
 Source = Annotated[
-    str, typer.Argument(help="Images: a folder, a zip, ...; or the latents of another project.")
+    str,
+    typer.Argument(help="The images (a folder, a zip, ...), or the latents of another project."),
 ]
 Out = Annotated[
     Path,
-    typer.Option("-o", "--out", help="Folder of the packed set. The same command goes on in it."),
+    typer.Option(
+        "-o", "--out", help="The folder of the packed set; the same command goes on in it."
+    ),
 ]
-Vae = Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id.")]
+Vae = Annotated[str | None, typer.Option(help="The autoencoder: a folder, a file or a hub id.")]
 ImageSize = Annotated[int, typer.Option(help="Side of the images, in pixels.")]
-Codec = Annotated[str, typer.Option(help="pixel: cropped images, also for dwt (`list codecs`).")]
-Mirror = Annotated[bool, typer.Option("--mirror", help="Also the mirrored images, for data.hflip.")]
+Codec = Annotated[
+    str, typer.Option(help="`pixel` packs the cropped images themselves, also for dwt.")
+]
+Mirror = Annotated[
+    bool, typer.Option("--mirror", help="Also encode mirrored images, which data.hflip needs.")
+]
 Captions = Annotated[
     str | None,
-    typer.Option(help="`txt`: NAME.txt beside each image, a caption a line; or a JSON file."),
+    typer.Option(help="The captions: `txt` for a NAME.txt beside each image, or a JSON file."),
 ]
-Text = Annotated[str, typer.Option(help="CLIP text encoder: folder or hub id.")]
-Dtype = Annotated[Literal["float16", "float32"], typer.Option(help="Of stored moments.")]
+Text = Annotated[str, typer.Option(help="CLIP's text encoder: a folder or a hub id.")]
+Dtype = Annotated[Literal["float16", "float32"], typer.Option(help="The type of stored moments.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
-Shard = Annotated[int, typer.Option(min=1, help="Images written and resumed as one.")]
+Shard = Annotated[
+    int, typer.Option(min=1, help="How many images are written, and resumed, as one.")
+]
 
 
 def register(app: typer.Typer) -> None:
     """Add the group of commands."""
     group = typer.Typer(
-        help="Data sets: encode to packed latents, inspect, pack into a zip, train a classifier.",
+        help="Look at data sets, encode them to latents, pack them, or train a classifier of them.",
         no_args_is_help=True,
     )
     group.command(
@@ -86,9 +99,9 @@ def encode(
     skip_unreadable: Skip = False,
     sets: Sets = None,
 ) -> None:
-    """Encode images once, for training: `--data OUT` then reads them at the speed of memory.
+    """Encode images to latents once, so that training reads them at the speed of memory.
 
-    Keeps each latent's mean and deviation, so that training draws a fresh sample at every visit.
+    The set keeps each latent's mean and deviation: training draws a fresh sample at every visit.
     """
     import os
 
@@ -127,7 +140,14 @@ def encode(
     )
     console.finish()
     told = f"{out}: {count:,} images encoded now, of {len(images):,}"
-    console.note(f"{told}; next: msmdiff train --data {out}")
+    console.note(f"{told}; next: {_next(config, out, captions is not None)}")
+
+
+def _next(config: Any, out: Path, captions: bool) -> str:
+    """The command that trains on a packed set."""
+    words = ["msmdiff", "train", "--data", str(out), "--codec", config.codec.name]
+    words += ["--image-size", str(config.data.image_size)]
+    return shlex.join(words + (["--model", "U-ViT-S/2-T2I"] if captions else []))
 
 
 def _loaded(config: Any, device: str) -> Any:
@@ -149,9 +169,12 @@ def inspect(
     sheet: Annotated[
         Path | None, typer.Option(help="Write a contact sheet (PNG) of images chosen at random.")
     ] = None,
-    count: Annotated[int, typer.Option(min=1, help="Images on the sheet.")] = 64,
+    count: Annotated[int, typer.Option(min=1, help="How many images are on the sheet.")] = 64,
     vae: Annotated[
-        str | None, typer.Option(help="To decode latents for the sheet; default: what made them.")
+        str | None,
+        typer.Option(
+            help="The autoencoder that decodes latents for the sheet; by default what made them."
+        ),
     ] = None,
     speed: Annotated[
         bool, typer.Option("--speed", help="Time reading a shuffled epoch as training does.")
@@ -161,8 +184,9 @@ def inspect(
     overwrite: Overwrite = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """What a data set holds: counts, classes, sizes, files that cannot be read; exit code 1 if
-    there are any.
+    """Show what a data set holds: images, classes, sizes, and files that cannot be read.
+
+    The exit code is 1 if there are unreadable files.
     """
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core import files
@@ -190,19 +214,19 @@ def inspect(
 
 
 def pack(
-    source: Annotated[str, typer.Argument(help="Images: a folder, LMDB, ...")],
+    source: Annotated[str, typer.Argument(help="The images: a folder, an LMDB, ...")],
     out: Annotated[Path, typer.Option("-o", "--out", help="The zip archive.")],
     image_size: Annotated[
         int | None,
         typer.Option(
-            min=2, help="Crop and resize to PNGs of this side; default: the files as they are."
+            min=2, help="Crop images to PNGs of this side; by default the files stay as they are."
         ),
     ] = None,
     labels: Labels = None,
     skip_unreadable: Skip = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Put images into one zip archive, which is read as fast as a folder and copied much faster."""
+    """Pack images into one zip, which is read as fast as a folder and copied much faster."""
     from msmdiff.cli.console import Console
     from msmdiff.core.data import inspection
     from msmdiff.core.data.checking import open_training
@@ -219,21 +243,26 @@ def pack(
 
 
 def features(
-    source: Annotated[str, typer.Argument(help="Images with classes: a folder of folders, ...")],
-    out: Annotated[Path, typer.Option("-o", "--out", help="The network, .safetensors.")],
+    source: Annotated[
+        str, typer.Argument(help="Images with classes, such as a folder of folders.")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--out", help="The file of the network, .safetensors.")
+    ],
     image_size: Annotated[
-        int, typer.Option(min=8, max=256, help="Side of the images that it sees.")
+        int, typer.Option(min=8, max=256, help="The side of the images that it sees.")
     ] = 32,
-    steps: Annotated[int, typer.Option(min=10, help="Of 128 images; 500: a minute on a CPU.")] = (
-        500
-    ),
-    seed: Annotated[int, typer.Option(min=0, help="Of the training.")] = 0,
+    steps: Annotated[
+        int, typer.Option(min=10, help="Steps of 128 images; 500 take a minute on a CPU.")
+    ] = (500),
+    seed: Annotated[int, typer.Option(min=0, help="The seed of the training.")] = 0,
     labels: Labels = None,
     skip_unreadable: Skip = False,
     overwrite: Overwrite = False,
 ) -> None:
-    """Train a small classifier of the images at hand, whose features give a Fréchet distance
-    without any download: `fid --features OUT`. It is not FID.
+    """Train a small classifier of your images, to measure distances with `fid --features OUT`.
+
+    It needs no download, and sees shapes that pixels do not. The distance is not FID.
     """
     import os
 

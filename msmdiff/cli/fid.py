@@ -12,70 +12,76 @@ import typer
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 SetA = Annotated[
-    str | None, typer.Argument(help="Folder, zip, `.npz`, or a run or weights to sample from.")
+    str | None, typer.Argument(help="A folder, a zip, an `.npz`, or a run or weights to draw from.")
 ]
-SetB = Annotated[str | None, typer.Argument(help="The reference; also an `.npz` of statistics.")]
+SetB = Annotated[str | None, typer.Argument(help="The reference, or an `.npz` of statistics.")]
 Metrics = Annotated[
-    str, typer.Option(help="Of fid,sfid,is,kid,prdc,fd_dinov2,... (`list metrics`).")
+    str, typer.Option(help="What to compute, such as fid,kid,prdc. See `list metrics`.")
 ]
 Features = Annotated[
     str,
     typer.Option(
-        help="inception, dinov2, pixel (8x8 averages, not FID), or the file of a classifier that "
-        "`data features` made."
+        help="What images are compared by: inception, dinov2, pixel (8x8 averages, not FID), or "
+        "a classifier's file, which `data features` makes."
     ),
 ]
 Weights = Annotated[
-    Path | None, typer.Option(help="Feature-network weights; by default cached or downloaded.")
+    Path | None, typer.Option(help="The features' weights; by default cached or downloaded.")
 ]
-Dinov2Weights = Annotated[Path | None, typer.Option(help="Those of fd_dinov2 beside Inception.")]
+Dinov2Weights = Annotated[Path | None, typer.Option(help="DINOv2's weights, for fd_dinov2.")]
 Resize = Annotated[
     str | None,
     typer.Option(
-        help="pytorch-fid, clean or adm; default: the given statistics', else pytorch-fid."
+        help="Whose rule brings images to Inception's size: pytorch-fid, clean or adm; by default "
+        "the given statistics', else pytorch-fid."
     ),
 ]
 Crop = Annotated[
-    int | None,
-    typer.Option(min=8, help="Centre-crop images to this side first, as training does."),
+    int | None, typer.Option(min=8, help="Crop images to this side first, as training does.")
 ]
 N = Annotated[
     int | None,
-    typer.Option(min=2, max=10_000_000, help="Images to draw, seeds from 0; default: 10,000."),
+    typer.Option(
+        min=2,
+        max=10_000_000,
+        help="How many images are drawn; by default 10,000.",
+    ),
 ]
 Sets = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
-        help="Of metric, features, or data (a source's options); when drawing of sample, codec or "
-        "model.",
+        help="Set a key of metric, features or data; if images are drawn, also of sample, codec "
+        "or model.",
     ),
 ]
 Run = Annotated[
-    Path | None, typer.Option(help="Measure a run; reference: the argument, else its data.")
+    Path | None, typer.Option(help="Measure this run, against the argument or its data.")
 ]
 EveryCheckpoint = Annotated[
-    bool, typer.Option("--every-checkpoint", help="All of --run's, with a curve.")
+    bool,
+    typer.Option("--every-checkpoint", help="Measure each checkpoint of --run."),
 ]
 Bootstrap = Annotated[
     int,
     typer.Option(min=0, max=10_000, help="Bootstrap resamples for a 95 % interval; 0 means none."),
 ]
-Plot = Annotated[Path | None, typer.Option(help="PNG: samples beside their nearest references.")]
+Plot = Annotated[Path | None, typer.Option(help="A PNG of samples beside the nearest references.")]
 AllowMismatch = Annotated[
-    bool, typer.Option("--allow-mismatch", help="Compare what was measured unalike.")
+    bool, typer.Option("--allow-mismatch", help="Compare although the settings differ.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
-Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Of Inception.")]
+Precision = Annotated[Literal["fp32", "bf16"], typer.Option(help="Inception's precision.")]
 Workers = Annotated[
-    int | None, typer.Option(min=0, help="Decoding processes; default: as many as help.")
+    int | None, typer.Option(min=0, help="Decoding processes; by default as many as help.")
 ]
 SaveStats = Annotated[
     Path | None,
     typer.Option("--save-stats", "-o", "--out", help="Write the statistics of the last set given."),
 ]
 JsonFile = Annotated[
-    Path | None, typer.Option("--json", help="Write scores and settings; - for stdout.")
+    Path | None,
+    typer.Option("--json", help="Write the scores with all settings; - writes to stdout."),
 ]
 
 Overwrite = Annotated[
@@ -121,8 +127,8 @@ def fid(
     """Compare two sets of images: FID, sFID, Inception Score, KID, precision/recall,
     density/coverage, FD-DINOv2.
 
-    `msmdiff fid stats SRC -o FILE` keeps a reference's statistics. Images of one set must have one
-    size.
+    `msmdiff fid stats SRC -o FILE` keeps the statistics of a reference. The images of one set must
+    have one size.
     """
     from msmdiff.core.metrics.evaluate import Settings
     from msmdiff.core.metrics.features import named

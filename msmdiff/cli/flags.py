@@ -16,73 +16,78 @@ def _key(name: str, more: str = "", completion: Any = None) -> Any:
     """An option of a configuration's key: its help is the key's own description."""
     section, _, key = name.partition(".")
     about = SECTIONS[section].model_fields[key].description or ""
-    return typer.Option(help=about[:1].upper() + about[1:] + more, autocompletion=completion)
+    return typer.Option(help=about + more, autocompletion=completion)
 
 
 def _training_options(
     config: Annotated[
         str | None,
         typer.Option(
-            help="A preset's name (`list presets`) or a YAML file.",
-            autocompletion=completion.presets,
+            help="A preset (see `list presets`) or a YAML file.", autocompletion=completion.presets
         ),
     ] = None,
     data: Annotated[str | None, _key("data.source")] = None,
     image_size: Annotated[int | None, _key("data.image_size")] = None,
-    codec: Annotated[str | None, _key("codec.name", " (`list codecs`)")] = None,
+    codec: Annotated[str | None, _key("codec.name", " See `list codecs`.")] = None,
     mask: Annotated[float | None, _key("mask.ratio")] = None,
-    mask_kind: Annotated[str | None, _key("mask.kind", " (`list masks`)")] = None,
+    mask_kind: Annotated[str | None, _key("mask.kind", " See `list masks`.")] = None,
     mask_block: Annotated[
-        int | None, typer.Option(help="Side of a block, in tokens, with --mask-kind block.")
+        int | None, typer.Option(help="The side of a block in tokens, with --mask-kind block.")
     ] = None,
     mask_tail: Annotated[float | None, _key("mask.tail")] = None,
     model: Annotated[
-        str | None, _key("model.name", " (`list models`)", completion.registered("size"))
+        str | None, _key("model.name", " See `list models`.", completion.registered("size"))
     ] = None,
     conditional: Annotated[
         bool | None,
-        typer.Option("--conditional/--unconditional", help="Learn the data's classes, or none."),
+        typer.Option(
+            "--conditional/--unconditional", help="Learn the data's classes, or no classes."
+        ),
     ] = None,
     steps: Annotated[int | None, _key("train.steps")] = None,
-    images: Annotated[int | None, typer.Option(help="Images to see, instead of --steps.")] = None,
+    images: Annotated[
+        int | None, typer.Option(help="How many images to see, instead of --steps.")
+    ] = None,
     epochs: Annotated[
-        float | None, typer.Option(help="How often to see every image, instead of --steps.")
+        float | None, typer.Option(help="How many times to see every image, instead of --steps.")
     ] = None,
     batch_size: Annotated[int | None, _key("train.batch_size")] = None,
     lr: Annotated[float | None, _key("optim.lr")] = None,
     seed: Annotated[int | None, _key("train.seed")] = None,
     device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU where there is one.")
+        str | None,
+        typer.Option(help="The device: cpu, cuda or cuda:N; by default a GPU if there is one."),
     ] = None,
     run: Annotated[
         str | None,
         typer.Option(
-            help="Name under runs/, or a path. Where a run is there it goes on, with its own "
-            "settings where none are given.",
+            help="A name under runs/, or a path. A run that is there goes on, with its own "
+            "settings unless others are given.",
             autocompletion=completion.runs,
         ),
     ] = None,
     resume: Annotated[
         str | None,
         typer.Option(
-            help="The same for a run that must be there already.", autocompletion=completion.runs
+            help="Go on with this run, which must be there.", autocompletion=completion.runs
         ),
     ] = None,
     allow_change: Annotated[
         bool,
         typer.Option(
-            "--allow-change", help="Go on with another rate, precision and the like; it is noted."
+            "--allow-change",
+            help="Go on although the rate, the precision or the like changed; the run records it.",
         ),
     ] = False,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other key: `--set optim.lr=1e-4` (`list keys`)."),
+        typer.Option("--set", help="Set any other key: `--set optim.lr=1e-4`. See `list keys`."),
     ] = None,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Show the configuration and its cost; stop.")
+        bool, typer.Option("--dry-run", help="Show the configuration and what it costs, and stop.")
     ] = False,
     quiet: Annotated[
-        bool, typer.Option("--quiet", "-q", help="Say only where the result is, and errors.")
+        bool, typer.Option("--quiet", "-q", help="Print only errors and where the result is.")
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="End with a JSON summary on stdout.")

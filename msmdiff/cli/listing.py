@@ -44,43 +44,52 @@ def listing(
     ] = None,
     name: Annotated[
         str | None,
-        typer.Argument(help="One of them: its options; of keys: a section, or one key."),
+        typer.Argument(help="One of its names, to see the options; of keys, a section or one key."),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """What there is to choose from: models, samplers, codecs, presets, ... and their options."""
+    """Show what can be chosen (models, samplers, presets, ...), and the options of each choice."""
     from msmdiff.cli.console import Console, print_json
-    from msmdiff.core import registry
-    from msmdiff.core.errors import UsageError, nearest
 
-    known = [*NAMES, *OTHERS]
     what = _plural(what)
-    if what is not None and what not in known:
-        near = nearest(what, known)
-        raise UsageError(f"list {what}: no such kind{near}; there are {', '.join(known)}")
-    if what is None:
-        rows: list[tuple[str, ...]] = []
-        for kind in known:
-            count = f"{len(_names(kind))} to choose from"
-            rows.append((kind, count, NAMES.get(kind, "")))
-        header: tuple[str, ...] = ("kind", "", "as plugins register it")
-    elif what == "keys":
-        header, rows = ("key", "default", "what it is"), _keys(name)
-    elif what == "presets" and name is not None:
-        header, rows = ("key", "value"), _preset(name)
-    elif what == "plugins" or name is None:
-        if name is not None:
-            raise UsageError(f"list {what} {name}: {what} have no options")
-        header, rows = ("name", "what it is"), _summaries(what)
-    else:
-        entry = registry.find(NAMES[what], name, f"list {what}")
-        header, rows = ("option", "default", "what it is"), _options(entry)
+    header, rows = table(what, name)
     if as_json:
         print_json([dict(zip(header, row, strict=True)) for row in rows])
     else:
         Console().table(
             " ".join(x for x in (what or "kinds", name) if x), header, rows, figures=False
         )
+
+
+Rows = list[tuple[str, ...]]
+
+
+def table(what: str | None = None, name: str | None = None) -> tuple[tuple[str, ...], Rows]:
+    """The header and the rows that `list WHAT NAME` shows; the reference pages show them too.
+
+    Raises UsageError for a kind or a name that does not exist.
+    """
+    from msmdiff.core import registry
+    from msmdiff.core.errors import UsageError, nearest
+
+    known = [*NAMES, *OTHERS]
+    if what is None:
+        counted = [(kind, f"{len(_names(kind))} to choose from") for kind in known]
+        rows: Rows = [(kind, count, NAMES.get(kind, "")) for kind, count in counted]
+        return ("kind", "", "as plugins register it"), rows
+    if what not in known:
+        near = nearest(what, known)
+        raise UsageError(f"list {what}: no such kind{near}; there are {', '.join(known)}")
+    if what == "keys":
+        return ("key", "default", "what it is"), _keys(name)
+    if what == "presets" and name is not None:
+        return ("key", "value"), _preset(name)
+    if name is None:
+        return ("name", "what it is"), _summaries(what)
+    if what == "plugins":
+        raise UsageError(f"list {what} {name}: {what} have no options")
+    entry = registry.find(NAMES[what], name, f"list {what}")
+    return ("option", "default", "what it is"), _options(entry)
 
 
 def _plural(what: str | None) -> str | None:
@@ -150,7 +159,7 @@ def _keys(wanted: str | None) -> list[tuple[str, ...]]:
         for key, field in SECTIONS[name].model_fields.items():
             dotted, default, about = _row(f"{name}.{key}", field)
             kind = SECTIONS[name].CHOICES.get(key)
-            more = f" (see `msmdiff list {shown[kind]}`)" if kind else ""
+            more = f" See `msmdiff list {shown[kind]}`." if kind else ""
             rows.append((dotted, default, about + more))
     return rows
 

@@ -10,7 +10,8 @@ import typer
 Plugins = Annotated[
     list[str] | None,
     typer.Option(
-        "--plugin", help="A Python file, or an installed plugin's name, to load; may be repeated."
+        "--plugin",
+        help="Load a plugin: a Python file, or an installed one's name; may be repeated.",
     ),
 ]
 

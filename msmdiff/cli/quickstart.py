@@ -30,22 +30,21 @@ def register(app: typer.Typer) -> None:
 
 
 def quickstart(
-    minutes: Annotated[float, typer.Option(min=0.5, help="For everything, on a quiet machine.")] = (
-        6.0
-    ),
-    out: Annotated[Path, typer.Option(help="Folder for the runs and pictures.")] = Path(
+    minutes: Annotated[
+        float, typer.Option(min=0.5, help="How long everything may take, on a quiet machine.")
+    ] = (6.0),
+    out: Annotated[Path, typer.Option(help="The folder for the runs and pictures.")] = Path(
         "quickstart"
     ),
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Remove what an earlier quickstart left there.")
     ] = False,
 ) -> None:
-    """Pretrain on a tenth of the tokens, fine-tune, sample; and train from scratch for the same
-    seconds beside it, in turns of three seconds.
+    """Show the whole story on real digits: pretrain on a tenth of the tokens, fine-tune, sample.
 
-    Everything runs on scikit-learn's 1,797 real digits: four fifths to train on, one fifth to
-    measure against. From three minutes on, each arm is trained with three seeds. After a kill the
-    same command goes on.
+    Beside it, the same network is trained from scratch for the same seconds, in turns. Four fifths
+    of scikit-learn's 1,797 digits are trained on, and one fifth is measured against. From three
+    minutes on, each arm is trained with three seeds. After a kill the same command goes on.
     """
     from msmdiff.cli.console import Console, Notes
     from msmdiff.core.compare import Comparison

@@ -12,83 +12,100 @@ from msmdiff.core.errors import UsageError
 Source = Annotated[
     list[str] | None,
     typer.Argument(
-        help="Runs, their names, checkpoints or weights files; default: newest.",
+        help="Runs, their names, checkpoints or weights files; the default is the newest run.",
         autocompletion=completion.runs,
     ),
 ]
-N = Annotated[int | None, typer.Option(help="How many images: seeds 0 to n - 1.")]
+N = Annotated[int | None, typer.Option(help="How many images to draw, with seeds 0 to n - 1.")]
 Seeds = Annotated[
     str | None,
-    typer.Option(help="Seeds as A-B, inclusive, or one seed. One seed is one image."),
+    typer.Option(help="The seeds to draw, as A-B or one number. One seed is one image."),
 ]
 Classes = Annotated[
     str | None,
     typer.Option(
-        help="As 3, 0-9, 0,4,7 or by name (Flags,Objects), or balanced (all): dealt to the seeds "
-        "in turn; or random, or data (in the data's proportions), by the seed."
+        help="Classes that the seeds get in turn: 3, 0-9, 0,4,7, names (Flags,Objects), or "
+        "balanced for all of them; random draws one for each seed, data in the data's proportions."
     ),
 ]
 Prompts = Annotated[
     Path | None,
-    typer.Option(help="Text to image: a file, one prompt a line, dealt to the seeds in turn."),
+    typer.Option(
+        help="A file with one prompt a line, which the seeds get in turn (text to image)."
+    ),
 ]
-Steps = Annotated[str | None, typer.Option(help="Sampling steps, or ADM's spacing such as ddim25.")]
+Steps = Annotated[
+    str | None, typer.Option(help="How many steps to take, or ADM's spacing such as ddim25.")
+]
 Sampler = Annotated[
     str | None,
     typer.Option(
-        help="Default: the run's, normally ddim (`list samplers`).",
+        help="The sampler; the default is the run's, normally ddim. See `list samplers`.",
         autocompletion=completion.registered("sampler"),
     ),
 ]
 Preset = Annotated[
     str | None,
-    typer.Option(help="A paper's evaluation settings: dit, mdtv2, edt, uvit, maskdm, ..."),
+    typer.Option(help="Sample as a paper's evaluation did: dit, mdtv2, edt, uvit, maskdm, ..."),
 ]
-Eta = Annotated[float | None, typer.Option(help="ddim: 0 deterministic, 1 as noisy as ddpm.")]
-Cfg = Annotated[float | None, typer.Option(help="Guidance scale; 1 is none.")]
-Guide = Annotated[str | None, typer.Option(help="Autoguidance: a weaker run or weights file.")]
-Ema = Annotated[float | None, typer.Option(help="Which of a run's averages, by its decay.")]
+Eta = Annotated[
+    float | None, typer.Option(help="The noise of ddim: 0 is deterministic, 1 as noisy as ddpm.")
+]
+Cfg = Annotated[float | None, typer.Option(help="The guidance scale; 1 means none.")]
+Guide = Annotated[
+    str | None, typer.Option(help="A weaker run or weights file to guide by (autoguidance).")
+]
+Ema = Annotated[float | None, typer.Option(help="Which of a run's averages to use, by its decay.")]
 Best = Annotated[
-    bool, typer.Option("--best", help="The checkpoint whose samples measured best (best.json).")
+    bool,
+    typer.Option("--best", help="Take the checkpoint whose samples measured best (best.json)."),
 ]
-Vae = Annotated[str | None, typer.Option(help="AutoencoderKL: folder, file or hub id (codec.vae).")]
+Vae = Annotated[
+    str | None, typer.Option(help="The AutoencoderKL: a folder, a file or a hub id (codec.vae).")
+]
 Device = Annotated[
-    str | None, typer.Option(help="cpu, cuda or cuda:N; default: the GPU where there is one.")
+    str | None, typer.Option(help="cpu, cuda or cuda:N; the default is the GPU if there is one.")
 ]
 BatchSize = Annotated[int, typer.Option(min=1, help="Images per network pass.")]
-Precision = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="Of the network.")]
-Out = Annotated[Path | None, typer.Option(help="Folder for the PNGs; default: samples/NAME.")]
+Precision = Annotated[Literal["fp32", "bf16"] | None, typer.Option(help="The network's precision.")]
+Out = Annotated[
+    Path | None, typer.Option(help="The folder for the PNGs; the default is samples/NAME.")
+]
 Png = Annotated[
     bool,
-    typer.Option("--png/--no-png", help="Write the images; whole ones are not made again."),
+    typer.Option("--png/--no-png", help="Write one PNG an image; those that are there are kept."),
 ]
 Npz = Annotated[
-    Path | None, typer.Option(help="Also write ADM's file: arr_0 uint8 NHWC, arr_1 labels.")
+    Path | None,
+    typer.Option(help="Also write an `.npz` as ADM does: arr_0 uint8 NHWC, arr_1 labels."),
 ]
 Stats = Annotated[Path | None, typer.Option(help="Also write the statistics that `fid` takes.")]
 Features = Annotated[
-    str | None, typer.Option(help="Of --stats; default: inception (`list features`).")
+    str | None,
+    typer.Option(help="The features of --stats; the default is inception. See `list features`."),
 ]
-Weights = Annotated[Path | None, typer.Option(help="Inception weights of --stats.")]
+Weights = Annotated[Path | None, typer.Option(help="Inception's weights, for --stats.")]
 Grid = Annotated[
     bool, typer.Option("--grid/--no-grid", help="Also write OUT.grid.png of the first 100.")
 ]
 Interpolate = Annotated[
-    str | None, typer.Option(help="A,B: a strip of n images from seed A to seed B.")
+    str | None, typer.Option(help="Draw a strip of n images from seed A to seed B, given as A,B.")
 ]
 Inpaint = Annotated[
     tuple[Path, Path] | None,
-    typer.Option(help="IMAGE MASK: fill in IMAGE where MASK is white, n times."),
+    typer.Option(help="Fill in IMAGE where MASK is white, n times."),
 ]
 Trajectory = Annotated[
-    bool, typer.Option("--trajectory", help="A strip of x0 predictions over time.")
+    bool, typer.Option("--trajectory", help="Draw the predicted clean images over time.")
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace files that msmdiff did not write.")
 ]
 Sets = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Other keys of sample, codec or model: `--set sample.clip=false`."),
+    typer.Option(
+        "--set", help="Set another key of sample, codec or model: `--set sample.clip=false`."
+    ),
 ]
 
 

@@ -38,9 +38,9 @@ def register(app: typer.Typer) -> None:
 
 @with_training_options
 def pretrain(**options: Any) -> None:
-    """Masked score matching: learn a primer distribution from the visible tokens only.
+    """Train on the visible tokens only (masked score matching), which gives a primer to fine-tune.
 
-    Without further options it trains the tiny network on the embedded digits, 90 % hidden.
+    Without options it trains a tiny network on the embedded digits, with 90 % of the tokens hidden.
     """
     _begin(options)
     masked = {"objective": {"name": "msm"}, "mask": {"ratio": 0.9}}
@@ -54,8 +54,8 @@ def finetune(
     ckpt: Annotated[
         str | None,
         typer.Option(
-            help="A run, its name, or a weights file to start from (its EMA). A run that goes on "
-            "knows it.",
+            help="The run or weights file to start from; its average (EMA) is taken. A run that "
+            "goes on knows it.",
             autocompletion=completion.runs,
         ),
     ] = None,
@@ -64,11 +64,11 @@ def finetune(
     ] = False,
     **options: Any,
 ) -> None:
-    """Start from weights and train on, by default without a mask, with the network and the settings
-    they were trained with; but for as long as asked, at a rate and precision chosen anew.
+    """Start from weights and train on, without a mask unless --mask asks for one.
 
-    Image size, classes and codec may change: positions are interpolated, classes matched by name,
-    new parts start fresh; all of it is named.
+    The network and its settings stay; how long it trains, the rate and the precision are chosen
+    anew. Image size, classes and codec may change: positions are interpolated, classes are matched
+    by name, and new parts start fresh. The start of the run says so.
     """
     from msmdiff.cli.weights import model_fields
     from msmdiff.core import weights
@@ -115,7 +115,7 @@ def finetune(
 
 @with_training_options
 def train(**options: Any) -> None:
-    """Train from scratch on all tokens (or with whatever objective the configuration names).
+    """Train from scratch on all tokens, or as the configuration says.
 
     Without --config, --data and --model it takes the preset digits-finetune.
     """

@@ -5,7 +5,10 @@ from typing import Annotated, Any
 
 import typer
 
-group = typer.Typer(help="Weights files: show, convert, export.", no_args_is_help=True)
+group = typer.Typer(
+    help="Show weights files, convert published ones, or export to their layouts.",
+    no_args_is_help=True,
+)
 
 
 def register(app: typer.Typer) -> None:
@@ -29,13 +32,11 @@ def show(
     keys: Annotated[bool, typer.Option("--keys", help="List the tensors.")] = False,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
+        typer.Option("--set", help="Set what shapes do not tell: `model.num_heads=16`."),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Show what a weights file holds: network, cost, space, noise, how long it was trained, its
-    checksum.
-    """
+    """Show what a weights file holds: network, cost, space, noise, training and checksum."""
     from msmdiff.cli.console import Console, print_json
     from msmdiff.core import build as road
     from msmdiff.core import weights
@@ -130,18 +131,24 @@ def convert(
         str, typer.Argument(help="A checkpoint that DiT, SiT, MDT, EDT, U-ViT or MaskDM wrote.")
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Default: beside FILE, as .safetensors.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file to write; by default FILE with the ending .safetensors."
+        ),
     ] = None,
     family: Annotated[
         str,
-        typer.Option(help="auto: recognised by the keys (`list layouts`)."),
+        typer.Option(
+            help="Whose file it is; `auto` recognises it by its keys. See `list layouts`."
+        ),
     ] = "auto",
     ema: Annotated[
-        bool, typer.Option("--ema/--no-ema", help="The averaged weights, where the file has them.")
+        bool,
+        typer.Option("--ema/--no-ema", help="Take the averaged weights, where the file has them."),
     ] = True,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
+        typer.Option("--set", help="Set what shapes do not tell: `model.num_heads=16`."),
     ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that msmdiff did not write.")
@@ -180,15 +187,18 @@ def export(
     layout: Annotated[
         str,
         typer.Option(
-            "--format", help="Whose layout to write: one of `list layouts`, or diffusers."
+            "--format", help="Whose layout to write: diffusers, or one of `list layouts`."
         ),
     ],
     out: Annotated[
-        Path | None, typer.Option("--out", "-o", help="Default: SOURCE's name with .FORMAT.pt.")
+        Path | None,
+        typer.Option(
+            "--out", "-o", help="The file to write; by default SOURCE's name with .FORMAT.pt."
+        ),
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option("--set", help="What shapes do not tell: `model.num_heads=16`."),
+        typer.Option("--set", help="Set what shapes do not tell: `model.num_heads=16`."),
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:

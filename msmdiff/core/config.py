@@ -178,10 +178,10 @@ def _built_in(name: str) -> set[str]:
 
 
 def stored(content: dict[str, Any], where: str) -> dict[str, Any]:
-    """A configuration as a file of ours holds it -> a layer that is valid today.
+    """Turn a configuration that a file of ours holds into a layer that is valid today.
 
-    Files of before write the keys of every choice; those of choices that were not made say nothing.
-    Raises UsageError where it needs a plugin that was not loaded; a file never loads one.
+    Older files hold the keys of every choice; those of choices that were not made are left out.
+    Raises UsageError if it needs a plugin that is not loaded: a file never loads one.
     """
     registry.require_plugins(content.get("plugins") or [], where)
     layer: dict[str, Any] = {}
@@ -197,8 +197,9 @@ def stored(content: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def settled(name: str, chosen: Section) -> Any:
-    """A section whose automatic choice has been made: options of the other choices, which nobody
-    changed, go. Raises UsageError for those that were given.
+    """A section whose automatic choice has been made, without the options of other choices.
+
+    Raises UsageError if such an option was given.
     """
     fields = chosen.model_dump()
     usual = {key: field.default for key, field in type(chosen).model_fields.items()}

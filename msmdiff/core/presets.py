@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterator
 from importlib import resources
 from io import StringIO
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -168,9 +169,11 @@ def names() -> list[str]:
 
 
 def summary(name: str) -> str:
-    """What a preset says of itself in its first line."""
-    first = (folder() / f"{name}.yaml").read_text(encoding="utf-8").partition("\n")[0]
-    return first.removeprefix("#").strip()
+    """What a preset says of itself in the first sentence of its comment."""
+    lines = (folder() / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
+    prose = takewhile(lambda line: re.match("# [^ ]", line), lines)
+    text = " ".join(line.removeprefix("# ") for line in prose)
+    return re.split(r"(?<=\.) (?=[A-Z])", text, maxsplit=1)[0].rstrip(":")
 
 
 def read(name_or_path: str) -> dict[str, Any]:

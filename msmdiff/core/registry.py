@@ -140,11 +140,14 @@ _automatic: set[str] = set()
 def register(
     kind: str, name: str, options: type[Options] = Options, summary: str | None = None
 ) -> Callable[[T], T]:
-    """Decorate (or call on) what `name` stands for among its `kind`; `summary` is else the
-    docstring's first paragraph, in one line.
+    """Register what is decorated (or called on) under a kind and a name.
 
-    Raises UsageError for a kind that there is not, for a name that another plugin, or the package
-    itself, has already taken, and for what a plugin registers that could not be called.
+    Args:
+        options: the typed model of its own options.
+        summary: one line for people; by default the first paragraph of its docstring.
+
+    Raises UsageError for an unknown kind, for a name that the package or another plugin has taken,
+    and for something from a plugin that could not be called.
     """
     if kind not in KINDS:
         raise UsageError(
@@ -177,8 +180,9 @@ def register(
 
 
 def reserve(kind: str, keys: Iterable[str], automatic: bool = False) -> None:
-    """Keep the keys of a kind's section from being options of a choice; `automatic` says that the
-    choice may be left open.
+    """Reserve the keys of a kind's section: no choice may have an option of that name.
+
+    `automatic` says that the choice may be left open.
     """
     _taken[kind] = frozenset(keys)
     if automatic:
@@ -222,7 +226,7 @@ def _who() -> str:
 
 
 def _check(kind: str, name: str, make: Any, options: type[Options]) -> None:
-    """Refuse what would fail only once it is used. Raises UsageError."""
+    """Raise UsageError for what a plugin registers and that would fail when it is used."""
     problem = (
         _wrong_options(kind, options) or _wrong_base(kind, make) or _wrong_call(kind, make, options)
     )
@@ -348,8 +352,9 @@ def _remember_place(name: str, module: Any) -> None:
 
 
 def blame(error: BaseException) -> str | None:
-    """A sentence on an error that a plugin's code raised or led to, with the line; None for an
-    error of anyone else's.
+    """A sentence that names the plugin whose code raised or caused an error, and the line.
+
+    None if no plugin did.
     """
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename).resolve()
@@ -364,8 +369,9 @@ def blame(error: BaseException) -> str | None:
 
 
 def require_plugins(names: list[str], where: str) -> None:
-    """Raises UsageError unless the plugins that a stored file needs were loaded: nothing loads them
-    unasked.
+    """Raise UsageError unless the plugins that a stored file needs are loaded.
+
+    They are never loaded without being named by the user.
     """
     if missing := [name for name in names if name not in _plugins]:
         raise UsageError(

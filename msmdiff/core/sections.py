@@ -39,44 +39,55 @@ class DataConfig(Section):
     CHOICES: ClassVar = {"kind": "source"}
 
     source: str = Field(
-        "digits", description="`digits[:train|:test]`, or any folder or file of docs/data.md"
+        "digits",
+        description="Where the images are: `digits`, `digits:train`, `digits:test`, or a folder "
+        "or file as docs/data.md lists them.",
     )
-    kind: str = Field(AUTO, description="which kind of source it is; auto: by its look")
-    image_size: int = Field(16, ge=2, le=16_384, description="side of the square images, in pixels")
+    kind: str = Field(AUTO, description="Which kind of source it is; `auto` tells by its look.")
+    image_size: int = Field(
+        16, ge=2, le=16_384, description="The side of the square images, in pixels."
+    )
     labels: Literal["auto", "folders", "adm", "none"] = Field(
         "auto",
-        description="classes from sub-folders, from `ClassID_anything.jpg` file names, or none",
+        description="Where classes come from: sub-folders (`folders`), names such as "
+        "`ClassID_anything.jpg` (`adm`), nowhere, or whichever of them fits (`auto`).",
     )
     classes: list[str] | None = Field(
-        None, description="only images of these classes, by name; all of them keep their numbers"
+        None,
+        description="Only images of these classes are used, by name; all classes keep their "
+        "numbers. Null takes all.",
     )
     share: float = Field(
-        1.0, gt=0, le=1, description="only this share of each class's images, spread evenly"
+        1.0, gt=0, le=1, description="The share of each class's images to use, spread evenly."
     )
-    crop: Literal["center", "random"] = Field("center", description="ADM's centre or random crop")
-    hflip: float = Field(0.0, ge=0, le=1, description="probability of a horizontal flip")
+    crop: Literal["center", "random"] = Field(
+        "center", description="Whether images are cropped in the centre or at random, as ADM does."
+    )
+    hflip: float = Field(0.0, ge=0, le=1, description="The probability that an image is mirrored.")
     verify: Literal["auto", "all", "lazy", "off"] = Field(
         "auto",
-        description="before the first training on this data, decode every image once (all), or "
-        "look at the beginnings of the files (lazy: auto of more than 50,000 images); off: neither",
+        description="How images are checked before the first training on them: `all` are decoded, "
+        "`lazy` looks at the beginnings of the files, `off` at nothing; `auto` is lazy from 50,000 "
+        "images on.",
     )
     skip_unreadable: StrictBool = Field(
-        False, description="leave unreadable images out instead of stopping"
+        False, description="Leave unreadable images out instead of stopping."
     )
     float_range: float = Field(
         1.0,
         gt=0,
         allow_inf_nan=False,
-        description="what is white in images of floats or 32-bit integers, such as float TIFFs",
+        description="The value of white in images of floats or 32-bit integers, such as float "
+        "TIFFs.",
     )
     background: str = Field(
         "white",
         pattern="^(white|black|checker|[0-9a-fA-F]{6})$",
-        description="what transparent images are laid on: white, black, a colour RRGGBB, or "
-        "checker",
+        description="What transparent images are laid on: `white`, `black`, a colour such as "
+        "`8080FF`, or `checker`.",
     )
     workers: int | None = Field(
-        None, ge=0, le=1024, description="loader processes; null: as many as help"
+        None, ge=0, le=1024, description="The loader processes; null starts as many as help."
     )
 
     @field_validator("verify", mode="before")
@@ -97,11 +108,11 @@ class DataConfig(Section):
 class CodecConfig(Section):
     CHOICES: ClassVar = {"name": "codec"}
 
-    name: str = Field("pixel", description="the space that diffusion runs in")
+    name: str = Field("pixel", description="The space that diffusion runs in.")
     text: str | None = Field(
         None,
-        description="folder or hub id of the CLIP text encoder; null: what packed data was "
-        "encoded with",
+        description="The folder or hub id of CLIP's text encoder; null takes the one that packed "
+        "data was encoded with.",
     )
 
 
@@ -112,10 +123,12 @@ class ModelConfig(Section):
 
     model_config = ConfigDict(extra="allow")
 
-    name: str | None = Field("tiny", description="a published size; null: by family and its keys")
-    family: str | None = Field(None, description="the backbone; null: the size's")
+    name: str | None = Field(
+        "tiny", description="A published size; null builds `model.family` from its options."
+    )
+    family: str | None = Field(None, description="The backbone; null takes the size's.")
     num_classes: Annotated[int, Field(le=10_000_000)] | Literal["auto"] = Field(
-        0, description="0: unconditional; auto: as many as the data has"
+        0, description="The number of classes: 0 for none, `auto` for those of the data."
     )
 
 
@@ -130,41 +143,49 @@ class ProcessConfig(Section):
         "time_sampling": "time_sampling",
     }
 
-    schedule: str = Field("cosine", description="how much signal and noise there is at each time")
+    schedule: str = Field("cosine", description="How much signal and noise there is at each time.")
     timesteps: int = Field(
-        1000, ge=2, le=100_000, description="training steps, or how finely samplers step"
+        1000,
+        ge=2,
+        le=100_000,
+        description="The number of training steps of the process; continuous schedules use it as "
+        "the grid of samplers that visit training steps.",
     )
-    prediction: str = Field("eps", description="what the network's output means")
-    weighting: str = Field("uniform", description="how much each time counts in the loss")
-    time_sampling: str = Field("uniform", description="how training times are drawn")
+    prediction: str = Field("eps", description="What the network's output means.")
+    weighting: str = Field("uniform", description="How much each time counts in the loss.")
+    time_sampling: str = Field("uniform", description="How training draws its times.")
 
 
 class MaskConfig(Section):
     CHOICES: ClassVar = {"kind": "mask", "route": "route"}
 
-    ratio: float = Field(0.0, ge=0, lt=1, description="share of hidden tokens; 0: no mask")
-    kind: str = Field("patch", description="what is hidden as one")
+    ratio: float = Field(
+        0.0, ge=0, lt=1, description="The share of tokens that is hidden; 0 means no mask."
+    )
+    kind: str = Field("patch", description="The shape of what is hidden.")
     route: str = Field(
-        AUTO, description="how the visible tokens travel; auto: as the objective was published"
+        AUTO,
+        description="How the visible tokens travel through the blocks; `auto` follows the "
+        "objective's paper.",
     )
     schedule: Literal["constant", "linear", "cosine", "steps"] = Field(
         "constant",
-        description="of the ratio over the training's images: as it is, from ratio to final_ratio "
-        "in even pieces, or as `stages` says",
+        description="How the ratio changes over a training: it stays, goes from `ratio` to "
+        "`final_ratio` along a line or a cosine, or follows `stages` (`steps`).",
     )
     final_ratio: float = Field(
-        0.0, ge=0, lt=1, description="where a linear or cosine schedule of the ratio ends"
+        0.0, ge=0, lt=1, description="The ratio at which a linear or cosine schedule ends."
     )
     levels: int = Field(
-        4, ge=2, le=64, description="ratios that a linear or cosine schedule goes through"
+        4, ge=2, le=64, description="The number of ratios that a linear or cosine schedule takes."
     )
     stages: list[tuple[float, float]] | None = Field(
         None,
-        description="of schedule steps: pairs of the share of the training from which, and the "
-        "ratio: [[0, 0.9], [0.6, 0.5]]",
+        description="For `schedule: steps`, pairs of where a ratio begins, as a share of the "
+        "training, and the ratio: [[0, 0.9], [0.6, 0.5]].",
     )
     tail: float = Field(
-        0.0, ge=0, lt=1, description="share of the training at its end that hides nothing"
+        0.0, ge=0, lt=1, description="The share of the training, at its end, that hides nothing."
     )
 
 
@@ -173,161 +194,214 @@ class ObjectiveConfig(Section):
 
     name: str = Field(
         AUTO,
-        description="all tokens, visible ones, MDT's and EDT's two passes; auto: as the network "
-        "was published",
+        description="The training loss; `auto` follows the network's paper, and masked score "
+        "matching where there is a mask.",
     )
-    loss: Literal["mse", "l1"] = Field("mse", description="distance of output and target")
+    loss: Literal["mse", "l1"] = Field(
+        "mse", description="The distance of output and target: squared or absolute error."
+    )
     variational: Literal["hybrid", "rescaled", "kl"] = Field(
-        "hybrid", description="with a learned variance: mse + vb, mse + vb T / 1000, or vb T alone"
+        "hybrid",
+        description="The loss with a learned variance: mse + vb (`hybrid`), mse + vb T / 1000 "
+        "(`rescaled`), or vb T alone (`kl`).",
     )
     channel_groups: list[int] | None = Field(
         None,
-        description="average the error within each group of channels and add: [3, 9] for "
-        "MaskDM's wavelets",
+        description="Sizes of groups of channels whose mean errors are added up: [3, 9] for "
+        "MaskDM's wavelets.",
     )
     label_dropout: float = Field(
-        0.1, ge=0, le=1, description="share of labels replaced by the null class"
+        0.1, ge=0, le=1, description="The share of labels that training replaces by the null class."
     )
 
 
 class OptimConfig(Section):
     CHOICES: ClassVar = {"name": "optimiser"}
 
-    name: str = Field("adamw", description="the optimiser")
-    lr: float | None = Field(None, gt=0, description="null: 2e-4 x 512 / hidden_size, at most 1e-3")
-    eps: float = Field(1e-8, gt=0, description="added to the denominator of the update")
-    weight_decay: float = Field(0.03, ge=0, description="decoupled weight decay")
-    warmup_steps: int = Field(0, ge=0, description="steps over which the rate rises from 0")
+    name: str = Field("adamw", description="The optimiser.")
+    lr: float | None = Field(
+        None, gt=0, description="The rate; null takes 2e-4 x 512 / hidden_size, at most 1e-3."
+    )
+    eps: float = Field(
+        1e-8, gt=0, description="The number that is added to the denominator of an update."
+    )
+    weight_decay: float = Field(0.03, ge=0, description="The decoupled weight decay.")
+    warmup_steps: int = Field(
+        0, ge=0, description="The number of steps over which the learning rate rises from 0."
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the rate, after the warm-up"
+        "constant", description="How the learning rate goes on after the warm-up."
     )
-    final_lr: float = Field(0.0, ge=0, description="where a linear or cosine schedule ends")
+    final_lr: float = Field(
+        0.0, ge=0, description="The learning rate at which a linear or cosine schedule ends."
+    )
     decay_steps: int | None = Field(
-        None, ge=1, description="length of the decay; null: the whole training"
+        None, ge=1, description="The length of the decay in steps; null takes the whole training."
     )
-    clip_grad_norm: float | None = Field(1.0, gt=0, description="largest norm of the gradient")
+    clip_grad_norm: float | None = Field(
+        1.0, gt=0, description="Larger gradients are scaled to this norm; null does not clip."
+    )
 
 
 class EmaConfig(Section):
     decays: list[float] = Field(
-        default=[0.999], description="one average per decay, the first one is sampled from"
+        default=[0.999], description="One moving average for each decay; the first is sampled."
     )
     warmup: Literal["power", "constant"] = Field(
         "power",
-        description="power: ema-pytorch's min(1 - (1 + k)^-power, decay); constant: the decay "
-        "from step one",
+        description="How an average begins: `power` raises its decay as min(1 - (1 + k)^-power, "
+        "decay), as ema-pytorch does; `constant` has the decay from the first step.",
     )
-    power: float = Field(2 / 3, gt=0, description="power: of the ramp")
-    update_after_step: int = Field(100, ge=0, description="power: plain copies until then")
+    power: float = Field(2 / 3, gt=0, description="The exponent of the `power` warm-up.")
+    update_after_step: int = Field(
+        100,
+        ge=0,
+        description="With the `power` warm-up, the number of steps for which the average only "
+        "copies the weights.",
+    )
     update_every: int = Field(
-        1, ge=1, description="optimiser steps between updates; the decay is not rescaled"
+        1, ge=1, description="Optimiser steps between updates; the decay is not rescaled."
     )
 
 
 class TrainConfig(Section):
-    steps: int = Field(2000, ge=1, description="optimiser steps")
+    steps: int = Field(2000, ge=1, description="The number of optimiser steps.")
     max_seconds: float | None = Field(
         None,
         gt=0,
-        description="stop after so many seconds since the start, pictures and measurements "
-        "included; those of earlier starts of a run count too",
+        description="Stop after so many seconds since the start, pictures and measurements "
+        "included, and those of earlier starts of the run too.",
     )
     batch_size: int = Field(
-        128, ge=1, le=1_000_000, description="images per optimiser step, over all processes"
+        128, ge=1, le=1_000_000, description="Images in one optimiser step, over all processes."
     )
     micro_batch_size: int | None = Field(
-        None, ge=1, le=1_000_000, description="images per forward pass and process"
+        None,
+        ge=1,
+        le=1_000_000,
+        description="Images in one forward pass of a process; smaller ones save memory, and null "
+        "takes the whole share at once.",
     )
-    seed: int = Field(0, ge=0, description="of everything random")
+    seed: int = Field(0, ge=0, description="The seed of everything random.")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto", description="of the network; auto: bf16 where it is faster"
+        "auto", description="The precision of the network; `auto` takes bf16 where it is faster."
     )
-    compile: StrictBool = Field(False, description="torch.compile the network's blocks")
+    compile: StrictBool = Field(
+        False, description="Compile the network's blocks with torch.compile."
+    )
     deterministic: StrictBool = Field(
-        False, description="the same bits again on a GPU: slower kernels; a CPU's always are"
+        False,
+        description="Give the same bits again on a GPU, by slower kernels; a CPU always does.",
     )
     gradient_checkpointing: StrictBool = Field(
-        False, description="compute blocks again in the backward pass: less memory, slower"
+        False, description="Compute blocks again in the backward pass: less memory, slower."
     )
     init_from: str | None = Field(
-        None, description="weights to start from; set by `finetune --ckpt`"
+        None, description="The weights to start from; `finetune --ckpt` sets it."
     )
     on_nonfinite: Literal["stop", "skip"] = Field(
-        "stop", description="a loss or gradient that is not finite: stop, or leave the step out"
+        "stop", description="Whether a loss or gradient that is not finite stops or is skipped."
     )
-    log_every: int = Field(50, ge=1, description="steps between lines of metrics.jsonl")
-    checkpoint_every: int = Field(1000, ge=1, description="steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=1, description="checkpoints that stay")
-    preview_every: int = Field(1000, ge=0, description="steps between pictures; 0: none")
+    log_every: int = Field(
+        50, ge=1, description="The number of steps between lines of metrics.jsonl."
+    )
+    checkpoint_every: int = Field(
+        1000, ge=1, description="The number of steps between checkpoints."
+    )
+    keep_checkpoints: int = Field(2, ge=1, description="The number of checkpoints that are kept.")
+    preview_every: int = Field(
+        1000, ge=0, description="The number of steps between preview pictures; 0 draws none."
+    )
     trackers: list[Literal["tensorboard", "wandb"]] = Field(
-        default=[], description="where metrics are shown as well"
+        default=[], description="Trackers that show the metrics too: tensorboard, wandb."
     )
     threads: int | None = Field(
-        None, ge=1, le=4096, description="CPU threads of a process; null: its share of the cores"
+        None,
+        ge=1,
+        le=4096,
+        description="CPU threads of a process; null takes its share of the cores.",
     )
 
 
 class SampleConfig(Section):
     CHOICES: ClassVar = {"sampler": "sampler", "times": "times", "cfg_schedule": "guidance"}
 
-    sampler: str = Field("ddim", description="the method")
+    sampler: str = Field("ddim", description="The sampling method.")
     steps: int | str = Field(
-        50, description="network evaluations, heun: two each; or ADM's spacing: ddim25, 10,20,30"
+        50,
+        description="The number of network evaluations (heun makes two in each), or ADM's "
+        "spacing: ddim25, or 10,20,30.",
     )
     times: str | None = Field(
         None,
-        description="training steps (even, maskdm, adm) or free times to visit; null: the "
-        "sampler's own",
+        description="Which times are visited: training steps (even, maskdm, adm) or free times; "
+        "null takes the sampler's own.",
     )
-    clip: StrictBool = Field(True, description="clip x0 to the codec's range at every step")
+    clip: StrictBool = Field(
+        True, description="Clip the predicted clean image to the codec's range at every step."
+    )
     threshold: float | None = Field(
-        None, gt=0, le=1, description="clip x0 to this quantile of its own size (Imagen)"
+        None,
+        gt=0,
+        le=1,
+        description="Clip the predicted image to this quantile of its size (Imagen).",
     )
     eps_after_clip: Literal["derived", "raw"] = Field(
         "derived",
-        description="the noise estimate after clipping x0: derived again (ADM) or as "
-        "predicted (MaskDM)",
+        description="Where the noise estimate comes from after clipping: derived again (ADM), or "
+        "as predicted (`raw`, MaskDM).",
     )
     cfg_scale: float = Field(
-        1.0, ge=0, le=10_000, description="eps_u + cfg_scale (eps_c - eps_u); 1: no guidance"
+        1.0, ge=0, le=10_000, description="The scale s in eps_u + s (eps_c - eps_u); 1 is none."
     )
     cfg_against: Literal["null", "route", "path"] = Field(
         "null",
-        description="what guidance leads away from: the null; `route`, the same with few tokens "
-        "on the trained route (sparse guidance); `path`, the null without the fused blocks "
-        "(SPRINT)",
+        description="What guidance leads away from: the null class; the same with few tokens "
+        "(`route`, sparse guidance); or the null class without the fused blocks "
+        "(`path`, SPRINT).",
     )
     cfg_hidden: float = Field(
-        0.75, gt=0, lt=1, description="share of tokens hidden from the other pass of `route`"
+        0.75, gt=0, lt=1, description="With `route`, the share of tokens that the other pass lacks."
     )
     cfg_channels: Literal["all", "first3"] = Field(
         "all",
-        description="first3: as the published samplers of DiT, MDT and EDT, which leave a fourth "
-        "one unguided",
+        description="Which channels are guided: all, or the first three as in the published "
+        "samplers of DiT, MDT and EDT.",
     )
     cfg_schedule: str = Field(
         "constant",
-        description="of the scale over time: from 1 at pure noise to cfg_scale at the image",
+        description="How the guidance scale goes from pure noise to the image.",
     )
     cfg_interval: list[float] | None = Field(
         None,
         min_length=2,
         max_length=2,
-        description="guide at noise levels sigma / alpha from .. to, else not at all",
+        description="Two noise levels sigma / alpha between which guidance acts; null guides at "
+        "all of them.",
     )
     guide: str | None = Field(
-        None, description="autoguidance: a weaker run or file in the unconditional one's place"
+        None, description="A weaker run or file in the unconditional one's place: autoguidance."
     )
-    guide_ema: float | None = Field(None, description="which average of the guide's run")
+    guide_ema: float | None = Field(
+        None, description="Which average of the guide's run is used, by its decay."
+    )
     amm: Literal["off", "default"] | list[int] | None = Field(
-        None, description="null: as the model section says"
+        None, description="The blocks that EDT's attention modulation acts in; null: the model's."
     )
     rounding: Literal["half_even", "half_up", "truncate"] = Field(
-        "half_even", description="to uint8; half_up: as DiT, U-ViT and MaskDM; truncate: as MDT"
+        "half_even",
+        description="How numbers become 8 bits: half_up as DiT, U-ViT and MaskDM do, truncate as "
+        "MDT does.",
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="the network's, by autocast")
-    compile: StrictBool = Field(False, description="torch.compile the network's blocks")
-    ema: float | None = Field(None, description="which average to sample from; null: the first")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="The precision of the network while sampling."
+    )
+    compile: StrictBool = Field(
+        False, description="Compile the network's blocks with torch.compile."
+    )
+    ema: float | None = Field(
+        None, description="Which average to sample from, by its decay; null takes the first."
+    )
 
     @classmethod
     def prepare(cls, fields: dict[str, Any]) -> dict[str, Any]:
@@ -355,26 +429,29 @@ class EvalConfig(Section):
     CHOICES: ClassVar = {"features": "features"}
 
     every: int = Field(
-        0, ge=0, description="steps between measurements of the samples' distance; 0: none"
+        0, ge=0, description="Steps between measurements of the samples' distance; 0 for none."
     )
-    n: int = Field(5000, ge=2, description="samples drawn for each")
-    features: str = Field("inception", description="what images are compared by")
+    n: int = Field(5000, ge=2, description="The number of samples drawn for each measurement.")
+    features: str = Field("inception", description="What images are compared by.")
     weights: str | None = Field(
-        None, description="the features' weights file; null: as `msmdiff fid` finds them"
+        None, description="The weights file of the features; null finds it as `msmdiff fid` does."
     )
     reference: str | None = Field(
         None,
-        description="images or statistics; null: the held-out images (eval.heldout) where there "
-        "are any, else the training data",
+        description="The images or statistics to compare with; null takes the held-out images "
+        "(eval.heldout) if there are any, else the training data.",
     )
     heldout: str | None = Field(
         None,
-        description="images that are not trained on, opened as data.source is, for the held-out "
-        "loss; null: SOURCE:test where SOURCE:train is trained on, else none",
+        description="Images that are not trained on, for the held-out loss, named as "
+        "`data.source` is; null takes SOURCE:test beside SOURCE:train, else none.",
     )
-    heldout_n: int = Field(256, ge=1, description="of those, how many are looked at")
+    heldout_n: int = Field(
+        256, ge=1, description="The number of held-out images that are looked at."
+    )
     heldout_every: int | None = Field(
         None,
         ge=0,
-        description="steps between held-out losses; 0: none; null: train.checkpoint_every",
+        description="The number of steps between held-out losses; 0 measures none, and null does "
+        "with every checkpoint.",
     )

@@ -78,8 +78,9 @@ def _options(network: type) -> type[Options]:
     for parameter in inspect.signature(network).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
             default = ... if parameter.default is parameter.empty else parameter.default
-            kind, text = _bounded(parameter), about.get(parameter.name)
-            fields[parameter.name] = (kind, Field(default, description=text))
+            kind, text = _bounded(parameter), about.get(parameter.name, "")
+            sentence = text[:1].upper() + text[1:]
+            fields[parameter.name] = (kind, Field(default, description=sentence))
     return create_model(network.__name__, __base__=Options, **fields)
 
 
@@ -107,6 +108,8 @@ def _described(docstring: str) -> dict[str, str]:
     for line in inspect.cleandoc(docstring).partition("Args:")[2].splitlines():
         if not line.strip():
             continue
+        if not line.startswith("    "):  # what follows the arguments
+            break
         name, colon, text = line.strip().partition(": ")
         if colon and line.startswith("    ") and not line.startswith("     ") and " " not in name:
             found[name], last = text, name

@@ -16,9 +16,15 @@ class _Strict(BaseModel):
 class Budget(_Strict):
     """What every arm gets with one seed: exactly one of these."""
 
-    seconds: float | None = Field(None, gt=0, description="of stepping, at the paces timed")
-    flops: float | None = Field(None, gt=0, description="of forward and backward passes, counted")
-    images: int | None = Field(None, gt=0, description="seen in training")
+    seconds: float | None = Field(
+        None, gt=0, description="Seconds of training steps, at the paces that were timed."
+    )
+    flops: float | None = Field(
+        None,
+        gt=0,
+        description="Floating-point operations of forward and backward passes, as counted.",
+    )
+    images: int | None = Field(None, gt=0, description="Images seen in training.")
 
     @model_validator(mode="after")
     def _one(self) -> "Budget":
@@ -32,20 +38,27 @@ class Measure(_Strict):
     `eval.heldout` names images.
     """
 
-    points: int = Field(4, ge=1, le=100, description="measurements along the budget")
-    by: Literal["distance", "heldout"] = Field("distance", description="what decides")
-    n: int = Field(500, ge=0, description="samples of each; 0: none are drawn")
+    points: int = Field(4, ge=1, le=100, description="The number of measurements along the budget.")
+    by: Literal["distance", "heldout"] = Field(
+        "distance",
+        description="What decides in a sweep and in the table: the distance of samples, or the "
+        "held-out loss.",
+    )
+    n: int = Field(500, ge=0, description="The number of samples of each measurement.")
     samples: Literal["every", "last"] = Field(
-        "every", description="at which of the measurements samples are drawn"
+        "every", description="Whether samples are drawn at every point, or at the last one only."
     )
     features: str = Field(
-        "pixel", description="what images are compared by; also a classifier's file"
+        "pixel",
+        description="What images are compared by: a feature network, or a classifier's file.",
     )
-    weights: str | None = Field(None, description="the features' weights file")
-    reference: str = Field("digits:test", description="images or statistics to compare with")
+    weights: str | None = Field(None, description="The weights file of the features.")
+    reference: str = Field("digits:test", description="The images or statistics to compare with.")
 
     nearest: bool = Field(
-        False, description="also how near samples lie to training images, beside held-out ones"
+        False,
+        description="Also measure whether samples lie nearer to training images than held-out "
+        "images do.",
     )
 
     @model_validator(mode="after")
@@ -62,13 +75,22 @@ class Spec(_Strict):
 
     arms: dict[str, list[dict[str, Any]]] = Field(min_length=1)
     budget: Budget
-    seeds: list[int] = Field([0, 1, 2], min_length=1, description="of each arm")
-    slice: float = Field(3.0, gt=0, description="seconds of an arm's turn")
-    checkpoints: int = Field(10, ge=1, le=1000, description="of every training, for going on")
-    common: dict[str, Any] = Field(
-        {}, description="keys of all arms: over their presets, under their own"
+    seeds: list[int] = Field(
+        [0, 1, 2], min_length=1, description="The seeds that every arm is trained with."
     )
-    sweep: list[float] = Field([], description="learning rates that every arm tries with seed one")
+    slice: float = Field(3.0, gt=0, description="The seconds of an arm's turn.")
+    checkpoints: int = Field(
+        10,
+        ge=1,
+        le=1000,
+        description="The number of checkpoints along a training; 1 saves it at its end only.",
+    )
+    common: dict[str, Any] = Field(
+        {}, description="Keys of all arms, which lie over their presets and under their own keys."
+    )
+    sweep: list[float] = Field(
+        [], description="Learning rates that every arm tries with the first seed."
+    )
     measure: Measure = Measure()
 
     @model_validator(mode="before")

@@ -17,9 +17,11 @@ from msmdiff.core.registry import Options, register
 
 
 class HuggingFaceOptions(Options):
-    image_column: str | None = Field(None, description="column of the images; null: the only one")
+    image_column: str | None = Field(
+        None, description="The column of the images; null takes the only one."
+    )
     label_column: str | None = Field(
-        None, description="column of the classes; null: `label`, or the only column of classes"
+        None, description="The column of the classes; null takes `label`, or the only such column."
     )
 
 

@@ -10,9 +10,14 @@ from msmdiff.core.registry import Options, register
 
 
 class EdmOptions(Options):
-    sigma_min: float = Field(0.002, gt=0, description="noise at t = 0, where solvers stop")
-    sigma_max: float = Field(80.0, gt=0, description="noise at t = 1, where sampling starts")
-    rho: float = Field(7.0, ge=0.1, le=1000, description="even times are even in sigma^(1/rho)")
+    sigma_min: float = Field(0.002, gt=0, description="The noise at t = 0, where solvers stop.")
+    sigma_max: float = Field(80.0, gt=0, description="The noise at t = 1, where sampling starts.")
+    rho: float = Field(
+        7.0,
+        ge=0.1,
+        le=1000,
+        description="The exponent of the schedule: even times are even in sigma^(1/rho).",
+    )
 
 
 @register("schedule", "edm", EdmOptions)
@@ -50,7 +55,7 @@ class Edm(Continuous):
 
 
 class PreconditionOptions(Options):
-    sigma_data: float = Field(0.5, gt=0, description="deviation of the data")
+    sigma_data: float = Field(0.5, gt=0, description="The standard deviation of the data.")
 
 
 @register("prediction", "edm", PreconditionOptions)

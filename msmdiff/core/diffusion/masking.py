@@ -49,7 +49,9 @@ class Mask(ABC):
 
 class PatchOptions(Options):
     rounding: Literal["nearest", "floor"] = Field(
-        "nearest", description="floor is the MaskDM code's rule"
+        "nearest",
+        description="How the number of kept tokens is rounded: to the nearest, or down as in the "
+        "MaskDM code.",
     )
 
 
@@ -76,7 +78,7 @@ class PatchMask(Mask):
 
 
 class BlockOptions(Options):
-    block: int = Field(4, ge=1, description="side of a block, in tokens")
+    block: int = Field(4, ge=1, description="The side of a block, in tokens.")
 
 
 @register("mask", "block", BlockOptions)
@@ -99,7 +101,7 @@ class BlockMask(Mask):
 
 
 class CellOptions(Options):
-    cell: int = Field(2, ge=1, description="side of a cell, in tokens")
+    cell: int = Field(2, ge=1, description="The side of a cell, in tokens.")
 
 
 @register("mask", "cell", CellOptions)
@@ -127,7 +129,9 @@ class CellMask(Mask):
 
 class CropOptions(Options):
     crop: int | None = Field(
-        None, ge=1, description="side of the visible window, in tokens; null: from ratio"
+        None,
+        ge=1,
+        description="The side of the visible window, in tokens; null derives it from the ratio.",
     )
 
 

@@ -289,7 +289,10 @@ class Edt:
 
 class MaskDitOptions(Options):
     reconstruction: float = Field(
-        0.1, ge=0, description="weight of the error on hidden patches, against the noisy image"
+        0.1,
+        ge=0,
+        description="The weight of the error on hidden patches, which is measured against the "
+        "noisy image.",
     )
 
 

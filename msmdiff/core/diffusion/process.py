@@ -114,7 +114,9 @@ def uniform() -> Weighting:
 
 
 class MinSnrOptions(Options):
-    min_snr_gamma: float = Field(5.0, gt=0, description="largest weight in x0 space")
+    min_snr_gamma: float = Field(
+        5.0, gt=0, description="The largest weight of a time, in the space of x0."
+    )
 
 
 @register("weighting", "min_snr", MinSnrOptions)
@@ -145,7 +147,7 @@ def unsuited(config: ProcessConfig) -> list[str]:
     return [
         f"process.prediction {config.prediction} asks for numbers of about {size:,.0f} on "
         f"process.schedule {config.schedule}, and the loss is of their squares: predictions that "
-        "suit a schedule stand in docs/recipes.md"
+        "suit a schedule stand in docs/training.md"
     ]
 
 

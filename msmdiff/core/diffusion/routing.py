@@ -58,7 +58,8 @@ class SideOptions(Options):
         None,
         ge=0,
         lt=1,
-        description="random extra share hidden per step, from 0 to this; null: as published",
+        description="MDT: random extra share hidden per step, from 0 to this; null follows the "
+        "paper.",
     )
 
 
@@ -89,9 +90,12 @@ class Side:
 
 
 class TreadOptions(Options):
-    enter: int = Field(2, ge=0, description="block before which hidden tokens leave")
+    enter: int = Field(2, ge=0, description="The block before which hidden tokens leave.")
     leave: int = Field(
-        4, ge=0, description="blocks before the end where they come back; long skips may ask others"
+        4,
+        ge=0,
+        description="The number of blocks before the end at which they come back; long skips may "
+        "ask for another.",
     )
 
 
@@ -134,7 +138,7 @@ def _room(trunk: Trunk, enter: int, leave: int) -> str:
 
 class SprintOptions(Options):
     path_drop: float = Field(
-        0.1, ge=0, lt=1, description="share of images for which the sparse blocks say nothing"
+        0.1, ge=0, lt=1, description="The share of images for which the sparse blocks say nothing."
     )
 
 
@@ -192,7 +196,10 @@ class Deferred(Visible):
 
 class SeparateOptions(Options):
     groups: int | None = Field(
-        None, ge=1, description="disjoint masks of each image per step; null: as many as there are"
+        None,
+        ge=1,
+        description="The number of disjoint masks of each image in a step; null takes as many as "
+        "fit.",
     )
 
 

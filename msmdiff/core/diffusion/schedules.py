@@ -250,7 +250,7 @@ def cosine(timesteps: int) -> Table:
 
 
 class ShiftOptions(Options):
-    shift_size: int = Field(64, ge=1, description="image side the schedule is shifted to")
+    shift_size: int = Field(64, ge=1, description="The image side that the schedule is shifted to.")
 
 
 @register("schedule", "shifted_cosine", ShiftOptions)

@@ -72,12 +72,21 @@ class _ByNoise:
 
 
 class LogitNormalOptions(Options):
-    time_mean: float = Field(0.0, description="of the normal numbers n; positive: noisier")
-    time_std: float = Field(1.0, gt=0, description="of the normal numbers n")
-    time_shift: float = Field(
-        1.0, gt=0, description="t <- s t / (1 + (s - 1) t): noisier, for larger images"
+    time_mean: float = Field(
+        0.0, description="The mean of the normal numbers n in t = sigmoid(n); above 0 is noisier."
     )
-    time_uniform: float = Field(0.0, ge=0, le=1, description="share of uniform times among them")
+    time_std: float = Field(
+        1.0, gt=0, description="The standard deviation of the normal numbers n."
+    )
+    time_shift: float = Field(
+        1.0,
+        gt=0,
+        description="The shift s in t <- s t / (1 + (s - 1) t); above 1 is noisier, for larger "
+        "images.",
+    )
+    time_uniform: float = Field(
+        0.0, ge=0, le=1, description="The share of times that are drawn uniformly instead."
+    )
 
 
 @register("time_sampling", "logit_normal", LogitNormalOptions)
@@ -110,8 +119,8 @@ class LogitNormal(_ByNoise):
 
 
 class LogNormalOptions(Options):
-    sigma_mean: float = Field(-1.2, description="mean of ln(sigma / alpha)")
-    sigma_std: float = Field(1.2, gt=0, description="deviation of ln(sigma / alpha)")
+    sigma_mean: float = Field(-1.2, description="The mean of ln(sigma / alpha).")
+    sigma_std: float = Field(1.2, gt=0, description="The standard deviation of ln(sigma / alpha).")
 
 
 @register("time_sampling", "log_normal", LogNormalOptions)

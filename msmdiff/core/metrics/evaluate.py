@@ -32,7 +32,7 @@ class Settings:
         weights, dinov2_weights: its file, and DINOv2's beside another one.
         feature_options: of the feature network; those left out follow the statistics at hand.
         metric_options: of the metrics, by their flat names.
-        allow_mismatch: compare what was measured unalike.
+        allow_mismatch: compare sets that were measured differently.
         bootstrap: resamples for an interval; 0 for none.
         keep_rows: hold every feature, for a picture of the images.
         device, note, progress: where it runs, and what is told of it.
@@ -205,10 +205,10 @@ def _count(images: Images) -> int:
 
 
 def choose(how: Settings) -> list[Metric]:
-    """The metrics that were asked for, with their options, in the registry's order: the first
-    score is the headline, whichever way the names were given.
+    """The metrics that were asked for, with their options.
 
-    Raises UsageError for a name or an option that there is not, and for an option of a metric that
+    They come in the registry's order, whatever the order of the names: the first score is the
+    headline. Raises UsageError for an unknown name or option, and for an option of a metric that
     was not asked for.
     """
     for name in how.metrics:

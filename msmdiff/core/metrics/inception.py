@@ -54,9 +54,9 @@ RESIZES = {"pytorch-fid": pytorch_fid_rule, "clean": clean_rule, "adm": adm_rule
 
 class InceptionOptions(Options):
     resize: Literal["pytorch-fid", "clean", "adm"] = Field(
-        "pytorch-fid", description="whose rule brings images to 299 pixels"
+        "pytorch-fid", description="Whose rule brings images to 299 pixels."
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the network")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="The precision of the network.")
 
 
 @register("features", "inception", InceptionOptions)

@@ -17,7 +17,9 @@ AT_ONCE = 64
 
 
 class MindOptions(Options):
-    mind_directions: int = Field(1000, ge=1, le=100_000, description="random unit directions")
+    mind_directions: int = Field(
+        1000, ge=1, le=100_000, description="The number of random unit directions."
+    )
 
 
 @register("metric", "mind", MindOptions)

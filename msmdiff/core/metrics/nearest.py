@@ -16,7 +16,9 @@ from msmdiff.core.registry import Options, register
 
 class NearestOptions(Options):
     nearest_heldout: str | None = Field(
-        None, description="images that were not trained on; null: the reference's own, to others"
+        None,
+        description="Held-out images to compare with; null compares each training image with "
+        "another one.",
     )
 
 

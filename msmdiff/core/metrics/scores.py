@@ -108,9 +108,13 @@ class Sfid(Metric):
 
 
 class InceptionScoreOptions(Options):
-    is_splits: int = Field(10, ge=1, description="parts that the images are cut into")
+    is_splits: int = Field(
+        10, ge=1, description="The number of parts that the images are cut into."
+    )
     is_order: Literal["shuffled", "files"] = Field(
-        "shuffled", description="as torch-fidelity does; files: in file order, as ADM's evaluator"
+        "shuffled",
+        description="The order of the images: shuffled as torch-fidelity does, or in file order "
+        "as in ADM's evaluator.",
     )
 
 
@@ -140,8 +144,12 @@ class InceptionScore(Metric):
 
 
 class KidOptions(Options):
-    kid_subsets: int = Field(100, ge=1, le=10_000, description="random subsets that are compared")
-    kid_size: int = Field(1000, ge=2, description="images of a subset, at most the smaller set's")
+    kid_subsets: int = Field(
+        100, ge=1, le=10_000, description="The number of random subsets that are compared."
+    )
+    kid_size: int = Field(
+        1000, ge=2, description="The number of images of a subset, at most the smaller set's."
+    )
 
 
 @register("metric", "kid", KidOptions)
@@ -163,8 +171,10 @@ class Kid(Metric):
 
 
 class PrdcOptions(Options):
-    prdc_k: int = Field(3, ge=1, description="neighbours of precision and recall")
-    prdc_k_density: int = Field(5, ge=1, description="neighbours of density and coverage")
+    prdc_k: int = Field(3, ge=1, description="The number of neighbours for precision and recall.")
+    prdc_k_density: int = Field(
+        5, ge=1, description="The number of neighbours for density and coverage."
+    )
 
 
 @register("metric", "prdc", PrdcOptions)

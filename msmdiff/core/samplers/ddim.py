@@ -12,7 +12,12 @@ from msmdiff.core.samplers.times import Plan, planned
 
 
 class DdimOptions(Options):
-    eta: float = Field(0.0, ge=0, le=10, description="0 deterministic, 1 as noisy as ddpm")
+    eta: float = Field(
+        0.0,
+        ge=0,
+        le=10,
+        description="How much noise each step adds: 0 is deterministic, 1 as noisy as ddpm.",
+    )
 
 
 @register("sampler", "ddim", DdimOptions)

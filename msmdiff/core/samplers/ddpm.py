@@ -13,7 +13,9 @@ from msmdiff.core.samplers.times import Plan, planned
 
 
 class DdpmOptions(Options):
-    variance: Literal["small", "large"] = Field("small", description="posterior variance or beta")
+    variance: Literal["small", "large"] = Field(
+        "small", description="The variance of a step: the posterior's (`small`) or beta (`large`)."
+    )
 
 
 def posterior(schedule: Schedule, times: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -30,20 +30,24 @@ from msmdiff.core.sections import SampleConfig
 
 
 class MultistepOptions(Options):
-    order: Literal[1, 2, 3] = Field(2, description="of the method")
+    order: Literal[1, 2, 3] = Field(2, description="The order of the method.")
     lower_order_final: StrictBool = Field(
         True,
-        description="multistep: lower the order at the end (DPM-Solver: of under 10 steps)",
+        description="Lower the order in the last steps of a multistep method (of DPM-Solver only "
+        "below 10 steps).",
     )
-    denoise_to_zero: StrictBool = Field(False, description="one more evaluation gives x0")
+    denoise_to_zero: StrictBool = Field(
+        False, description="Make one more evaluation at the end, which gives the clean image."
+    )
 
 
 class SolverOptions(MultistepOptions):
     method: Literal["multistep", "singlestep", "fast", "adaptive"] = Field(
         "multistep",
-        description="singlestep: steps // order intervals; fast: mixed orders, all steps",
+        description="How steps are combined: singlestep takes steps // order intervals, fast "
+        "mixes orders to use all steps.",
     )
-    taylor: StrictBool = Field(False, description="differences by Taylor expansion")
+    taylor: StrictBool = Field(False, description="Take differences by Taylor expansion.")
 
 
 class _Line:

@@ -109,7 +109,9 @@ def linear(scale: float) -> Callable[[Tensor], Tensor]:
 
 
 class PowerOptions(Options):
-    cfg_power: float | None = Field(None, gt=0, description="the exponent (MDT: 4)")
+    cfg_power: float | None = Field(
+        None, gt=0, description="The exponent of the schedule (MDT takes 4)."
+    )
 
 
 @register("guidance", "power_cosine", PowerOptions)

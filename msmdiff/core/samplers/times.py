@@ -137,7 +137,10 @@ def _count(timesteps: int, steps: int | str) -> int:
 
 class FreeOptions(Options):
     end: float | None = Field(
-        None, gt=0, lt=1, description="the last time; null: the process's first step"
+        None,
+        gt=0,
+        lt=1,
+        description="The last time that is visited; null takes the process's first step.",
     )
 
 
@@ -164,7 +167,9 @@ def logsnr(schedule: Schedule, intervals: int, start: float, end: float) -> Tens
 
 class ShiftedOptions(FreeOptions):
     shift: float = Field(
-        3.0, gt=0, description="how much noisier than even times: sigma / alpha times this"
+        3.0,
+        gt=0,
+        description="How much noisier than even times they are: the factor of sigma / alpha.",
     )
 
 

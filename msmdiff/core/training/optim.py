@@ -23,7 +23,10 @@ Parameters = list[nn.Parameter]
 
 class AdamWOptions(Options):
     betas: list[Beta] = Field(
-        default=[0.99, 0.99], min_length=2, max_length=2, description="decays of the two moments"
+        default=[0.99, 0.99],
+        min_length=2,
+        max_length=2,
+        description="The decays of the two moments.",
     )
 
 
@@ -35,13 +38,13 @@ def adamw(parameters: Parameters, *, betas: list[float], **common: Any) -> torch
 
 class AdanPytorchOptions(Options):
     betas: list[Beta] = Field(
-        default=[0.98, 0.92, 0.99], min_length=3, max_length=3, description="Adan's three decays"
+        default=[0.98, 0.92, 0.99], min_length=3, max_length=3, description="Adan's three decays."
     )
 
 
 class AdanOptions(AdanPytorchOptions):
     no_prox: StrictBool = Field(
-        False, description="weight decay before the step instead of proximal"
+        False, description="Apply weight decay before the step instead of proximally."
     )
 
 

@@ -32,10 +32,10 @@ def known_again(
 
     Args:
         begun: the configuration that the run was begun with.
-        config: the present one; other places may stand in it.
+        config: the present one; its paths may differ.
         source: the present data.
-        state: of the checkpoint: `data`, how many images there were, and what `of` gave; without
-            that in one of before, whose data and weights are known by their places.
+        state: the checkpoint's: `data`, how many images there were, and what `of` gave. Older
+            checkpoints lack the last, and know data and weights by their paths.
 
     Raises UsageError for other data, and for other weights to start from.
     """

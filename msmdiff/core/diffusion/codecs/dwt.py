@@ -15,13 +15,15 @@ from msmdiff.core.registry import Options, register
 
 
 class DwtOptions(Options):
-    wavelet: str = Field("haar", description="any orthogonal or biorthogonal PyWavelets filter")
-    level: int = Field(1, ge=1, le=12, description="decomposition levels")
+    wavelet: str = Field(
+        "haar", description="The wavelet: any orthogonal or biorthogonal filter of PyWavelets."
+    )
+    level: int = Field(1, ge=1, le=12, description="The number of decomposition levels.")
     mean: list[float] | None = Field(
-        None, description="mean of each sub-band; null: measured of the data"
+        None, description="The mean of each sub-band; null measures it on the data."
     )
     std: list[float] | None = Field(
-        None, description="standard deviation of each sub-band; null: measured of the data"
+        None, description="The standard deviation of each sub-band; null measures it on the data."
     )
 
 

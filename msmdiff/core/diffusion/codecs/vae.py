@@ -17,8 +17,8 @@ from msmdiff.core.registry import Options, register
 class VaeOptions(Options):
     vae: str | None = Field(
         None,
-        description="folder, file or hub id of an AutoencoderKL; null: what packed data was "
-        "encoded with",
+        description="The folder, file or hub id of an AutoencoderKL; null takes the one that "
+        "packed data was encoded with.",
     )
     vae_sha256: str | None = Field(
         None,
@@ -27,17 +27,27 @@ class VaeOptions(Options):
     )
     vae_config: str | None = Field(
         None,
-        description="folder or hub id with the config.json of a single file; null: Stable "
-        "Diffusion's",
+        description="For a single file, the folder or hub id with its config.json; null takes "
+        "Stable Diffusion's.",
     )
-    scale: float = Field(0.18215, gt=0, description="x0 = scale (latent - mean) / std")
-    mean: list[float] | None = Field(None, description="mean of each channel; null: 0")
-    std: list[float] | None = Field(None, description="standard deviation of each channel; null: 1")
-    channels: int = Field(4, ge=1, le=4096, description="channels of a latent")
-    factor: int = Field(8, ge=1, le=1024, description="pixels per latent, along a side")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of its network")
+    scale: float = Field(
+        0.18215, gt=0, description="The factor of latents: x0 = scale (latent - mean) / std."
+    )
+    mean: list[float] | None = Field(
+        None, description="The mean of each latent channel; null takes 0."
+    )
+    std: list[float] | None = Field(
+        None, description="The standard deviation of each latent channel; null takes 1."
+    )
+    channels: int = Field(4, ge=1, le=4096, description="The number of channels of a latent.")
+    factor: int = Field(8, ge=1, le=1024, description="Pixels per latent along a side.")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="The precision of the autoencoder."
+    )
     tile: StrictBool = Field(
-        False, description="large images in tiles: less memory, slightly other latents"
+        False,
+        description="Encode and decode large images in tiles, which takes less memory and gives "
+        "slightly other latents.",
     )
 
 
