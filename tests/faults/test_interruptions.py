@@ -88,7 +88,10 @@ def fail_at(children, inputs, undisturbed, folder, name, kind, few):
         places = {at: scenario.prepare(inputs, folder / str(at)) for at in some}
         hit = [Job(str(places[at]), scenario.argv, fault=kind, at=at) for at in some]
         failed = dict(zip(some, children.run(*hit), strict=True))
-        stopped = [at for at in some if failed[at].code]
+        # An old checkpoint that could not be removed stops no training: the next start removes it.
+        stopped = [
+            at for at in some if failed[at].code or numbers(places[at]).keys() != bits.keys()
+        ]
         again = children.run(*[Job(str(places[at]), scenario.argv) for at in stopped])
         reruns = dict(zip(stopped, again, strict=True))
         for at, end in failed.items():
