@@ -19,7 +19,7 @@ from msmdiff.core.training import previews, validation
 from msmdiff.core.training.trainer import Trainer
 
 HELDOUT = "held-out loss"
-COPIED = "samples nearer to training images than held-out ones are (0.5: as new as those)"
+COPIED = "share nearer to training images than held-out ones"
 
 
 @dataclass

@@ -12,7 +12,7 @@ from PIL import Image
 from msmdiff.core import registry
 from msmdiff.core.data.sources import Files
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.metrics import evaluate, features, inputs, statistics
+from msmdiff.core.metrics import evaluate, inception, inputs, statistics
 from msmdiff.core.metrics.evaluate import Settings
 from msmdiff.core.metrics.features import PixelFeatures
 from msmdiff.core.metrics.frechet import Gaussian, frechet_distance
@@ -185,7 +185,7 @@ def test_a_picture_of_statistics_is_refused_before_anything_is_measured(tmp_path
 
 def test_two_files_of_statistics_need_no_network(tmp_path, monkeypatch):
     """Neither its weights, nor a place to look for them."""
-    monkeypatch.setattr(features, "_published_weights", lambda: pytest.fail("looked for weights"))
+    monkeypatch.setattr(inception, "_published_weights", lambda: pytest.fail("looked for weights"))
     rng = np.random.default_rng(0)
     for name in ("a", "b"):
         root = rng.normal(size=(8, 2048))
