@@ -112,7 +112,7 @@ def _summary(runs: Sequence[Told]) -> str:
     note = "; ".join(f"{run.name}: {results.meaning(run.config)}" for run in runs)
     return (
         _table(header, rows)
-        + f"<p>The loss is an {html.escape(note)}. Losses compare only where these words are the "
+        + f"<p>Training losses: {html.escape(note)}. They compare only where these words are the "
         "same; held-out losses compare within one space.</p>"
     )
 
@@ -207,7 +207,10 @@ def _settings(runs: Sequence[Told]) -> str:
 
 
 def _value(value: Any) -> str:
-    return "null" if value is None else str(value)
+    """As YAML has it."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    return str(value)
 
 
 def _about(run: Told) -> str:
