@@ -186,7 +186,7 @@ class Trainer:
                 source=self.dataset.source,
                 device=self.device,
             )
-            self.evaluator = Evaluator(judged, self._note)
+            self.evaluator = Evaluator(judged, self._note, self.reporter.activity)
 
     def _clear_checkpoints(self) -> Path | None:
         """Remove torn checkpoints; returns the newest whole one."""
