@@ -228,7 +228,9 @@ def takes(spec: str, option: str) -> bool:
 def open_configured(config: DataConfig) -> Source:
     """The source of a `data` section, with the options that were given."""
     given = config.model_fields_set - set(DataConfig.model_fields)
-    options = {key: getattr(config, key) for key in sorted(given)}
+    usual = {key: field.default for key, field in type(config).model_fields.items()}
+    # A stored configuration holds the options of every source; at their defaults they say nothing.
+    options = {k: getattr(config, k) for k in sorted(given) if getattr(config, k) != usual[k]}
     source = open_source(config.source, config.labels, config.kind, options)
     source.decoding = Decoding(float_range=config.float_range, alpha=config.background)
     return halves.chosen(source, config)
