@@ -20,7 +20,7 @@ LAYERS = [
     {"weights"},
     {"metrics"},
     {"training"},
-    {"bench", "gallery"},
+    {"bench", "gallery", "report"},
     {"compare"},
     {"cli"},
 ]

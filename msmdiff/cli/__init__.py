@@ -18,6 +18,7 @@ from msmdiff.cli import (
     listing,
     plugins,
     quickstart,
+    report,
     runs,
     sample,
     training,
@@ -51,7 +52,19 @@ def _root(
     pass
 
 
-for _module in (training, sample, fid, runs, listing, data, weights, bench, compare, quickstart):
+for _module in (
+    training,
+    sample,
+    fid,
+    runs,
+    report,
+    listing,
+    data,
+    weights,
+    bench,
+    compare,
+    quickstart,
+):
     _module.register(app)
 plugins.accept(app)
 answers.give(app)

@@ -15,6 +15,12 @@ from msmdiff.cli import completion
 from msmdiff.cli.flags import begun, configure, place, with_training_options
 from msmdiff.core.errors import UsageError
 
+ALL_TOKENS: dict[str, Any] = {
+    "mask": {"ratio": 0.0, "kind": "patch", "route": "auto", "schedule": "constant", "tail": 0.0},
+    "objective": {"name": "dsm"},
+}
+"""What a fine-tuning changes unless told otherwise: nothing is hidden."""
+
 
 def register(app: typer.Typer) -> None:
     """Add the three verbs."""
@@ -97,17 +103,7 @@ def finetune(
             options["tell"](f"no --data: it is fine-tuned on {stored.data.source}")
     else:
         stored = goes_on  # a run that goes on needs the weights it started from no more
-    changes: dict[str, Any] = {
-        "mask": {
-            "ratio": 0.0,
-            "kind": "patch",
-            "route": "auto",
-            "schedule": "constant",
-            "tail": 0.0,
-        },
-        "objective": {"name": "dsm"},
-        "train": {"init_from": path},
-    }
+    changes = {**ALL_TOKENS, "train": {"init_from": path}}
     config = configure(options, warmstart.next_stage(stored), changes)
     _measure_anew(config, stored)
     _train("finetune", options, config, allow_partial)

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+from msmdiff.core import config as configuration
 from msmdiff.core import files
 from msmdiff.core.config import section
 from msmdiff.core.data import checking, embedded, images, inspection, loader, sources
@@ -637,3 +638,10 @@ def test_a_batch_is_waited_for_in_short_looks(monkeypatch):
     dead = RuntimeError("DataLoader worker (pid(s) 7) exited unexpectedly")
     with pytest.raises(RuntimeError, match="exited unexpectedly"):
         list(loader._patiently(Slow([1], dead)))
+
+
+def test_a_stored_configuration_opens_as_the_one_it_is_of(photos):
+    made = configuration.build({"data": {"source": str(photos)}})
+    again = configuration.build(configuration.stored(made.as_dict(), "stored"))
+    assert "image_column" in again.data.model_fields_set  # of a source that this is not
+    assert len(sources.open_configured(again.data)) == 12

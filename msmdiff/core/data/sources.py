@@ -213,15 +213,6 @@ def open_source(
     return _with_labels(entry.make(spec, **own), labels)
 
 
-def _differs(config: DataConfig, option: str) -> bool:
-    """Whether an option says something: a stored configuration holds those of every source."""
-    every = registry.entries("source").values()
-    defaults = [
-        e.options.model_fields[option].default for e in every if option in e.options.model_fields
-    ]
-    return getattr(config, option) not in defaults
-
-
 def takers_of(option: str) -> list[str]:
     """The sources that take an option."""
     every = registry.entries("source").values()
@@ -237,7 +228,9 @@ def takes(spec: str, option: str) -> bool:
 def open_configured(config: DataConfig) -> Source:
     """The source of a `data` section, with the options that were given."""
     given = config.model_fields_set - set(DataConfig.model_fields)
-    options = {key: getattr(config, key) for key in sorted(given) if _differs(config, key)}
+    usual = {key: field.default for key, field in type(config).model_fields.items()}
+    # A stored configuration holds the options of every source; at their defaults they say nothing.
+    options = {k: getattr(config, k) for k in sorted(given) if getattr(config, k) != usual[k]}
     source = open_source(config.source, config.labels, config.kind, options)
     source.decoding = Decoding(float_range=config.float_range, alpha=config.background)
     return halves.chosen(source, config)

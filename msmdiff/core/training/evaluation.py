@@ -2,6 +2,7 @@
 was best.
 """
 
+import functools
 import hashlib
 import json
 from collections.abc import Callable, Sequence
@@ -43,9 +44,14 @@ class Evaluator:
     be had.
     """
 
-    def __init__(self, judged: Judged, note: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        judged: Judged,
+        note: Callable[[str], None],
+        tell: previews.Tell = lambda what, done, total: None,
+    ) -> None:
         self.config, self.parts, self.run = judged.config, judged.parts, judged.run
-        self._note = note
+        self._note, self._tell = note, tell
         options, side = self.config.eval, self.config.data.image_size
         if isinstance(self.parts.objective.condition, Text):
             raise UsageError(
@@ -113,11 +119,16 @@ class Evaluator:
             self._note(
                 f"measuring {len(self._reference):,} reference images ({self.features.name})"
             )
-            self._reference.stored = evaluate.of_input(self._reference, self.features)
+            looking = functools.partial(self._tell, "measuring the reference")
+            self._reference.stored = evaluate.of_input(
+                self._reference, self.features, progress=looking
+            )
             if self._kept and self.run.writes:
                 statistics.save(self._kept, self._reference.stored)
         training = network.training
-        drawn = evaluate.of_input(self._drawn(network.eval()), self.features, 64)
+        drawing = functools.partial(self._tell, "drawing and measuring samples")
+        made = self._drawn(network.eval())
+        drawn = evaluate.of_input(made, self.features, 64, progress=drawing)
         network.train(training)
         score, step = (
             scores.compare(drawn, self._reference.stored, self.features),

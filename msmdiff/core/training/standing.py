@@ -15,6 +15,15 @@ from msmdiff.core.training.step import Step
 
 
 @dataclass
+class Reached:
+    """At how many images seen the last of each was; -1 where there was none."""
+
+    saved: int
+    pictured: int
+    evaluated: int
+
+
+@dataclass
 class Standing:
     """A training that is saved and goes on.
 

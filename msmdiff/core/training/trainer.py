@@ -4,7 +4,6 @@ import functools
 import time
 from collections.abc import Generator, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from signal import SIGTERM
 from typing import Any
@@ -35,7 +34,7 @@ from msmdiff.core.training import (
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
 from msmdiff.core.training.run import Reporter, Run, Summary
-from msmdiff.core.training.standing import Standing
+from msmdiff.core.training.standing import Reached, Standing
 from msmdiff.core.training.step import Step
 from msmdiff.core.training.validation import Validation
 
@@ -80,15 +79,6 @@ def train(
             return trainer.fit(signals)
         finally:
             trainer.close()
-
-
-@dataclass
-class Reached:
-    """At how many images seen the last of each was; -1 where there was none."""
-
-    saved: int
-    pictured: int
-    evaluated: int
 
 
 class Trainer:
@@ -174,8 +164,13 @@ class Trainer:
             self.standing.origins = origins.of(config, self.dataset.source)
 
         self._earlier = self.standing.waited
+        self._watch(config)
+        self.run.start(config, command, self.images_seen)
+        if config.train.trackers:
+            self.accelerator.init_trackers("msmdiff", configuration.plain(config))
 
-        # What watches it.
+    def _watch(self, config: Config) -> None:
+        """What looks at the training: its cost, its log, held-out images, its samples."""
         self.cost = cost.measure(config)
         mean = functools.partial(self.accelerator.reduce, reduction="mean")
         self.meter = Meter(self.cost, self.device, mean)
@@ -191,10 +186,7 @@ class Trainer:
                 source=self.dataset.source,
                 device=self.device,
             )
-            self.evaluator = Evaluator(judged, self._note)
-        self.run.start(config, command, self.images_seen)
-        if config.train.trackers:
-            self.accelerator.init_trackers("msmdiff", configuration.plain(config))
+            self.evaluator = Evaluator(judged, self._note, self.reporter.activity)
 
     def _clear_checkpoints(self) -> Path | None:
         """Remove torn checkpoints; returns the newest whole one."""

@@ -1,0 +1,46 @@
+"""`report`: one page about one or several runs."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from msmdiff.cli import completion
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command."""
+    app.command(
+        epilog="Examples: `msmdiff report primer` · `msmdiff report primer scratch -o both.html`"
+    )(report)
+
+
+def report(
+    names: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="RUN...", help="Runs or their names.", autocompletion=completion.runs
+        ),
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("-o", "--out", help="The page; default: RUN/report.html of the first run."),
+    ] = None,
+) -> None:
+    """Write one HTML page about runs: curves, held-out loss by noise level, samples over time, what
+    a mask leaves, settings and what differs, the machine, checkpoints, next commands.
+
+    The page is one file and loads nothing.
+    """
+    from msmdiff.cli.console import Console
+    from msmdiff.core import files
+    from msmdiff.core import report as page
+
+    paths = [
+        Path(name) if (Path(name) / "config.yaml").is_file() else Path("runs") / name
+        for name in names
+    ]
+    target = out or paths[0] / "report.html"
+    files.require_writable(target)
+    size = page.write(paths, target)
+    Console().note(f"{target} ({size / 2**20:.2f} MiB): open it in a browser")
