@@ -301,21 +301,26 @@ def features(
 
 
 def split(
-    source: Annotated[str, typer.Argument(help="Images: a folder, a zip, ...")],
+    source: Annotated[str, typer.Argument(help="The images: a folder, a zip, ...")],
     out: Annotated[
         Path | None,
-        typer.Option("-o", "--out", help="Folder for train.zip and test.zip; default: only tell."),
+        typer.Option(
+            "-o",
+            "--out",
+            help="The folder for train.zip and test.zip; by default nothing is written.",
+        ),
     ] = None,
-    share: Annotated[float, typer.Option(help="Of the images, what is held out.")] = 0.1,
-    seed: Annotated[int, typer.Option(min=0, help="Another seed, other halves.")] = 0,
+    share: Annotated[float, typer.Option(help="The share of the images that is held out.")] = 0.1,
+    seed: Annotated[
+        int, typer.Option(min=0, help="The seed of the parts; another one gives others.")
+    ] = 0,
     labels: Labels = None,
     overwrite: Overwrite = False,
 ) -> None:
-    """Divide images into a part to train on and a part that is held out, by their names: an image
-    stays in its part when others come or go.
+    """Divide images into a part to train on and a part that is held out.
 
-    `--data SOURCE:train` and `SOURCE:test` are these parts for the default share and seed, without
-    writing anything.
+    An image's part depends on its name alone, so it stays there when others come or go.
+    `--data SOURCE:train` and `SOURCE:test` are these parts, for the default share and seed.
     """
     from msmdiff.cli.console import Console
     from msmdiff.core.data import halves, inspection, sources

@@ -17,16 +17,16 @@ def register(app: typer.Typer) -> None:
 def runs(
     names: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RUN]...", help="Runs or their names; default: all under runs/."),
+        typer.Argument(
+            metavar="[RUN]...", help="Runs or their names; the default is all under runs/."
+        ),
     ] = None,
     plot: Annotated[
         Path | None, typer.Option(help="Also draw their curves into this PNG, in one picture.")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
-    """What runs there are: how far they are, their last loss, held-out loss and distance, and the
-    room that they take.
-    """
+    """List the runs: progress, last loss, held-out loss and distance, and size on the disk."""
     from dataclasses import asdict
 
     from msmdiff.cli.console import Console, print_json

@@ -226,11 +226,17 @@ def takes(spec: str, option: str) -> bool:
 
 
 def open_configured(config: DataConfig) -> Source:
-    """The source of a `data` section, with the options that were given."""
-    given = config.model_fields_set - set(DataConfig.model_fields)
-    usual = {key: field.default for key, field in type(config).model_fields.items()}
-    # A stored configuration holds the options of every source; at their defaults they say nothing.
-    options = {k: getattr(config, k) for k in sorted(given) if getattr(config, k) != usual[k]}
+    """The source of a `data` section, with the options that were given.
+
+    A stored configuration holds all options: those with their default were not given.
+    """
+    fields = type(config).model_fields
+    given = {key: getattr(config, key) for key in sorted(config.model_fields_set)}
+    options = {
+        key: value
+        for key, value in given.items()
+        if key not in DataConfig.model_fields and value != fields[key].default
+    }
     source = open_source(config.source, config.labels, config.kind, options)
     source.decoding = Decoding(float_range=config.float_range, alpha=config.background)
     return halves.chosen(source, config)

@@ -22,8 +22,8 @@ class VaeOptions(Options):
     )
     vae_sha256: str | None = Field(
         None,
-        description="checksum of the VAE that latents were made with, which another one is refused "
-        "for; null: what packed data were encoded with, any: do not look",
+        description="The checksum of the VAE that the latents were made with: another VAE is "
+        "refused. Null takes the packed data's, and `any` does not look.",
     )
     vae_config: str | None = Field(
         None,
