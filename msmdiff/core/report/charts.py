@@ -12,7 +12,7 @@ COLOURS = ("#2f6fde", "#d9542b", "#2a9d5c", "#9b59b6", "#b8860b", "#17808f", "#c
 MOST_POINTS = 400
 
 
-def chart(title: str, curves: dict[str, Points], log: bool = False) -> str:
+def chart(title: str, curves: Mapping[str, Points], log: bool = False) -> str:
     """A figure of named curves over the images seen, with a legend; empty without points.
 
     Args:
