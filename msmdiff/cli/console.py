@@ -198,15 +198,19 @@ class Console:
     ) -> None:
         """A table: drawn on a terminal, aligned columns elsewhere, never cut.
 
-        Columns behind the first are `figures`, and stand to the right, or words.
+        Columns behind the first that hold numbers stand to the right where there are `figures`.
         """
         rows = [[str(cell) for cell in row] for row in rows]
+        right = [
+            bool(i) and figures and all(_is_figure(row[i]) for row in rows)
+            for i in range(len(header))
+        ]
         if self._live:
             from rich.table import Table
 
             table = Table(title=title, title_justify="left")
             for i, name in enumerate(header):
-                table.add_column(name, justify="right" if i and figures else "left")
+                table.add_column(name, justify="right" if right[i] else "left")
             for row in rows:
                 table.add_row(*row)
             self._rich.print(table)
@@ -215,7 +219,7 @@ class Console:
         self._rich.print(title, markup=False)
         for row in [list(header), *rows]:
             cells = [
-                cell.rjust(w) if i and figures else cell.ljust(w)
+                cell.rjust(w) if right[i] else cell.ljust(w)
                 for i, (cell, w) in enumerate(zip(row, widths, strict=True))
             ]
             self._rich.print("  " + "  ".join(cells).rstrip(), markup=False)
@@ -240,6 +244,11 @@ class Notes:
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""
     print(json.dumps(content, indent=2))
+
+
+def _is_figure(cell: str) -> bool:
+    """Whether a cell is numbers, with their units, or says that there is none."""
+    return cell in ("", "-") or cell[0].isdigit() or cell[0] in "+-.±"
 
 
 def _summary(metrics: dict[str, Any]) -> str:
