@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -39,7 +40,12 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         [sys.executable, str(here / "forks.py"), address],
         stdout=subprocess.PIPE,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "200"},
+        env={
+            **os.environ,
+            "OMP_NUM_THREADS": "1",
+            "COLUMNS": "200",
+            "MSMDIFF_CACHE": str(folder / "cache"),
+        },
     )
     assert served.stdout is not None
     assert served.stdout.readline() == "ready\n"
@@ -48,34 +54,41 @@ def programs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     served.wait()
 
 
+Run = Callable[[str], subprocess.CompletedProcess]
+
+
 @pytest.fixture(scope="module")
-def reader(
+def world(
     programs: Path, tmp_path_factory: pytest.TempPathFactory, random_inception: Path, vae: Path
-) -> Callable[[str], subprocess.CompletedProcess]:
-    """A function that runs a script where a reader of the first page stands: with pictures, two
-    runs and some published files at hand.
+) -> Path:
+    """A folder where a reader of the first page stands: with pictures, two runs and some published
+    files at hand.
     """
-    world = tmp_path_factory.mktemp("reader")
-    environment = {
-        "PATH": f"{programs}:/usr/bin:/bin",
-        "HOME": str(world),
-        "MSMDIFF_CACHE": str(world / ".cache"),
-    }
-
-    def run(script: str) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            ["bash", "-euo", "pipefail", "-c", script],
-            cwd=world,
-            env=environment,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-
-    _furnish(world, programs, random_inception, vae)
-    made = run((Path(__file__).parent / "reader.sh").read_text())
+    folder = tmp_path_factory.mktemp("reader")
+    _furnish(folder, programs, random_inception, vae)
+    made = _runner(folder, programs)((Path(__file__).parent / "reader.sh").read_text())
     assert made.returncode == 0, made.stdout + made.stderr
-    return run
+    return folder
+
+
+@pytest.fixture
+def reader(world: Path, programs: Path, tmp_path: Path) -> Run:
+    """A function that runs a script in a copy of that folder: no page depends on another one."""
+    folder = tmp_path / "reader"
+    shutil.copytree(world, folder, symlinks=True)
+    return _runner(folder, programs)
+
+
+def _runner(folder: Path, programs: Path) -> Run:
+    environment = {"PATH": f"{programs}:/usr/bin:/bin", "HOME": str(folder)}
+    return lambda script: subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=folder,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
 def _write_program(path: Path, script: str) -> None:

@@ -32,6 +32,21 @@ def test_every_key_and_every_choice_is_there(written):
     assert "a plain and a masked pass in every step. |" in written["presets"]  # two lines long
 
 
+def test_every_key_is_described_in_a_sentence():
+    from msmdiff.core import registry
+    from msmdiff.core.layers import SECTIONS
+
+    models: dict = dict(SECTIONS)
+    for kind in registry.KINDS:
+        for entry in registry.entries(kind).values():
+            models[f"{kind} {entry.name}"] = entry.options
+    for name, model in models.items():
+        for key, field in model.model_fields.items():
+            about = field.description or ""
+            assert about[:1].isupper(), f"{name} {key}: {about}"
+            assert about.endswith("."), f"{name} {key}: {about}"
+
+
 def test_options_of_a_choice_stand_beside_their_key(written):
     assert "| `dpm_solver` | `sample.order` | `2` |" in written["keys"]
     assert "| `loss_second_moment`" not in written["keys"]  # it has none

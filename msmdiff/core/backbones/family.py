@@ -73,7 +73,9 @@ def family(
 
 def _options(network: type) -> type[Options]:
     """The keyword arguments of a constructor as a typed model; its docstring describes them."""
-    about = _described(network.__doc__ or "")
+    about: dict[str, str] = {}
+    for ancestor in reversed(network.__mro__):
+        about |= _described(vars(ancestor).get("__doc__") or "")
     fields: dict[str, Any] = {}
     for parameter in inspect.signature(network).parameters.values():
         if parameter.kind is parameter.KEYWORD_ONLY:
@@ -105,7 +107,8 @@ def _described(docstring: str) -> dict[str, str]:
     """The lines `name: text` of a docstring's Args."""
     found: dict[str, str] = {}
     last = ""
-    for line in inspect.cleandoc(docstring).partition("Args:")[2].splitlines():
+    arguments = inspect.cleandoc(docstring).partition("Args:")[2].partition("\n")[2]
+    for line in arguments.splitlines():
         if not line.strip():
             continue
         if not line.startswith("    "):  # what follows the arguments

@@ -48,8 +48,21 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
     """Both versions: learned positions for encoder and decoder, relative-position biases, and the
     side block.
 
-    Args: as `DiT`, and
+    Args:
+        shape: (C, H, W) of the input; H and W must divide by patch_size.
+        num_classes: 0 is unconditional.
+        patch_size: side of a patch.
+        hidden_size: width of a token; must divide by num_heads and by 4.
+        depth: blocks, those of the decoder included.
+        num_heads: attention heads.
         decode_layers: blocks behind the side-interpolater, which see all tokens.
+        mlp_ratio: inner width of the MLP over hidden_size.
+        learn_sigma: predict the variance too.
+        null_class: the label table has one more row, the null class; the default of every published
+            network.
+        amm: blocks whose attention EDT's matrix modulates while sampling: off, default, or their
+            numbers.
+        amm_formula: the matrix, `exp`, or `cos` as at 512 pixels.
     """
 
     fills: ClassVar = frozenset({"own", "mask", "side"})
