@@ -88,3 +88,26 @@ def test_transparency_is_laid_on_what_is_asked_for(tmp_path, background, corner)
     assert report["transparent"] == f"about 100%, laid on {background} (data.background)"
     with pytest.raises(UsageError, match=r"data\.background"):
         configuration.section("data", background="pink")
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "shared"),
+    [
+        ("photos:test", "photos:train", False),
+        ("photos:test", "./photos/:train", False),
+        ("photos:test", "photos:test", True),
+        ("photos:test", "photos/", True),
+        ("./photos", "photos:train", True),
+        ("{here}/photos", "photos", True),
+        ("photos/cat", "photos:train", True),
+        ("photos", "others", False),
+        ("digits:test", "digits", True),
+    ],
+)
+def test_sources_that_share_images_are_known_however_they_are_written(
+    photos, tmp_path, monkeypatch, one, two, shared
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "others").mkdir()
+    for a, b in ((one, two), (two, one)):
+        assert halves.overlap(a.format(here=tmp_path), b.format(here=tmp_path)) is shared

@@ -150,9 +150,29 @@ def test_columns_are_named_where_it_is_open(table, tmp_path):
         UsageError, match=r"data.image_column other: .* has images in image, second"
     ):
         sources.open_source(str(tmp_path / "saved"), options={"image_column": "other"})
-    wrong = {"image_column": "image", "label_column": "other"}
-    with pytest.raises(UsageError, match="column other holds"):
-        sources.open_source(str(tmp_path / "saved"), options=wrong)
+    named = {"image_column": "image", "label_column": "other"}
+    assert sources.open_source(str(tmp_path / "saved"), options=named).class_names == ["x"]
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no")
     with pytest.raises(MsmdiffError, match=r"bad\.parquet"):
         sources.open_source(str(tmp_path / "bad.parquet"))
+
+
+def test_labels_that_are_none_leave_a_table_unlabelled(table, tmp_path):
+    """A test split's are -1; and beside images a table is no data set."""
+    datasets = pytest.importorskip("datasets")
+    without = table.remove_columns("label").add_column("label", [-1] * 5)
+    without.to_parquet(tmp_path / "test.parquet")
+    source = sources.open_source(str(tmp_path / "test.parquet"))
+    assert source.labels is None
+    assert source.unlabelled == "no labels: column label holds -1"
+    assert sources.open_source(str(tmp_path / "test.parquet"), "none").labels is None
+    with pytest.raises(UsageError, match="column label holds -1, not classes"):
+        sources.open_source(str(tmp_path / "test.parquet"), options={"label_column": "label"})
+    words = table.remove_columns("label").add_column("label", ["dog", "cat", "dog", "dog", "cat"])
+    words.to_parquet(tmp_path / "words.parquet")
+    source = sources.open_source(str(tmp_path / "words.parquet"))
+    assert (source.class_names, source.labels.tolist()) == (["cat", "dog"], [1, 0, 1, 1, 0])
+    (tmp_path / "photos" / "cat").mkdir(parents=True)
+    (tmp_path / "photos" / "cat" / "0.png").write_bytes(picture(0))
+    datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "photos" / "meta.parquet")
+    assert sources.open_source(str(tmp_path / "photos")).names == ["cat/0.png"]

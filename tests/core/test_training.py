@@ -234,6 +234,28 @@ def test_what_the_device_leaves_out_stops_the_run_a_step_later(
     )
 
 
+def test_pictures_never_compile_the_network_in_training(tmp_path, quiet):
+    """Its bits would depend on whether a picture came before."""
+    layer = {"train": {"preview_every": 2, "steps": 4}, "ema": {"decays": []}}
+    quick = {"sample": {"steps": 2, "compile": True}}
+    train(small(layer, quick), tmp_path / "compiled", quiet)
+    train(small(layer, {"sample": {"steps": 2}}), tmp_path / "plain", quiet)
+    assert list((tmp_path / "compiled" / "previews").iterdir())
+    assert_same_bits(tmp_path / "compiled", tmp_path / "plain")
+
+
+def test_columns_are_named_where_every_class_has_one(monkeypatch):
+    told = []
+    monkeypatch.setattr(previews, "labelled", lambda picture, **words: told.append(words))
+
+    class Model:
+        config = small()
+
+    for count in (10, 12):
+        previews._captioned(None, Model, [f"c{i}" for i in range(count)])
+    assert [len(words["columns"]) for words in told] == [10, 0]
+
+
 def test_a_fused_optimiser_leaves_out_what_is_not_finite():
     """Bits of weights and moments, and the count of steps."""
     network = torch.nn.Linear(4, 4)

@@ -184,3 +184,13 @@ def test_classes_that_the_training_has_not_are_refused(tmp_path, photos, quiet):
     (held / "plain.png").write_bytes(Path(held / "dog" / "a.png").read_bytes())
     with pytest.raises(UsageError, match="has no classes"):
         train(small(layer), tmp_path / "r2", quiet)
+
+
+def test_other_images_are_opened_as_the_trainings_own(photos):
+    options = {"classes": ["cat"], "background": "black", "share": 0.5, "crop": "random"}
+    data = {"source": f"{photos}:train", "kind": "files", **options}
+    config = configuration.build({"data": data})
+    half = validation.opened_alike(config, f"{photos}:test")
+    assert (half.classes, half.background, half.kind) == (["cat"], "black", "files")
+    assert (half.share, half.crop) == (1.0, "center")
+    assert validation.opened_alike(config, "digits:test").kind == "auto"

@@ -182,9 +182,9 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     Blocks that are alike share one compiled graph, which takes seconds where a deep network as a
     whole takes minutes. `options` are torch.compile's.
     """
-    for module in network.modules():
-        if type(module).__name__ == BLOCK:
-            module.compile(**options)
+    blocks = [module for module in network.modules() if type(module).__name__ == BLOCK]
+    for module in blocks or [network]:  # a plugin's network may repeat nothing of that name
+        module.compile(**options)
 
 
 def run_block(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:

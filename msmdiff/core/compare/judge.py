@@ -51,7 +51,9 @@ class Judge:
         kind, weights = features.named(measure.features, given)
         options = registry.find("features", kind, "measure.features").options()
         network = features.build(kind, weights, device, **options.model_dump())
-        opened = inputs.open_input(measure.reference, crop=config.data.image_size)
+        side = config.data.image_size
+        alike = validation.opened_alike(config, measure.reference)
+        opened = inputs.open_input(measure.reference, crop=side, data=alike)
         judge = cls(measure, network, opened.stored or evaluate.of_input(opened, network))
         if measure.nearest:
             spec = validation.source_of(config)
@@ -59,11 +61,12 @@ class Judge:
                 raise UsageError(
                     "measure.nearest needs images that are not trained on: set eval.heldout"
                 )
+            beside = validation.opened_alike(config, spec)
             judge.known, judge.unknown = (
                 evaluate.of_input(
-                    inputs.open_input(each, crop=config.data.image_size), network, keep_rows=True
+                    inputs.open_input(data.source, crop=side, data=data), network, keep_rows=True
                 ).rows
-                for each in (config.data.source, spec)
+                for data in (config.data, beside)
             )
         return judge
 

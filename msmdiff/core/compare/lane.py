@@ -5,8 +5,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from msmdiff.core.compare.figures import Turn
 from msmdiff.core.compare.judge import Judge
 from msmdiff.core.compare.planning import Arm
@@ -116,8 +114,8 @@ class Lane:
                 self._measure(judge)
         except StopIteration as ended:
             self._finish(ended.value, judge)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()  # the next arm's turn does not wait for this one's last step
+        if self.trainer is not None:
+            self.trainer.settle()  # the next arm's turn does not wait for this one's last step
         end = self.now if self.stage == stage and not self.done else self.before
         return Turn(
             arm=self.arm.name,

@@ -7,6 +7,7 @@ or go, and wherever the data lie.
 
 import hashlib
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
@@ -76,6 +77,23 @@ def named(spec: str) -> tuple[str, str] | None:
     """(`SOURCE`, `train` or `test`) of what a user wrote, else None."""
     whole, colon, part = spec.rpartition(":")
     return (whole, part) if colon and whole and part in ("train", "test") else None
+
+
+def whole(spec: str) -> Path:
+    """The place of what a spec is a half of, or is itself, however it is written."""
+    part = named(spec)
+    return Path(part[0] if part else spec).resolve()
+
+
+def overlap(one: str, two: str) -> bool:
+    """Whether two sources share images: the same one unless they are its two halves, or a folder
+    in the other's.
+    """
+    first, second = whole(one), whole(two)
+    if first == second:
+        halves = named(one), named(two)
+        return None in halves or halves[0][1] == halves[1][1]  # type: ignore[index]
+    return any(a.is_dir() and a in b.parents for a, b in ((first, second), (second, first)))
 
 
 def held_out(name: str, share: float = SHARE, seed: int = SEED) -> bool:

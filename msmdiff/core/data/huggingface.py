@@ -40,7 +40,7 @@ class HuggingFace(Source):
     def opens(cls, spec: str) -> bool:
         path = Path(spec)
         if path.is_dir():
-            return (path / "dataset_info.json").is_file() or bool(_parquets(path))
+            return (path / "dataset_info.json").is_file() or _only_tables(path)
         return path.suffix == ".parquet" and path.is_file()
 
     def __init__(
@@ -51,7 +51,7 @@ class HuggingFace(Source):
         self._column = _image_column(rows, image_column, spec)
         label = _label_column(rows, label_column, spec)
         if label is not None:
-            self._label(rows, label)
+            self._label(rows, label, asked=label_column is not None)
         # Its images are decoded here, by the one rule, and not by the library.
         import datasets
 
@@ -60,17 +60,23 @@ class HuggingFace(Source):
         if not len(self._rows):
             raise UsageError(f"{spec} holds no images")
 
-    def _label(self, rows: Any, column: str) -> None:
+    def _label(self, rows: Any, column: str, asked: bool) -> None:
         found = np.asarray(rows[column])
         known = getattr(rows.features[column], "names", None)
+        if found.dtype.kind in "UO" and all(isinstance(value, str) for value in found):
+            known, found = np.unique(found, return_inverse=True)
         if found.dtype.kind not in "iu" or found.min(initial=0) < 0:
-            raise UsageError(
-                f"{self.spec}: column {column} holds {found.dtype}, not class indices of 0 or more"
-            )
+            problem = f"column {column} holds {found.dtype}"
+            if found.dtype.kind in "iu":
+                problem = f"column {column} holds {found.min()}"
+            if asked:
+                raise UsageError(f"{self.spec}: {problem}, not classes of 0 or more, or names")
+            self.unlabelled = f"no labels: {problem}"
+            return
         self.labels = found.astype(np.int64)
         self.class_names = (
             [names.shown(name) for name in known]
-            if known
+            if known is not None
             else [str(i) for i in range(int(found.max()) + 1)]
         )
 
@@ -96,6 +102,15 @@ class HuggingFace(Source):
 
 def _parquets(folder: Path) -> list[Path]:
     return sorted(path for path in folder.glob("*.parquet") if not names.hidden(path.name))
+
+
+def _only_tables(folder: Path) -> bool:
+    """Whether a folder holds Parquet files, and nothing but what describes them: beside images, a
+    table of captions is no data set.
+    """
+    there = [entry for entry in folder.iterdir() if not names.hidden(entry.name)]
+    beside = (".parquet", ".json", ".txt", ".md")
+    return bool(_parquets(folder)) and all(e.is_file() and e.suffix in beside for e in there)
 
 
 def _opened(path: Path) -> Any:

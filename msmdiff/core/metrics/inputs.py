@@ -190,12 +190,14 @@ def open_input(
     workers: int | None = None,
     layers: Sequence[dict[str, Any]] = (),
     device: torch.device | str = "cpu",
+    data: DataConfig | None = None,
 ) -> Images:
     """A folder, zip, `.npz` of images or `digits`; an `.npz` of statistics (ADM's may hold both);
     or weights.
 
     Where `draws` says so, `n` images are drawn, with the configuration `layers` over the stored
-    one. Of the `layers`, images on disk take `data.float_range` and their source's options.
+    one. Of the `layers`, images on disk take `data.float_range` and their source's options; where
+    `data` is given, they are opened by it.
     """
     path = Path(spec)
     found = statistics.load(path) if path.suffix.lower() == ".npz" and path.is_file() else None
@@ -207,13 +209,15 @@ def open_input(
         loaded = weights.load(spec, device, others, **fields)
         sha256 = files.checksum(weights.file_of(loaded.path))
         opened = Drawn(spec, loaded, n, weights=str(loaded.path), sha256=sha256)
+    elif data is not None:
+        opened = Stored(sources.open_configured(data), crop, workers)
     else:
         given = {key: value for layer in layers for key, value in layer.get("data", {}).items()}
         options = {key: value for key, value in given.items() if sources.takes(spec, key)}
         source = sources.open_source(spec, "none", options=options)
         told = {key: given[key] for key in ("float_range", "background") if key in given}
-        data = section("data", **told)
-        source.decoding = images.Decoding(data.float_range, data.background)
+        ground = section("data", **told)
+        source.decoding = images.Decoding(ground.float_range, ground.background)
         opened = Stored(source, crop, workers)
     opened.stored = found
     return opened

@@ -64,13 +64,12 @@ class Evaluator:
         )
         self._kept = None
         wanted = options.reference or validation.source_of(self.config)
-        data = self.config.data
         if wanted is None:
             self._kept = self.run.path / "eval-reference.npz"
             self._reference: Images = Stored(judged.source, side)
         else:
-            ground = {"background": data.background, "float_range": data.float_range}
-            self._reference = open_input(wanted, crop=side, layers=[{"data": ground}])
+            alike = validation.opened_alike(self.config, wanted)
+            self._reference = open_input(wanted, crop=side, data=alike)
         if self._kept and self._kept.is_file():  # measured before this run was resumed
             found = statistics.load(self._kept)
             if found and found.settings == self.features.settings() | self._reference.settings:

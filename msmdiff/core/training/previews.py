@@ -121,6 +121,8 @@ def model_in_training(network: Any, parts: Parts, config: Config) -> Model:
     condition = parts.objective.condition
     if isinstance(condition, Text):
         sample = config.sample
+    # Compiling would change the network in training, and with it the bits of the steps that follow.
+    sample = sample.model_copy(update={"compile": False})
     drawn = config.model_copy(update={"sample": sample})
     return Model(
         backbone=network,
@@ -169,7 +171,7 @@ CONFETTI = (
 
 def _captioned(picture: Image.Image, model: Model, names: Sequence[str]) -> Image.Image:
     """Samples with the classes over their columns, and a word on what a masked network draws."""
-    shown = [names[i] for i in range(min(len(names), 10))]
+    shown = names if len(names) <= 10 else ()  # more classes do not keep to their columns
     title = CONFETTI if model.config.objective.name == "msm" else ""
     return labelled(picture, columns=shown, title=title)
 

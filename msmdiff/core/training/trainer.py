@@ -280,7 +280,7 @@ class Trainer:
         logs = done or validates or step % train.log_every == 0
         due = done or step % train.checkpoint_every == 0
         if logs or due:
-            self.step.settle()
+            self.settle()
         if logs:
             self._log(total, validates)
         if due and reached.saved != self.images_seen:
@@ -330,6 +330,14 @@ class Trainer:
     def _breaking_off(self, signals: launch.Signals) -> AbstractContextManager[None]:
         # Of several processes the others would wait at a barrier.
         return signals.breaking_off() if self._alone else nullcontext()
+
+    def settle(self) -> None:
+        """Wait for what the last step left to the device: it is part of that step's seconds."""
+        started = time.perf_counter()
+        self.step.settle()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.standing.seconds += time.perf_counter() - started
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)

@@ -11,7 +11,6 @@ losses in the same space (codec, image size) compare.
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,15 +20,16 @@ from msmdiff.core import files
 from msmdiff.core.build import Parts
 from msmdiff.core.condition import Classes, Condition, Text
 from msmdiff.core.config import Config
-from msmdiff.core.data import halves
-from msmdiff.core.data.checking import open_training
+from msmdiff.core.data import checking, halves
 from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.loader import center_crops, flip
 from msmdiff.core.data.source import Source
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.diffusion.schedules import Schedule
 from msmdiff.core.errors import UsageError
+from msmdiff.core.sections import DataConfig
 from msmdiff.core.seeding import numpy_stream, stream
+from msmdiff.core.training import launch
 from msmdiff.core.training.run import Run
 
 EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0)
@@ -71,22 +71,24 @@ def source_of(config: Config) -> str | None:
     if wanted is None:
         part = halves.named(trained)
         return f"{part[0]}:test" if part and part[1] == "train" else None
-    one, other = halves.named(wanted), halves.named(trained)
-    if one and other and one[0] == other[0] and one != other:
-        return wanted
-    if _lies_in(wanted, trained) or _lies_in(trained, wanted):
+    if halves.overlap(wanted, trained):
         raise UsageError(
             f"eval.heldout {wanted}: the training on {trained} sees these images: name others"
         )
     return wanted
 
 
-def _lies_in(spec: str, other: str) -> bool:
-    """Whether a source is another one, a part of it (`digits:test` of `digits`), or in its
-    folder.
+def opened_alike(config: Config, spec: str) -> DataConfig:
+    """The `data` section that opens other images as a training opens its own: the same classes, and
+    all of their images, on the same ground; of the same kind where it is the other half.
     """
-    one, two = Path(spec).resolve(), Path(other).resolve()
-    return one == two or spec.partition(":")[0] == other or (two.is_dir() and two in one.parents)
+    data, known = config.data, DataConfig.model_fields
+    changes: dict[str, Any] = {"source": spec, "crop": "center", "share": 1.0}
+    if halves.whole(spec) != halves.whole(data.source):
+        changes["kind"] = known["kind"].default
+        own = {key: field for key, field in type(data).model_fields.items() if key not in known}
+        changes |= {key: field.default for key, field in own.items()}
+    return data.model_copy(update=changes)
 
 
 def open_images(
@@ -104,8 +106,8 @@ def open_images(
     spec = source_of(config)
     if spec is None:
         return None
-    data = config.data.model_copy(update={"source": spec, "crop": "center", "share": 1.0})
-    source = open_training(data, note)
+    data = opened_alike(config, spec)
+    source = checking.checked(checking.opened(data, note), data, note, launch.from_first)
     source.check(config)
     order = numpy_stream(SEED, "heldout").permutation(len(source))[: config.eval.heldout_n]
     y: Tensor | None
