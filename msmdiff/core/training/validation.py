@@ -232,7 +232,7 @@ class Validation:
         held = open_images(config, parts.objective.condition, trained, note)
         if held is None:
             note(
-                "note: no held-out loss: --data SOURCE:train keeps a tenth of the images back for "
+                "note: no held-out loss: --data SOURCE:train keeps some of the images back for "
                 "it, or eval.heldout names images that are not trained on (--set "
                 "eval.heldout=FOLDER)"
             )
