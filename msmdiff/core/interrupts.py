@@ -60,6 +60,8 @@ def _attend(ear: socket.socket) -> None:
     while heard := ear.recv(1):
         if heard[0] not in (signal.SIGINT, signal.SIGTERM):
             continue
+        if asked and heard[0] == signal.SIGTERM:
+            continue  # a scheduler and a launcher tell each process the same: nobody is impatient
         asked += 1
         if asked == 1:
             threading.Timer(ANSWER_AFTER, _say, [_words]).start()

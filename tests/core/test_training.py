@@ -322,6 +322,19 @@ def test_sigterm_saves_and_the_rest_follows(tmp_path, quiet):
     assert_same_bits(tmp_path / "straight", tmp_path / "stopped")
 
 
+def test_a_second_sigterm_is_no_impatience(tmp_path, quiet):
+    """A scheduler and a launcher both send one to each process: the step is ended and saved."""
+
+    class Told(type(quiet)):
+        def progress(self, images_seen, total, metrics):
+            if images_seen == 24:
+                for _ in range(2):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    summary = train(small(), tmp_path, Told())
+    assert (summary.interrupted, final_state(tmp_path)[0]) == (signal.SIGTERM, summary.images_seen)
+
+
 def test_training_works_off_the_main_thread(tmp_path, quiet):
     thread = threading.Thread(target=train, args=(small({"train": {"steps": 1}}), tmp_path, quiet))
     thread.start()

@@ -237,6 +237,8 @@ class Signals:
             signal.signal(number, handler)
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None and number == signal.SIGTERM:
+            return  # SLURM and torchrun both send it
         if self.received is not None:
             self._give_back()  # whoever asks a third time does not meet us again
             raise KeyboardInterrupt(interrupts.QUIT)  # asked twice: do not wait for the step
