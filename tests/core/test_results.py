@@ -3,9 +3,13 @@
 import json
 
 import numpy as np
+import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from msmdiff.cli import app
 from msmdiff.core import config as configuration
+from msmdiff.core.errors import UsageError
 from msmdiff.core.training import results, trackers
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import train
@@ -78,3 +82,24 @@ def test_trackers_get_pictures(tmp_path):
     assert (values["samples"].shape, step, how) == ((1, 4, 6, 3), 8, {"dataformats": "NHWC"})
     assert np.array_equal(wandb.shown[0][0]["samples"][0], values["samples"][0])
     assert json.dumps(wandb.shown[0][2]) == "{}"
+
+
+@pytest.mark.parametrize("command", [["runs", "r", "--plot"], ["report", "r", "-o"]])
+def test_a_picture_or_page_replaces_its_own_kind_only(tmp_path, monkeypatch, quiet, command):
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path / "r")
+    run.start(configuration.build({}), "", 0)
+    run.close()
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    refused = CliRunner().invoke(app, [*command, "kept.txt"])
+    assert isinstance(refused.exception, UsageError)
+    assert "kept.txt is there already, and was not written by msmdiff" in str(refused.exception)
+    assert kept.read_text() == "mine"
+    for options in (["new"], ["new"], ["kept.txt", "--overwrite"]):  # the second finds its own
+        done = CliRunner().invoke(app, [*command, *options])
+        assert done.exit_code == 0, done.exception
+    assert kept.read_bytes() != b"mine"
+    Image.new("RGB", (2, 2)).save(tmp_path / "foreign.png")
+    refused = CliRunner().invoke(app, [*command, "foreign.png"])
+    assert isinstance(refused.exception, UsageError)

@@ -7,7 +7,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from msmdiff.core import files
+from msmdiff.core import figure_files, files
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.training.run import Run
@@ -171,6 +171,14 @@ def standing(path: Path) -> Standing | None:
     )
 
 
+PLOTTED_BY = "msmdiff runs"
+
+
+def ours(path: Path) -> bool:
+    """Whether `compare` drew a picture."""
+    return figure_files.ours(path, PLOTTED_BY)
+
+
 def compare(runs: Sequence[Path], out: Path) -> None:
     """One picture of several runs: losses (which compare only where they mean the same), held-out
     losses and distances, over the images seen.
@@ -194,5 +202,4 @@ def compare(runs: Sequence[Path], out: Path) -> None:
         axis.set_xlabel("images seen")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
-    with files.atomic(out) as part:
-        figure.savefig(part, format="png", dpi=110)
+    figure_files.save(figure, out, 110, PLOTTED_BY)
