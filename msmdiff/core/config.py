@@ -61,7 +61,7 @@ class Config(Section):
 # is computed.
 MUTABLE = re.compile(
     r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers)"
-    r"|data\.workers|codec\.vae_sha256|sample\..*|eval\..*|plugins"
+    r"|data\.(workers|verify)|codec\.vae_sha256|sample\..*|eval\..*|plugins"
 )
 
 
