@@ -5,7 +5,10 @@ import torch
 from PIL import Image
 
 import msmdiff
+from msmdiff.core import build as road
+from msmdiff.core import config as configuration
 from msmdiff.core.errors import UsageError
+from msmdiff.core.model import Model
 
 SMALL = {
     "model": {"hidden_size": 16, "num_heads": 2, "depth": 3, "patch_size": 8},
@@ -51,3 +54,42 @@ def test_distance_of_images_at_hand():
     assert msmdiff.distance(images, darker) > 1
     with pytest.raises(UsageError, match=r"b is torch.float32 .*: give images as uint8"):
         msmdiff.distance(images, images.float())
+
+
+@pytest.mark.parametrize(
+    ("model", "count"),
+    [
+        ({"family": "mdt", "depth": 4, "decode_layers": 1}, 4),
+        ({"family": "mdtv2", "depth": 5, "decode_layers": 1}, 5),
+        ({"family": "uvit", "depth": 3, "sparse": "mixer", "sparse_depth": 2}, 3),
+        ({"family": "dit", "depth": 3, "sparse": "decoder", "sparse_depth": 2}, 3),
+        ({"family": "edt", "stage_widths": [16] * 5, "stage_depths": [1, 2, 1, 1, 1],
+          "stage_heads": [2] * 5, "patch_size": 2}, 6),
+    ],
+)  # fmt: skip
+def test_blocks_are_counted_as_a_pass_meets_them(model, count):
+    """Without MDT's side block, which only a mask needs, and what is there for sparse training."""
+    fields = {"name": None, "hidden_size": 16, "num_heads": 2, "patch_size": 4, **model}
+    if model["family"] == "edt":
+        del fields["num_heads"]
+    config = road.resolve(configuration.build({"model": fields}), 0)
+    parts = road.build(config)
+    made = Model(
+        parts.backbone.eval(), parts.process, parts.codec, parts.objective.condition, config
+    )
+    for parameter in parts.backbone.parameters():  # adaptive norms begin as zeros
+        torch.nn.init.normal_(parameter, std=0.2)
+    met = []
+    for module in parts.backbone.modules():
+        if hasattr(module, "attn"):
+            module.register_forward_hook(lambda *done: met.append(done[2].float()))
+    images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+    for number in range(count):
+        hidden = made.features(images, block=number)
+        extra = len(met) - count  # the light blocks of a mixer come first, of a decoder last
+        shift = extra if model.get("sparse") == "mixer" else 0
+        assert torch.equal(hidden, met[shift + number])
+        met.clear()
+    assert torch.equal(made.features(images), made.features(images, block=count // 2))
+    with pytest.raises(UsageError, match=rf"blocks are 0\.\.{count - 1}"):
+        made.features(images, block=count)
