@@ -1,5 +1,8 @@
 """The package from Python: train, draw, features, distance."""
 
+import os
+import signal
+
 import pytest
 import torch
 from PIL import Image
@@ -9,6 +12,7 @@ from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.errors import UsageError
 from msmdiff.core.model import Model
+from msmdiff.core.training import simple
 
 SMALL = {
     "model": {"hidden_size": 16, "num_heads": 2, "depth": 3, "patch_size": 8},
@@ -25,7 +29,7 @@ def test_what_there_is():
 
 def test_train_draw_and_compare(tmp_path, photos):
     told = []
-    settings = {"data": {"source": str(photos)}, "model.num_classes": "auto", **SMALL}
+    settings = {"data": {"source": photos}, "model.num_classes": "auto", **SMALL}
     model = msmdiff.train(settings, run=tmp_path / "r", tell=told.append)
     assert told[0].startswith("chosen for 12 images of about 24 px")
     assert model.config.data.image_size == 24
@@ -45,6 +49,42 @@ def test_train_draw_and_compare(tmp_path, photos):
     assert not torch.equal(hidden, model.features(drawn, "cat", block=0))
     with pytest.raises(UsageError, match=r"blocks are 0\.\.2"):
         model.features(drawn, block=3)
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)]
+)
+def test_an_interrupted_training_is_not_given_for_a_finished_one(tmp_path, number, raised):
+    told = []
+
+    def tell(line):
+        told.append(line)
+        if line.startswith("loss:"):  # the last line but one before the first step
+            os.kill(os.getpid(), number)
+
+    longer = {**SMALL, "train.steps": 500, "train.log_every": 1}
+    with pytest.raises(raised):
+        msmdiff.train({"data.source": "digits:train", **longer}, run=tmp_path / "r", tell=tell)
+    assert told[-1].startswith("interrupted at image ")
+
+
+def test_settings_mean_what_flags_mean():
+    def configured(**given):
+        settings = {key.replace("__", "."): value for key, value in given.items()}
+        return simple._configured(settings, None, simple.Path("none"), print)
+
+    digits = configuration.build(configuration.preset("digits-finetune"))
+    assert configured().optim.lr == digits.optim.lr
+    assert configured().process == digits.process
+    assert configured(optim__clip_grad_norm=None).optim.clip_grad_norm is None
+    named = configured(model__name="U-ViT-XXS/2")  # the command line then takes no preset
+    assert named == configuration.build({"model": {"name": "U-ViT-XXS/2"}})
+    both = configured(train={"steps": 7}, train__seed=3, data={"source": simple.Path("digits")})
+    assert (both.train.steps, both.train.seed, both.data.source) == (7, 3, "digits")
+    with pytest.raises(UsageError, match="train was given 3: it cannot hold seed too"):
+        configured(train=3, train__seed=3)
+    with pytest.raises(UsageError, match="data must be a mapping of keys, not 'photos'"):
+        configured(data="photos")
 
 
 def test_distance_of_images_at_hand():
