@@ -1,6 +1,7 @@
 """Figures and pictures of runs, and what trackers are shown."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -103,3 +104,24 @@ def test_a_picture_or_page_replaces_its_own_kind_only(tmp_path, monkeypatch, qui
     Image.new("RGB", (2, 2)).save(tmp_path / "foreign.png")
     refused = CliRunner().invoke(app, [*command, "foreign.png"])
     assert isinstance(refused.exception, UsageError)
+
+
+def test_a_checkpoint_that_goes_away_meanwhile_is_passed_over(tmp_path, monkeypatch, quiet):
+    run = Run(tmp_path / "r")
+    run.start(configuration.build({}), "", 0)
+    run.close()
+    folder = tmp_path / "r" / "checkpoints" / "img-000000008"
+    folder.mkdir(parents=True)
+    there = results.standing(tmp_path / "r")
+    (folder / "state.pt").write_bytes(bytes(1000))
+    (folder / "model.safetensors").write_bytes(bytes(10))
+    looked = Path.stat
+
+    def replaced(self, **how):
+        if self.name == "state.pt":
+            self.unlink(missing_ok=True)
+        return looked(self, **how)
+
+    monkeypatch.setattr(Path, "stat", replaced)
+    found = results.standing(tmp_path / "r")
+    assert found.bytes == there.bytes + 10
