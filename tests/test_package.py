@@ -9,7 +9,7 @@ ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
     {"errors", "interrupts", "machine"},
     {"seeding", "registry", "sections", "files", "hub", "npy_header", "zips"},
-    {"layers", "tensor_files"},
+    {"layers", "tensor_files", "figure_files"},
     {"presets"},
     {"config", "condition"},
     {"backbones"},

@@ -36,6 +36,10 @@ def compare(
             min=1, help="Train this many of the spec's seeds; more of them can follow later."
         ),
     ] = None,
+    overwrite: Annotated[
+        bool,
+        typer.Option("--overwrite", help="Replace summaries in OUT that msmdiff did not write."),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
     """Train several settings with the same budget, and say which is better.
@@ -55,6 +59,9 @@ def compare(
     if finished and len(finished) < len(specs):
         raise UsageError("give specs (YAML) or results (compare.json), not both")
     folders = _folders(specs, out)
+    sums_up = bool(finished) or len(folders) > 1
+    if sums_up:
+        summary.require_target(out, overwrite)
     if finished:
         results = {name: summary.read(path) for name, path in folders.items()}
     else:
@@ -62,7 +69,7 @@ def compare(
         for name, path in folders.items():
             outcome = _run(path, out / name if len(folders) > 1 else out, seeds, console)
             results[name] = asdict(outcome)
-    if finished or len(results) > 1:
+    if sums_up:
         for path in summary.write(results, out):
             console.note(str(path))
     if as_json:

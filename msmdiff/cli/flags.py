@@ -143,7 +143,7 @@ def configure(options: dict[str, Any], *defaults: dict[str, Any], goes_on: Any =
     sets = configuration.parse_sets(options["sets"] or [])
     under = list(defaults)
     if options["config"]:
-        under.append(_read_preset(options["config"]))
+        under.append(configuration.preset(options["config"]))
     elif goes_on is not None:
         under = [configuration.stored(goes_on.as_dict(), "the run")]
     elif options["chooses"]:
@@ -217,14 +217,3 @@ def _set_length(options: dict[str, Any], config: Any) -> None:
         images = round(options["epochs"] * len(sources.open_configured(config.data)))
     if images is not None:
         config.train.steps = max(1, -(-images // config.train.batch_size))
-
-
-def _read_preset(name: str) -> dict[str, Any]:
-    """A preset or a YAML file; a run's own config.yaml is read as runs are."""
-    from msmdiff.core import config as configuration
-    from msmdiff.core import presets
-
-    content = presets.read(name)
-    if Path(name).is_file() and (Path(name).parent / "run.json").is_file():
-        return configuration.stored(content, name)
-    return content

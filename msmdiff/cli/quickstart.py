@@ -10,6 +10,8 @@ import typer
 SAMPLES = 500
 """Images per arm and seed for the distance."""
 
+PICTURES = ("samples.png", "scratch.png", "masked.png", "curves.png")
+
 PRETRAINING_SHARE = 1 / 6
 """Of an arm's seconds: what the masked arm spends on its primer, whose loss is flat after some
 seconds of it.
@@ -49,7 +51,7 @@ def quickstart(
     from msmdiff.cli.console import Console, Notes
     from msmdiff.core.compare import Comparison
     from msmdiff.core.errors import UsageError
-    from msmdiff.core.files import write_json
+    from msmdiff.core.files import require_ours, write_json
 
     started = time.perf_counter()
     if fresh:
@@ -66,6 +68,9 @@ def quickstart(
         f"two arms of {arm_seconds:.0f} s training each, in turns, with {seeds} "
         f"seed{'s' if seeds > 1 else ''}, in {out}/"
     )
+    if not _is_ours(out):
+        for name in PICTURES:
+            require_ours(out / name, ours=False)
     comparison = Comparison(_spec(arm_seconds, seeds), out, Notes(console))
     outcome = comparison.run()
     floor = _floor()
@@ -116,6 +121,8 @@ def _run(out: Path, arm: str, stage: int, seed: int = 0) -> Path:
 
 def _remove_results(out: Path) -> None:
     """Only what a quickstart writes: the folder may hold other things."""
+    if not _is_ours(out):
+        return
     for arm, stages in (("scratch", 1), ("masked", 2)):
         for seed in range(SEEDS):
             for stage in range(1, stages + 1):
@@ -126,10 +133,14 @@ def _remove_results(out: Path) -> None:
             (folder / "measured.jsonl").unlink(missing_ok=True)
             _remove_empty(folder)
         _remove_empty(out / arm)
-    names = ["samples.png", "scratch.png", "masked.png", "curves.png"]
-    names += ["quickstart.json", "compare.json", "plan.json", "turns.jsonl"]
-    for name in names:
+    # Last the plan, by which what is left after a kill is known.
+    for name in (*PICTURES, "quickstart.json", "compare.json", "turns.jsonl", "plan.json"):
         (out / name).unlink(missing_ok=True)
+
+
+def _is_ours(out: Path) -> bool:
+    """Whether a quickstart began in this folder."""
+    return any((out / name).is_file() for name in ("plan.json", "quickstart.json"))
 
 
 def _remove_empty(folder: Path) -> None:

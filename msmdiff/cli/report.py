@@ -26,6 +26,9 @@ def report(
         Path | None,
         typer.Option("-o", "--out", help="The page; default: RUN/report.html of the first run."),
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that msmdiff did not write.")
+    ] = False,
 ) -> None:
     """Write one HTML page about runs: curves, held-out loss by noise level, samples over time, what
     a mask leaves, settings and what differs, the machine, checkpoints, next commands.
@@ -42,5 +45,6 @@ def report(
     ]
     target = out or paths[0] / "report.html"
     files.require_writable(target)
+    files.require_ours(target, page.ours(target), overwrite)
     size = page.write(paths, target)
     Console().note(f"{target} ({size / 2**20:.2f} MiB): open it in a browser")

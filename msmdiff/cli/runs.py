@@ -24,15 +24,22 @@ def runs(
     plot: Annotated[
         Path | None, typer.Option(help="Also draw their curves into this PNG, in one picture.")
     ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that msmdiff did not write.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Only JSON, on stdout.")] = False,
 ) -> None:
     """List the runs: progress, last loss, held-out loss and distance, and size on the disk."""
     from dataclasses import asdict
 
     from msmdiff.cli.console import Console, print_json
+    from msmdiff.core import files
     from msmdiff.core.errors import UsageError
     from msmdiff.core.training import results
 
+    if plot is not None:
+        files.require_writable(plot)
+        files.require_ours(plot, results.ours(plot), overwrite)
     paths = _paths(names)
     found = [(path, standing) for path in paths if (standing := results.standing(path))]
     if names and len(found) < len(names):

@@ -265,17 +265,16 @@ def _default_name(verb: str, config: Any) -> str:
 
 def _is_same(run: Path, config: Any) -> bool:
     """Whether a run was begun with what a configuration that is not resolved yet asks for."""
-    from msmdiff.core import build as road
     from msmdiff.core import config as configuration
     from msmdiff.core.errors import MsmdiffError
+    from msmdiff.core.training import preparing
     from msmdiff.core.training.run import Run
 
     try:
         begun = Run(run, writes=False).stored_config()
         if begun is None:
             return False
-        resolved = road.resolve(config, int(begun.model.num_classes))
+        resolved = preparing.resolved(config, begun, int(begun.model.num_classes))
     except MsmdiffError:
         return False
-    changes = configuration.difference(begun, resolved).values()
-    return all(new in (None, "auto") for _, new in changes)
+    return not configuration.difference(begun, resolved)

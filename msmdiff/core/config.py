@@ -9,6 +9,7 @@ declared beside the thing that is chosen (`registry`).
 import re
 from collections.abc import Iterable
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from pydantic import Field, ValidationError, create_model
@@ -16,7 +17,7 @@ from pydantic import Field, ValidationError, create_model
 from msmdiff.core import registry, sections
 from msmdiff.core.errors import UsageError, nearest
 from msmdiff.core.layers import SECTIONS, merge
-from msmdiff.core.presets import dump_yaml, parse_yaml
+from msmdiff.core.presets import dump_yaml, parse_yaml, read
 from msmdiff.core.registry import Entry
 from msmdiff.core.sections import AUTO, Section
 from msmdiff.core.sections import (
@@ -61,7 +62,7 @@ class Config(Section):
 # is computed.
 MUTABLE = re.compile(
     r"train\.(steps|max_seconds|log_every|checkpoint_every|keep_checkpoints|preview_every|trackers)"
-    r"|data\.workers|codec\.vae_sha256|sample\..*|eval\..*|plugins"
+    r"|data\.(workers|verify)|codec\.vae_sha256|sample\..*|eval\..*|plugins"
 )
 
 
@@ -175,6 +176,17 @@ def _built_in(name: str) -> set[str]:
         for entry in registry.entries(kind).values():
             keys |= set() if entry.plugin else set(entry.options.model_fields)
     return keys
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The layer of a preset or a YAML file; a run's own config.yaml is read as runs are.
+
+    Raises UsageError where there is no such preset or file.
+    """
+    content = read(name)
+    if Path(name).is_file() and (Path(name).parent / "run.json").is_file():
+        return stored(content, name)
+    return content
 
 
 def stored(content: dict[str, Any], where: str) -> dict[str, Any]:

@@ -125,7 +125,7 @@ class Model:
             raise UsageError(
                 f"images are {images.dtype} {list(images.shape)}: give uint8 [B, 3, {side}, {side}]"
             )
-        known = [m for m in self.backbone.modules() if hasattr(m, "attn") and hasattr(m, "mlp")]
+        known = self._blocks()
         number = len(known) // 2 if block is None else block
         if not 0 <= number < len(known):
             raise UsageError(f"block {number}: this network's blocks are 0..{len(known) - 1}")
@@ -143,6 +143,12 @@ class Model:
         finally:
             hook.remove()
         return found[0].float().cpu()
+
+    def _blocks(self) -> list[Any]:
+        """The network's blocks in its order; of a plugin's network, what looks like them."""
+        if hasattr(self.backbone, "trunk_blocks"):
+            return list(self.backbone.trunk_blocks())
+        return [m for m in self.backbone.modules() if hasattr(m, "attn") and hasattr(m, "mlp")]
 
     @torch.no_grad()
     def batches(

@@ -270,7 +270,7 @@ class TrainConfig(Section):
         None,
         gt=0,
         description="Stop after so many seconds since the start, pictures and measurements "
-        "included, and those of earlier starts of the run too.",
+        "included, and those of earlier starts of the run too, but not before the first step.",
     )
     batch_size: int = Field(
         128, ge=1, le=1_000_000, description="Images in one optimiser step, over all processes."

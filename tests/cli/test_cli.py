@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from msmdiff.cli.quickstart import _remove_results
+from msmdiff.cli.quickstart import _remove_results, quickstart
+from msmdiff.core.errors import UsageError
 
 COMMANDS = [
     [],
@@ -369,6 +370,11 @@ def test_fresh_removes_what_a_quickstart_wrote_and_nothing_else(tmp_path):
     left = sorted(str(p.relative_to(tmp_path)) for p in tmp_path.rglob("*") if p.is_file())
     assert left == sorted(kept)
     assert not (tmp_path / "scratch" / "seed-2").exists()
+    (tmp_path / "curves.png").write_text("mine")  # where no quickstart began
+    _remove_results(tmp_path)
+    assert (tmp_path / "curves.png").read_text() == "mine"
+    with pytest.raises(UsageError, match=r"curves.png is there already, and was not written"):
+        quickstart(out=tmp_path)
 
 
 def test_training_starts_where_git_is_not_installed(cli, tmp_path):

@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 
-from msmdiff.cli import answers, completion, flags, plan
+from msmdiff.cli import answers, completion, flags, plan, training
 from msmdiff.core import config as configuration
 from msmdiff.core.errors import UsageError
+from msmdiff.core.training import preparing
+from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import train
 
 NAMES = list(inspect.signature(flags._training_options).parameters)
@@ -94,3 +96,27 @@ def test_a_shell_completes_what_there_is(tmp_path, monkeypatch):
         (tmp_path / "runs" / name / "run.json").write_text("{}")
     assert sorted(completion.runs("o")) == ["one", "other"]
     assert completion.runs("runs/t") == ["runs/two"]
+
+
+def test_a_default_name_is_that_of_the_same_training_only(tmp_path, monkeypatch):
+    """The digest of a run of before, whose configuration had fewer keys, is another one."""
+    monkeypatch.chdir(tmp_path)
+
+    def name(*layers):
+        return training._default_name("train", configuration.build(SMALL, *layers))
+
+    def begun_with(**layer):
+        run = Run(tmp_path / "runs" / "train-digits-train-tiny-000000")
+        run.start(preparing.resolved(configuration.build(SMALL, layer), None, 0), "", 0)
+        run.close()
+
+    begun_with()
+    assert name() == "train-digits-train-tiny-000000"
+    assert name({"train": {"steps": 90}}) == "train-digits-train-tiny-000000"
+    assert name({"optim": {"lr": 1e-5}}) != "train-digits-train-tiny-000000"
+    assert name({"optim": {"clip_grad_norm": None}}) != "train-digits-train-tiny-000000"
+    begun_with(data={"classes": ["1", "2"]})
+    assert name() != "train-digits-train-tiny-000000"
+    automatic = preparing.resolved(configuration.build(SMALL), None, 0).train.precision
+    begun_with(train={"precision": "bf16" if automatic == "fp32" else "fp32"})
+    assert name() != "train-digits-train-tiny-000000"

@@ -1,11 +1,16 @@
 """Figures and pictures of runs, and what trackers are shown."""
 
 import json
+from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
+from typer.testing import CliRunner
 
+from msmdiff.cli import app
 from msmdiff.core import config as configuration
+from msmdiff.core.errors import UsageError
 from msmdiff.core.training import results, trackers
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.trainer import train
@@ -78,3 +83,45 @@ def test_trackers_get_pictures(tmp_path):
     assert (values["samples"].shape, step, how) == ((1, 4, 6, 3), 8, {"dataformats": "NHWC"})
     assert np.array_equal(wandb.shown[0][0]["samples"][0], values["samples"][0])
     assert json.dumps(wandb.shown[0][2]) == "{}"
+
+
+@pytest.mark.parametrize("command", [["runs", "r", "--plot"], ["report", "r", "-o"]])
+def test_a_picture_or_page_replaces_its_own_kind_only(tmp_path, monkeypatch, quiet, command):
+    monkeypatch.chdir(tmp_path)
+    run = Run(tmp_path / "r")
+    run.start(configuration.build({}), "", 0)
+    run.close()
+    kept = tmp_path / "kept.txt"
+    kept.write_text("mine")
+    refused = CliRunner().invoke(app, [*command, "kept.txt"])
+    assert isinstance(refused.exception, UsageError)
+    assert "kept.txt is there already, and was not written by msmdiff" in str(refused.exception)
+    assert kept.read_text() == "mine"
+    for options in (["new"], ["new"], ["kept.txt", "--overwrite"]):  # the second finds its own
+        done = CliRunner().invoke(app, [*command, *options])
+        assert done.exit_code == 0, done.exception
+    assert kept.read_bytes() != b"mine"
+    Image.new("RGB", (2, 2)).save(tmp_path / "foreign.png")
+    refused = CliRunner().invoke(app, [*command, "foreign.png"])
+    assert isinstance(refused.exception, UsageError)
+
+
+def test_a_checkpoint_that_goes_away_meanwhile_is_passed_over(tmp_path, monkeypatch, quiet):
+    run = Run(tmp_path / "r")
+    run.start(configuration.build({}), "", 0)
+    run.close()
+    folder = tmp_path / "r" / "checkpoints" / "img-000000008"
+    folder.mkdir(parents=True)
+    there = results.standing(tmp_path / "r")
+    (folder / "state.pt").write_bytes(bytes(1000))
+    (folder / "model.safetensors").write_bytes(bytes(10))
+    looked = Path.stat
+
+    def replaced(self, **how):
+        if self.name == "state.pt":
+            self.unlink(missing_ok=True)
+        return looked(self, **how)
+
+    monkeypatch.setattr(Path, "stat", replaced)
+    found = results.standing(tmp_path / "r")
+    assert found.bytes == there.bytes + 10

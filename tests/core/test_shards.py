@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 
 from msmdiff.core.config import section
-from msmdiff.core.data import checking, loader, sources
+from msmdiff.core.data import checking, halves, loader, sources
 from msmdiff.core.data.order import Chunks
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.metrics import inputs
 
 
 def picture(i):
@@ -176,3 +177,20 @@ def test_labels_that_are_none_leave_a_table_unlabelled(table, tmp_path):
     (tmp_path / "photos" / "cat" / "0.png").write_bytes(picture(0))
     datasets.Dataset.from_dict({"text": ["a"]}).to_parquet(tmp_path / "photos" / "meta.parquet")
     assert sources.open_source(str(tmp_path / "photos")).names == ["cat/0.png"]
+
+
+def test_a_half_takes_the_options_of_its_source(table, tmp_path):
+    join = pytest.importorskip("datasets").concatenate_datasets
+    table = join([table] * 12)
+    second = table.rename_column("image", "second").select_columns(["second"])
+    spec = str(tmp_path / "two.parquet")
+    join([table, second], axis=1).to_parquet(spec)
+    column = {"image_column": "second"}
+    held = sum(halves.held_out(f"row {i}") for i in range(60))
+    assert sources.takes(f"{spec}:test", "image_column")
+    assert not sources.takes(f"{spec}:test", "columns")
+    assert len(inputs.open_input(f"{spec}:test", layers=[{"data": column}])) == held
+    assert len(inputs.open_input(f"{spec}:train", layers=[{"data": column}])) == 60 - held
+    chosen = sources.open_source(f"{spec}:test", kind="huggingface", options=column)
+    assert (len(chosen), chosen.spec) == (held, f"{spec}:test")
+    assert len(sources.open_source("digits:train", kind="digits")) == 1437

@@ -7,7 +7,7 @@ import pytest
 
 from msmdiff.core.compare import spec as specs
 from msmdiff.core.compare import summary
-from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.errors import MsmdiffError, UsageError
 
 PAGE = Path(__file__).parents[2] / "docs" / "does-masking-pay"
 
@@ -84,6 +84,11 @@ def test_pictures_are_drawn_of_what_there_is(tmp_path):
     made = summary.write({**one, "tails": result(64, tails)}, tmp_path / "two")
     assert [path.name for path in made] == ["summary.md", "crossover.png", "tails.png"]
     assert all(path.stat().st_size > 500 for path in made)
+    summary.require_target(tmp_path / "two")  # it may replace its own
+    (tmp_path / "two" / "summary.md").write_text("### my notes")
+    with pytest.raises(UsageError, match=r"summary.md is there already, and was not written"):
+        summary.require_target(tmp_path / "two")
+    summary.require_target(tmp_path / "two", overwrite=True)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"arms": {}}', '{"arms": 3, "spec": 1}'])

@@ -814,29 +814,41 @@ def test_a_torn_picture_is_drawn_again(tmp_path, quiet):
 def test_settings_that_change_only_how_a_step_is_computed_may_change(tmp_path, quiet):
     train(small({"train": {"steps": 2}}), tmp_path, quiet)
     other = {"train": {"steps": 4, "micro_batch_size": 4, "gradient_checkpointing": True}}
+    other |= {"data": {"verify": "off"}}
+    other["train"]["deterministic"] = True
     assert train(small(other), tmp_path, quiet).steps == 4
     told = [line for line in quiet.notes if "the same training, but not bit for bit" in line]
     assert [line.split()[0] for line in told] == [
         "train.micro_batch_size",
+        "train.deterministic",
         "train.gradient_checkpointing",
     ]
 
 
 def test_a_rate_may_change_knowingly_and_is_recorded(tmp_path, quiet):
     train(small({"train": {"steps": 2}}), tmp_path, quiet)
-    slower = small({"optim": {"lr": 1e-4}, "train": {"steps": 4}})
+    changed = {"optim": {"lr": 1e-4}, "data": {"skip_unreadable": True}}
+    slower = small(changed, {"train": {"steps": 4}})
     with pytest.raises(UsageError, match=r"optim.lr: .* 0.0001 now.*--allow-change goes on"):
         train(slower, tmp_path, quiet)
     train(slower, tmp_path, quiet, allow_change=True)
     rates = [line["lr"] for line in Run(tmp_path, writes=False).metrics() if "lr" in line]
     assert rates[-2:] == [1e-4, 1e-4]
     assert rates[0] > 1e-4
-    train(small({"optim": {"lr": 1e-4}, "train": {"steps": 5}}), tmp_path, quiet)
-    (change,) = json.loads((tmp_path / "run.json").read_text())["changes"]
+    train(small(changed, {"train": {"steps": 5}}), tmp_path, quiet)
+    left_out, change = json.loads((tmp_path / "run.json").read_text())["changes"]
+    assert (left_out["key"], left_out["new"]) == ("data.skip_unreadable", True)
     assert (change["images"], change["key"], change["new"]) == (16, "optim.lr", 1e-4)
-    wider = small({"model": {"depth": 7}, "train": {"steps": 5}}, {"optim": {"lr": 1e-4}})
+    wider = small({"model": {"depth": 7}, "train": {"steps": 5}}, changed)
     with pytest.raises(UsageError, match=r"--allow-change does not cover model\.depth"):
         train(wider, tmp_path, quiet, allow_change=True)
+
+
+def test_a_time_that_is_over_before_the_first_step_still_gives_weights(tmp_path, quiet):
+    short = small({"train": {"max_seconds": 1e-9}})
+    assert train(short, tmp_path, quiet).steps == 1
+    assert weights.load(tmp_path).config.model.depth == 3
+    assert train(short, tmp_path, quiet).steps == 1  # its time is over now
 
 
 def test_a_finished_run_says_so(tmp_path, quiet):

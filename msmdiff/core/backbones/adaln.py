@@ -160,6 +160,10 @@ class AdaLNTransformer(nn.Module):
         """The blocks in the order AMM counts them, each with its grid."""
         raise NotImplementedError
 
+    def trunk_blocks(self) -> list[nn.Module]:
+        """The blocks that a pass without a mask goes through, in its order."""
+        return [block for block, _ in self.numbered_blocks()]
+
     def set_amm(
         self, amm: Amm, formula: Literal["exp", "cos"] = "exp", cfg_scale: float = 1.0
     ) -> None:

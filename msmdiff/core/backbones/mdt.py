@@ -146,7 +146,7 @@ class _MaskedDiffusionTransformer(AdaLNTransformer):
         keep = route.keep if route is not None else None
         embedded = self.patch_embed(patchify(x, self.patch_size)) + self.pos_embed  # [B, L, D]
         c = self.condition(x, t, condition)  # [B, D]
-        blocks = [block for block, _ in self.numbered_blocks()]
+        blocks = self.trunk_blocks()
         # Biases, the decoder's positions and its skip, for all tokens and for the kept ones.
         kept_index = None if keep is None else select_pairs(self.index, keep)
 

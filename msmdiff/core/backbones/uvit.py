@@ -249,6 +249,10 @@ class UViT(nn.Module):
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
 
+    def trunk_blocks(self) -> list[nn.Module]:
+        """The network's own blocks in its order, without those for sparse training."""
+        return [*self.in_blocks, self.mid_block, *self.out_blocks]
+
     def forward(
         self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
     ) -> Tensor:
@@ -272,7 +276,7 @@ class UViT(nn.Module):
             tokens = self.mixer(tokens, run)
 
         # Blocks, the late ones joined with the outputs of the early ones.
-        blocks = [*self.in_blocks, self.mid_block, *self.out_blocks]
+        blocks = self.trunk_blocks()
 
         def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
             return run_block(self, blocks[number], z, skip)

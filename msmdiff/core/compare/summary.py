@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from msmdiff.core import files
+from msmdiff.core import figure_files, files
 from msmdiff.core.compare.figures import summed_up
-from msmdiff.core.errors import UsageError
+from msmdiff.core.errors import MsmdiffError, UsageError
 
 COMPARED = ("distance", "heldout")
 """What is told beside the first arm; the rest is shown as it is."""
@@ -270,8 +270,7 @@ def _draw(
     for axis in axes[len(panels) :]:
         axis.set_visible(False)
     axes[0].legend(frameon=False, fontsize=8)
-    with files.atomic(path) as part:
-        figure.savefig(part, dpi=120, format="png")
+    figure_files.save(figure, path, 120, DRAWN_BY)
 
 
 def _panel(gain: Gain) -> tuple[str, str, str]:
@@ -279,11 +278,31 @@ def _panel(gain: Gain) -> tuple[str, str, str]:
 
 
 WRITTEN = ("summary.md", "crossover.png", "tails.png")
+DRAWN_BY = "msmdiff compare"
+
+
+def require_target(out: Path, overwrite: bool = False) -> None:
+    """Refuse, before costly work, to replace files in a folder that `write` did not write.
+
+    Raises UsageError.
+    """
+    for name in WRITTEN:
+        files.require_ours(out / name, _is_ours(out / name), overwrite)
+
+
+def _is_ours(path: Path) -> bool:
+    if path.suffix == ".png":
+        return figure_files.ours(path, DRAWN_BY)
+    try:
+        text = files.read_text(path)
+    except MsmdiffError:
+        return False
+    return text.startswith("### ") and " for every arm and seed, " in text
 
 
 def write(results: dict[str, dict[str, Any]], out: Path) -> list[Path]:
     """`summary.md`, `crossover.png` and `tails.png`, those of WRITTEN that there is something for;
-    replaces earlier ones.
+    replaces what is there, see `require_target`.
     """
     with files.writing(out):
         out.mkdir(parents=True, exist_ok=True)

@@ -190,8 +190,8 @@ def open_source(
         raise UsageError(
             f"data source '{names.shown(spec)}': its name is not plain text in UTF-8: rename it"
         )
-    entry = registry.find("source", kind, "data.kind") if kind != AUTO else _recognised(spec)
-    if entry is None and (part := halves.named(spec)) and is_data(part[0]):
+    entry, part = _recognised(spec, kind)
+    if part is not None:
         whole = open_source(part[0], labels, kind, options)
         return halves.half(whole, part[1], spec)
     if entry is None:
@@ -220,8 +220,10 @@ def takers_of(option: str) -> list[str]:
 
 
 def takes(spec: str, option: str) -> bool:
-    """Whether the source that opens `spec` takes an option."""
-    entry = _recognised(spec)
+    """Whether the source that opens `spec`, or of which it is a half, takes an option."""
+    entry, part = _recognised(spec)
+    if part is not None:
+        return takes(part[0], option)
     return entry is not None and option in entry.options.model_fields
 
 
@@ -242,7 +244,28 @@ def open_configured(config: DataConfig) -> Source:
     return halves.chosen(source, config)
 
 
-def _recognised(spec: str) -> registry.Entry | None:
+def _recognised(
+    spec: str, kind: str = AUTO
+) -> tuple[registry.Entry | None, tuple[str, str] | None]:
+    """The source that opens what the user wrote, and, where it is a half of one, `halves.named`."""
+    part = halves.named(spec)
+    if kind == AUTO:
+        entry = _by_look(spec)
+        halved = part is not None and entry is None and is_data(part[0])
+    else:
+        entry = registry.find("source", kind, "data.kind")
+        halved = part is not None and _is_half_of(entry, spec, part[0])
+    return (entry, part) if halved else (entry, None)
+
+
+def _is_half_of(entry: registry.Entry, spec: str, whole: str) -> bool:
+    """Whether `spec` is a half of what a chosen source opens; some have halves of their own."""
+    if Path(spec).exists() or entry.make.opens(spec):
+        return False
+    return Path(whole).exists() or entry.make.opens(whole)
+
+
+def _by_look(spec: str) -> registry.Entry | None:
     """The source that opens what the user wrote, plugins' first."""
     found = registry.entries("source").values()
     in_turn = sorted(found, key=lambda entry: (entry.plugin is None, -entry.make.priority))
@@ -252,7 +275,7 @@ def _recognised(spec: str) -> registry.Entry | None:
 def is_data(spec: str) -> bool:
     """Whether there is something that is, or could be meant as, a source."""
     whole = Path(spec.removesuffix(":train").removesuffix(":test"))
-    return whole.exists() or _recognised(spec) is not None
+    return whole.exists() or _by_look(spec) is not None
 
 
 def holds_images(path: Path) -> bool:

@@ -3,10 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from PIL import Image
-
-from msmdiff.core import files
-from msmdiff.core.errors import MsmdiffError
+from msmdiff.core import figure_files
 from msmdiff.core.metrics.evaluate import Pass
 from msmdiff.core.metrics.inputs import Images
 from msmdiff.core.metrics.prdc import nearest
@@ -63,15 +60,9 @@ def save(
         *(", ".join(named[i : i + 4]) for i in range(0, len(named), 4)),
     ]
     figure.suptitle("\n".join(lines), fontsize=9)
-    with files.atomic(path) as part:
-        figure.savefig(part, format="png", dpi=110, metadata={"Software": MADE_BY})
+    figure_files.save(figure, path, 110, MADE_BY)
 
 
 def ours(path: Path) -> bool:
     """Whether `save` made a picture."""
-    try:
-        files.require_regular(path)
-        with files.reading(path, "an image"), Image.open(path) as picture:
-            return picture.info.get("Software") == MADE_BY
-    except MsmdiffError:
-        return False
+    return figure_files.ours(path, MADE_BY)

@@ -25,6 +25,8 @@ from msmdiff.core.training.validation import EDGES
 
 MOST_BYTES = 2_500_000
 """Of all pictures in the page, as text."""
+MADE_BY = b'<meta name="generator" content="msmdiff report">'
+"""Stands in the page, which by it is known for one that may be replaced."""
 SIDE = 640
 """The width to which pictures are reduced."""
 
@@ -81,6 +83,14 @@ def write(paths: Sequence[Path], out: Path) -> int:
     page = empty.replace("{{title}}", title).replace("{{body}}", "\n".join(body))
     files.write_text(out, page)
     return len(page.encode())
+
+
+def ours(path: Path) -> bool:
+    """Whether `write` made a page."""
+    try:
+        return MADE_BY in files.beginning(path, 100_000)
+    except MsmdiffError:
+        return False
 
 
 # ------------------------------------------------------------------ parts of the page

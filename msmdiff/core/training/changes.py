@@ -12,12 +12,14 @@ from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
 from msmdiff.core.training import origins
 
-HARMLESS = re.compile(r"train\.(micro_batch_size|gradient_checkpointing|compile|threads)")
+HARMLESS = re.compile(
+    r"train\.(micro_batch_size|gradient_checkpointing|compile|threads|deterministic)"
+)
 """How a step is computed: the same up to rounding, and to which random numbers are drawn."""
 
 KNOWINGLY = re.compile(
     r"optim\.(lr|warmup_steps|schedule|final_lr|decay_steps|clip_grad_norm)"
-    r"|train\.(precision|on_nonfinite)|data\.hflip|objective\.label_dropout"
+    r"|train\.(precision|on_nonfinite)|data\.(hflip|skip_unreadable)|objective\.label_dropout"
 )
 """What a user may change in the middle of a run by saying so."""
 

@@ -1,13 +1,15 @@
 """Pictures and figures of finished and unfinished runs: `results.png`, and one row a run."""
 
+import os
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from msmdiff.core import files
+from msmdiff.core import figure_files, files
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.training.run import Run
@@ -154,7 +156,7 @@ def standing(path: Path) -> Standing | None:
     key = distance_key(lines)
     logged = [line for line in lines if "loss" in line]
     last = logged[-1] if logged else {}
-    written = [file.stat() for file in path.rglob("*") if file.is_file()]
+    written = _written(path)
     heldout, distance = _points(lines, "val_loss"), _points(lines, key) if key else []
     return Standing(
         name=path.name,
@@ -169,6 +171,24 @@ def standing(path: Path) -> Standing | None:
         changed=max((found.st_mtime for found in written), default=0.0),
         meaning=meaning(config),
     )
+
+
+def _written(path: Path) -> list[os.stat_result]:
+    """What the system says of the files below a folder; a training may replace some meanwhile."""
+    found = []
+    for folder, _, names in os.walk(path):  # which passes over a folder that went away
+        for name in names:
+            with suppress(OSError):
+                found.append(Path(folder, name).stat())
+    return found
+
+
+PLOTTED_BY = "msmdiff runs"
+
+
+def ours(path: Path) -> bool:
+    """Whether `compare` drew a picture."""
+    return figure_files.ours(path, PLOTTED_BY)
 
 
 def compare(runs: Sequence[Path], out: Path) -> None:
@@ -194,5 +214,4 @@ def compare(runs: Sequence[Path], out: Path) -> None:
         axis.set_xlabel("images seen")
         if axis.get_legend_handles_labels()[0]:
             axis.legend(fontsize=6)
-    with files.atomic(out) as part:
-        figure.savefig(part, format="png", dpi=110)
+    figure_files.save(figure, out, 110, PLOTTED_BY)

@@ -97,15 +97,9 @@ class Trainer:
         self._allow_change = allow_change
         self.main = launch.first()
         source = checking.opened(config.data, self._note)
-        config = config.model_copy(deep=True)
         begun = Run(run_path, writes=False).begun()
-        if begun and config.optim.decay_steps is None:  # more steps later do not change the past
-            config.optim.decay_steps = begun.optim.decay_steps
-        config = road.resolve(config, source.num_classes)
+        config = preparing.resolved(config, begun, source.num_classes)
         source.check(config)
-        config.train.precision = launch.choose_precision(
-            config, "cuda" if torch.cuda.is_available() else "cpu"
-        )
         self.accelerator = launch.accelerator(config, run_path)
         self.device = self.accelerator.device
         self.run = Run(run_path, writes=self.main)
@@ -119,7 +113,7 @@ class Trainer:
             raise
 
     def _prepare(self, config: Config, allow_partial: bool, command: str) -> None:
-        config = preparing.measured(config, self.run, self.dataset, self._note)
+        config = preparing.measured(config, self.dataset, self._note)
         if self.run.lost_config():
             self._note(
                 f"{self.run.path}/config.yaml is lost or empty: the configuration is taken from "
@@ -254,10 +248,12 @@ class Trainer:
         )
 
     def _is_late(self) -> bool:
-        """Whether the user has waited as long as `train.max_seconds` says, in all starts."""
+        """Whether the user has waited as long as `train.max_seconds` says, in all starts. A first
+        step is taken in any case: without a checkpoint the next start would wait as long again.
+        """
         self.standing.waited = self._earlier + time.monotonic() - self._began
         limit = self.config.train.max_seconds
-        return limit is not None and self.standing.waited >= limit
+        return limit is not None and self.images_seen > 0 and self.standing.waited >= limit
 
     def _reached(self) -> Reached:
         """Where a start stands. A kill may have come between a checkpoint and what follows it; the
