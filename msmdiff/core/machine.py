@@ -47,6 +47,8 @@ def use(device: str | None) -> None:
     """Let this process see one device only: `cpu`, `cuda`, `cuda:N`, or None for what there is. To
     be called before CUDA is first used.
 
+    Where CUDA_VISIBLE_DEVICES is set, N counts what it lists: a scheduler hides the other GPUs.
+
     Raises UsageError for another name, or a GPU that is not there.
     """
     if device in (None, "auto"):
@@ -57,15 +59,28 @@ def use(device: str | None) -> None:
         return
     if kind != "cuda" or (number and not number.isdecimal()) or str(device).endswith(":"):
         raise UsageError(f"--device {device}: give cpu, cuda or cuda:N")
-    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if number:
-        listed = seen.split(",") if seen else []
-        chosen = listed[int(number)] if int(number) < len(listed) else number
-        os.environ["CUDA_VISIBLE_DEVICES"] = chosen
+        os.environ["CUDA_VISIBLE_DEVICES"] = _listed(int(number))
     import torch
 
     if not torch.cuda.is_available():
         raise UsageError(f"--device {device}: there is no such GPU here; leave it out, or give cpu")
+
+
+def _listed(number: int) -> str:
+    """A GPU's name for CUDA_VISIBLE_DEVICES, by its place among those that are seen now."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if seen is None:
+        return str(number)
+    listed = [name.strip() for name in seen.split(",")]
+    ends = [place for place, name in enumerate(listed) if name in ("", "-1")]  # CUDA stops there
+    listed = listed[: min(ends, default=len(listed))]
+    if number >= len(listed):
+        there = ", ".join(f"cuda:{i}" for i in range(len(listed))) or "no GPU; give cpu"
+        raise UsageError(
+            f"--device cuda:{number}: CUDA_VISIBLE_DEVICES={seen} leaves this process {there}"
+        )
+    return listed[number]
 
 
 def prepare(threads: int | None = None) -> None:

@@ -5,6 +5,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from msmdiff.core import machine
+from msmdiff.core.errors import UsageError
 
 SHOW = (
     "import os, sys, msmdiff; assert 'torch' not in sys.modules; "
@@ -32,3 +36,41 @@ def test_waiting_threads_sleep_soon_unless_the_user_said_otherwise(said, expecte
         check=True,
     )
     assert done.stdout.strip() == expected
+
+
+@pytest.mark.parametrize(
+    ("seen", "device", "chosen"),
+    [
+        (None, "cuda:5", "5"),
+        ("4,7", "cuda:1", "7"),
+        ("GPU-a, GPU-b", "cuda:1", "GPU-b"),
+        ("4,7", "cuda", "4,7"),
+        ("4,7", "cpu", ""),
+    ],
+)
+def test_a_gpu_is_counted_among_those_that_are_seen(monkeypatch, seen, device, chosen):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "to be given back after the test")
+    if seen is None:
+        monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    else:
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    machine.use(device)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("seen", "device", "there"),
+    [
+        ("0,1", "cuda:5", "cuda:0, cuda:1"),
+        ("3,-1,5", "cuda:2", "cuda:0"),
+        ("", "cuda:0", "no GPU"),
+        ("-1", "cuda:0", "no GPU"),
+    ],
+)
+def test_a_gpu_that_a_scheduler_hid_is_refused(monkeypatch, seen, device, there):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", seen)
+    with pytest.raises(UsageError, match=rf"{device}: .*={seen} leaves this process {there}"):
+        machine.use(device)
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
