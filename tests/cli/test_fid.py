@@ -149,7 +149,7 @@ def test_distances_along_a_run(cli, tmp_path):
 
     # What is measured may change, and the reference is kept.
     done = cli(*train, "--steps", "6", "--set", "eval.n=23")
-    assert "measuring" not in done.stdout
+    assert "reference images" not in done.stdout
     assert "of 23 samples" in done.stdout
     assert "(2 earlier, with other settings of eval or sample, do not count)" in done.stdout
     assert json.loads((run / "best.json").read_text())["images"] == 48  # like is compared with like

@@ -67,7 +67,7 @@ def train(name, folder, target):
     """Train, and keep the first step's gradients and what every pass drew."""
     trainer = Trainer(configuration.build(COMMON, CASES[name]), Path(folder), Silent(), False, "")
     step, seen = trainer.step, {"draws": []}
-    terms, checked_norm = trainer.parts.objective.terms, step._checked_norm
+    terms, clipped_norm = trainer.parts.objective.terms, step._clipped_norm
 
     def spy(model, x0, eps, t, y, route):
         keep = None if route is None else route.keep
@@ -78,9 +78,9 @@ def train(name, folder, target):
         if "gradients" not in seen:
             named = trainer.accelerator.unwrap_model(step.model).named_parameters()
             seen["gradients"] = {n: p.grad.clone() for n, p in named if p.grad is not None}
-        return checked_norm(*given)
+        return clipped_norm(*given)
 
-    trainer.parts.objective.terms, step._checked_norm = spy, watch
+    trainer.parts.objective.terms, step._clipped_norm = spy, watch
     with launch.Signals() as signals:
         trainer.fit(signals)
     seen["parameters"] = trainer.accelerator.unwrap_model(step.model).state_dict()

@@ -16,7 +16,7 @@ from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import presets, registry
 from msmdiff.core.bench.training import Training
-from msmdiff.core.metrics.features import InceptionFeatures
+from msmdiff.core.metrics.inception import InceptionFeatures
 from msmdiff.core.model import Model
 from msmdiff.core.samplers.times import visited
 from msmdiff.core.seeding import SeedNoise, stream
