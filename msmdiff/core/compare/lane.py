@@ -154,10 +154,11 @@ class Lane:
         """Judge, where the next point of the budget was passed."""
         points = judge.measure.points
         due = (len(self.points) + 1) / points
-        now = self.now
-        if now.passed + 1e-9 < due:
+        if self.now.passed + 1e-9 < due:
             return
         assert self.trainer is not None
+        self.trainer.settle()  # all of its seconds count
+        now = self.now
         found = judge(self.trainer, self.seed, last=len(self.points) + 1 == points)
         for name, value in found.items():
             setattr(now, name, value)

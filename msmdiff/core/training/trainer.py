@@ -333,7 +333,7 @@ class Trainer:
         self.step.settle()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-        self.standing.seconds += time.perf_counter() - started
+            self.standing.seconds += time.perf_counter() - started
 
     def _take_step(self, stream_of_batches: Iterator[Batch]) -> None:
         taken = self.step(stream_of_batches, self.images_seen)
