@@ -101,13 +101,25 @@ def test_a_drawing_counts_its_evaluations(options, evaluations):
     assert found.images_per_s == pytest.approx(2000 / found.ms_per_batch)
 
 
-def test_waiting_is_the_share_of_what_comes_too_late():
+def test_waiting_is_the_share_of_what_comes_too_late(monkeypatch):
+    now = 0.0
+
+    class Clock:
+        def perf_counter(self):
+            return now
+
+        def sleep(self, seconds):
+            nonlocal now
+            now += seconds
+
+    monkeypatch.setattr(loading, "time", Clock())
+
     def slow():
         while True:
-            time.sleep(0.03)
+            loading.time.sleep(0.03)
             yield 1
 
-    assert loading._waited(slow(), 0.5, 0.01) == pytest.approx(0.75, abs=0.1)
+    assert loading._waited(slow(), 0.5, 0.01) == pytest.approx(0.75)
 
 
 def test_a_plan_follows_from_the_operations():
