@@ -121,6 +121,15 @@ def test_samplers_stay_on_the_device_and_never_wait(sampler, name, on_the_gpu):
     assert (made.shape, str(made.device)) == (x.shape, CUDA)
 
 
+def drawn_at(step):
+    """Draws that are other ones at every step."""
+
+    def draw(purpose, device="cpu"):
+        return torch.Generator(device).manual_seed(100 * step + len(purpose))
+
+    return draw
+
+
 @pytest.mark.parametrize("name", DIGITS)
 def test_a_network_compiles_into_one_graph(name):
     """`fullgraph` refuses a graph break; the second of two passes is another graph."""
@@ -132,12 +141,8 @@ def test_a_network_compiles_into_one_graph(name):
     x0 = torch.randn(2, *parts.codec.shape)
     y = parts.objective.condition.example(2, "cpu")
     for step in range(3):
-
-        def draw(purpose, device="cpu", step=step):
-            return torch.Generator(device).manual_seed(100 * step + len(purpose))
-
         with torch.no_grad():
-            parts.objective(network, x0, y, draw, 0.0)
+            parts.objective(network, x0, y, drawn_at(step), 0.0)
     assert counter.frame_count == len(parts.objective.passes)
 
 
@@ -169,10 +174,6 @@ def test_two_ratios_are_two_compilations():
     x0 = torch.randn(2, *parts.codec.shape)
     y = parts.objective.condition.example(2, "cpu")
     for step in range(200):
-
-        def draw(purpose, device="cpu", step=step):
-            return torch.Generator(device).manual_seed(100 * step + len(purpose))
-
         with torch.no_grad():
-            parts.objective(network, x0, y, draw, step / 200)
+            parts.objective(network, x0, y, drawn_at(step), step / 200)
     assert counter.frame_count == 2

@@ -3,12 +3,8 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from msmdiff.core import build as road
-from msmdiff.core import config as configuration
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion import masking
 from msmdiff.core.errors import UsageError
-from msmdiff.core.layers import merge
 from msmdiff.core.training import cost, launch, memory
 
 
@@ -118,27 +114,9 @@ def make(
 
 
 def flops_per_image(config: Config) -> float:
-    """Of a training step, for one image: over all ratios that the mask goes through, and with the
-    blocks that gradient checkpointing computes again.
-    """
-    stages = masking.over_training(config.mask)
-    ends = [start for start, _ in stages[1:]] + [1.0]
-    total = 0.0
-    for (start, ratio), end in zip(stages, ends, strict=True):
-        counted = cost.measure(_at_ratio(config, ratio) if len(stages) > 1 else config)
-        total += (end - start) * counted.step_flops
+    """`cost.flops_per_image`, with the blocks that gradient checkpointing computes again."""
     again = 4 / 3 if config.train.gradient_checkpointing else 1.0
-    return total * again
-
-
-def _at_ratio(config: Config, ratio: float) -> Config:
-    """The configuration with one ratio all the while."""
-    constant = {"ratio": ratio, "schedule": "constant", "tail": 0.0}
-    layer = configuration.stored(merge(config.as_dict(), {"mask": constant}), "the configuration")
-    if ratio == 0:
-        layer = merge(layer, {"mask": {"kind": "patch", "route": "auto"}})
-        layer = merge(layer, {"objective": {"name": "dsm"}})
-    return road.resolve(configuration.build(layer))
+    return cost.flops_per_image(config) * again
 
 
 def _advice(config: Config, device: Gpu, gpus: int, sharded: bool) -> str:

@@ -2,7 +2,7 @@
 
 import math
 import statistics as averages
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,7 +66,7 @@ class Arm:
         bare = sum(
             stage.images * share
             for stage in self.stages
-            for share, piece in _pieces(stage.config)
+            for share, piece in cost.pieces(stage.config)
             if not masking.hides(piece.mask)
         )
         return {
@@ -90,7 +90,15 @@ def plan(spec: Spec, note: Callable[[str], None]) -> list[Arm]:
             raise UsageError(f"arms.{name}: the shares {given} of its stages must add up to 1")
         shares.append(given)
         made = [_config(f"arms.{name}", stage, spec) for stage in stages]
-        arms.append(Arm(name, [Stage(config, 0.0, _flops(config)) for config in made]))
+        arms.append(
+            Arm(
+                name,
+                [
+                    Stage(config, 0.0, config.train.batch_size * cost.flops_per_image(config))
+                    for config in made
+                ],
+            )
+        )
     if spec.budget.seconds is not None:
         note(f"timing the steps of {len(arms)} arms in alternation")
         _time(arms)
@@ -123,21 +131,8 @@ def _config(where: str, stage: dict[str, Any], spec: Spec) -> Config:
     return config
 
 
-def _pieces(config: Config) -> Iterator[tuple[float, Config]]:
-    """(share of the training, configuration with that ratio) of a mask that changes."""
-    ratios = masking.over_training(config.mask)
-    ends = [start for start, _ in ratios[1:]] + [1.0]
-    for (start, ratio), end in zip(ratios, ends, strict=True):
-        piece = config.model_copy(deep=True)
-        piece.mask.ratio, piece.mask.tail, piece.mask.schedule = ratio, 0.0, "constant"
-        if not masking.hides(piece.mask) and piece.objective.name in ("msm", "maskdit"):
-            piece.objective = configuration.section("objective", name="dsm")
-        yield end - start, piece
-
-
-def _flops(config: Config) -> float:
-    images = config.train.batch_size
-    return sum(share * images * cost.measure(piece).step_flops for share, piece in _pieces(config))
+def _step_flops(config: Config) -> float:
+    return config.train.batch_size * cost.flops_per_image(config)
 
 
 def _time(arms: Sequence[Arm]) -> None:
@@ -149,7 +144,7 @@ def _time(arms: Sequence[Arm]) -> None:
         (stage, share, _training(piece, images))
         for arm in arms
         for stage in arm.stages
-        for share, piece in _pieces(stage.config)
+        for share, piece in cost.pieces(stage.config)
     ]
     times: list[list[float]] = [[] for _ in trainings]
     for _ in range(TIMING_ROUNDS):

@@ -1,5 +1,6 @@
 """What a configuration costs, counted on the meta device before anything is allocated."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,7 +8,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from msmdiff.core import build as road
 from msmdiff.core.backbones.routes import Route
-from msmdiff.core.config import Config
+from msmdiff.core.config import Config, section
+from msmdiff.core.diffusion import masking
 from msmdiff.core.seeding import stream
 
 
@@ -62,6 +64,25 @@ def measure(config: Config) -> Cost:
         two_passes=len(parts.objective.passes) > 1,
         copies=parts.objective.copies,
     )
+
+
+def pieces(config: Config) -> Iterator[tuple[float, Config]]:
+    """(share of the training, configuration with that ratio all the while) of a mask that changes
+    over a training; of one that does not, one piece.
+    """
+    ratios = masking.over_training(config.mask)
+    ends = [start for start, _ in ratios[1:]] + [1.0]
+    for (start, ratio), end in zip(ratios, ends, strict=True):
+        piece = config.model_copy(deep=True)
+        piece.mask.ratio, piece.mask.tail, piece.mask.schedule = ratio, 0.0, "constant"
+        if not masking.hides(piece.mask) and piece.objective.name in ("msm", "maskdit"):
+            piece.objective = section("objective", name="dsm")
+        yield end - start, piece
+
+
+def flops_per_image(config: Config) -> float:
+    """Of a training step, for one image, over all ratios that the mask goes through."""
+    return sum(share * measure(piece).step_flops for share, piece in pieces(config))
 
 
 def _route(parts: road.Parts) -> Route | None:

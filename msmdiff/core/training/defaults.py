@@ -156,7 +156,7 @@ def prediction(width: int | None, patch_numbers: int) -> str | None:
 
 def _process(given: Mapping[str, Any], model: dict[str, Any], channels: int) -> dict[str, Any]:
     """Prediction and noise, unless the user chose one of them: they belong together. x0 learns
-    fastest on a straight path (docs/benchmarks.md).
+    fastest on a straight path.
     """
     told = given.get("process") or {}
     if "prediction" in told or "schedule" in told:
