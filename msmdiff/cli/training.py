@@ -14,12 +14,7 @@ import typer
 from msmdiff.cli import completion
 from msmdiff.cli.flags import begun, configure, place, with_training_options
 from msmdiff.core.errors import UsageError
-
-ALL_TOKENS: dict[str, Any] = {
-    "mask": {"ratio": 0.0, "kind": "patch", "route": "auto", "schedule": "constant", "tail": 0.0},
-    "objective": {"name": "dsm"},
-}
-"""What a fine-tuning changes unless told otherwise: nothing is hidden."""
+from msmdiff.core.layers import ALL_TOKENS
 
 
 def register(app: typer.Typer) -> None:

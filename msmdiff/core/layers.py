@@ -25,6 +25,12 @@ SECTIONS: dict[str, type[Section]] = {
 }
 """The sections of a configuration by name, in the order they are written."""
 
+ALL_TOKENS: dict[str, Any] = {
+    "mask": {"ratio": 0.0, "kind": "patch", "route": "auto", "schedule": "constant", "tail": 0.0},
+    "objective": {"name": "dsm"},
+}
+"""The layer of a training that hides nothing, such as a fine-tuning."""
+
 
 def merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     """`layer` over `base`; neither is changed. An empty section (None) says nothing."""

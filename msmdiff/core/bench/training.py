@@ -16,7 +16,7 @@ from msmdiff.core.bench import timing
 from msmdiff.core.bench.timing import Clock, Watched
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch
-from msmdiff.core.layers import merge
+from msmdiff.core.layers import ALL_TOKENS, merge
 from msmdiff.core.seeding import key
 from msmdiff.core.training import cost, launch, memory
 from msmdiff.core.training.meter import forget_peak, peak_memory
@@ -186,9 +186,7 @@ def products(config: Config) -> Counter[timing.Shape]:
 
 def without_route(config: Config) -> Config:
     """A resolved configuration, trained on every token in one plain pass."""
-    mask = {"ratio": 0.0, "kind": "patch", "route": "auto", "schedule": "constant", "tail": 0.0}
-    plain: dict[str, Any] = {"mask": mask, "objective": {"name": "dsm"}}
-    layer = configuration.stored(merge(config.as_dict(), plain), "the configuration")
+    layer = configuration.stored(merge(config.as_dict(), ALL_TOKENS), "the configuration")
     return road.resolve(configuration.build(layer))
 
 
