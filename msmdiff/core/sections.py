@@ -293,8 +293,10 @@ class TrainConfig(Section):
         False,
         description="Give the same bits again on a GPU, by slower kernels; a CPU always does.",
     )
-    gradient_checkpointing: StrictBool = Field(
-        False, description="Compute blocks again in the backward pass: less memory, slower."
+    gradient_checkpointing: StrictBool | Annotated[int, Field(strict=True, ge=1)] = Field(
+        False,
+        description="Compute blocks again in the backward pass: less memory, slower. A number n "
+        "does so with every n-th block.",
     )
     init_from: str | None = Field(
         None, description="The weights to start from; `finetune --ckpt` sets it."

@@ -147,6 +147,8 @@ def test_a_plan_counts_every_ratio_of_the_mask():
     assert planning.flops_per_image(tail) == pytest.approx(expected, rel=0.05)
     again = resolved("digits-finetune", {"train": {"gradient_checkpointing": True}})
     assert planning.flops_per_image(again) == pytest.approx(plain * 4 / 3)
+    second = resolved("digits-finetune", {"train": {"gradient_checkpointing": 2}})
+    assert planning.flops_per_image(second) == pytest.approx(plain * 7 / 6)
 
 
 def test_tables_stand_between_their_marks(tmp_path):

@@ -52,7 +52,10 @@ def test_activations_follow_the_batch_the_mask_and_checkpoints():
     assert estimated("train.batch_size=64").activations == pytest.approx(whole / 2, rel=0.05)
     masked = ("objective.name=msm", "mask.ratio=0.5")
     assert estimated(*masked).activations == pytest.approx(whole / 2, rel=0.15)
-    assert estimated("train.gradient_checkpointing=true").activations < whole / 3
+    every, second = (
+        estimated(f"train.gradient_checkpointing={n}").activations for n in ("true", 2)
+    )
+    assert every < whole / 3 < second < 0.75 * whole
     assert estimated(processes=2).activations == pytest.approx(whole / 2, rel=0.05)
     assert estimated("train.micro_batch_size=32").activations == pytest.approx(whole / 4, rel=0.05)
 

@@ -182,14 +182,29 @@ def compile_blocks(network: nn.Module, **options: Any) -> None:
     Blocks that are alike share one compiled graph, which takes seconds where a deep network as a
     whole takes minutes. `options` are torch.compile's.
     """
-    blocks = [module for module in network.modules() if type(module).__name__ == BLOCK]
-    for module in blocks or [network]:  # a plugin's network may repeat nothing of that name
+    # A plugin's network may repeat nothing of that name.
+    for module in _blocks(network) or [network]:
         module.compile(**options)
 
 
+def checkpoint_blocks(network: Any, every: int) -> None:
+    """Let every n-th block be computed again in the backward pass: 1 all, 0 none.
+
+    A block that is computed again keeps its input only, and costs its forward pass once more.
+    """
+    network.gradient_checkpointing = every > 0
+    for number, block in enumerate(_blocks(network)):
+        block.computed_again = every > 0 and number % every == 0
+
+
+def _blocks(network: nn.Module) -> list[Any]:
+    return [module for module in network.modules() if type(module).__name__ == BLOCK]
+
+
 def run_block(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
-    """One block, computed again in the backward pass where the network asks for it."""
-    if network.gradient_checkpointing and torch.is_grad_enabled():
+    """One block, computed again in the backward pass where `checkpoint_blocks` asked for it."""
+    again = network.gradient_checkpointing and getattr(block, "computed_again", True)
+    if again and torch.is_grad_enabled():
         return checkpoint(block, *inputs, use_reentrant=False)
     return block(*inputs)
 

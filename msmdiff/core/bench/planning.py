@@ -115,8 +115,9 @@ def make(
 
 def flops_per_image(config: Config) -> float:
     """`cost.flops_per_image`, with the blocks that gradient checkpointing computes again."""
-    again = 4 / 3 if config.train.gradient_checkpointing else 1.0
-    return cost.flops_per_image(config) * again
+    every = int(config.train.gradient_checkpointing)
+    again = 1 / (3 * every) if every else 0.0
+    return cost.flops_per_image(config) * (1 + again)
 
 
 def _advice(config: Config, device: Gpu, gpus: int, sharded: bool) -> str:
@@ -128,7 +129,8 @@ def _advice(config: Config, device: Gpu, gpus: int, sharded: bool) -> str:
             continue
         changed = config.model_copy(deep=True)
         changed.train.micro_batch_size = micro
-        changed.train.gradient_checkpointing |= checkpointing
+        if checkpointing:
+            changed.train.gradient_checkpointing = True
         taken = memory.estimate(changed, gpus, sharded, "cuda").total / 2**30
         if taken <= ROOM * device.memory_gib:
             keys = [f"train.micro_batch_size={micro}"] if micro < each else []

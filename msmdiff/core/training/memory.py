@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from msmdiff.core import build as road
-from msmdiff.core.backbones.routes import Route
+from msmdiff.core.backbones.routes import Route, checkpoint_blocks
 from msmdiff.core.config import Config
 from msmdiff.core.seeding import stream
 from msmdiff.core.training import launch, optim
@@ -96,7 +96,7 @@ def _activations(config: Config, parts: road.Parts, micro: int, device: str) -> 
     """
     batch = micro * parts.objective.copies
     network = parts.backbone
-    network.gradient_checkpointing = config.train.gradient_checkpointing
+    checkpoint_blocks(network, int(config.train.gradient_checkpointing))
     half = config.train.precision in ("bf16", "fp16")
     # A GPU's fused attention keeps no scores, nor does the CPU's in fp16; in bf16 a CPU multiplies.
     dtype = torch.float16 if device == "cuda" else torch.bfloat16

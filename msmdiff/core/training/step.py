@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from msmdiff.core.backbones.routes import compile_blocks
+from msmdiff.core.backbones.routes import checkpoint_blocks, compile_blocks
 from msmdiff.core.build import Parts
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch, flip
@@ -98,7 +98,7 @@ class Step:
         if parts.objective.history is not None:
             parts.objective.history.gather = accelerator.gather
         backbone = parts.backbone
-        backbone.gradient_checkpointing = config.train.gradient_checkpointing
+        checkpoint_blocks(backbone, int(config.train.gradient_checkpointing))
         self.averages = Averages(backbone.to(self.device), config.ema)
         if config.train.compile:
             compile_blocks(backbone)
