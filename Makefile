@@ -33,6 +33,7 @@ lint: .venv/tested
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	if [ -x $(BIN)/hadolint ]; then $(BIN)/hadolint docker/*; fi
 
 # The site, in site/. A link that leads nowhere is an error.
 docs: .venv/tested

@@ -130,15 +130,14 @@ def _with_preset(options: dict[str, Any], name: str, goes_on: Any) -> None:
     """The bare command takes the preset that suits what it trains: the tiny network on the embedded
     digits. The user's own data without a preset gets what suits them.
     """
+    from msmdiff.core.training import defaults
+
+    data = options["data"]
     sourced = any(item.startswith("data.source=") for item in options["sets"] or [])
-    bare = not (options["config"] or options["data"] or options["model"] or sourced)
-    options["chooses"] = (sourced or options["data"]) and not _is_embedded(options["data"])
+    bare = not (options["config"] or data or options["model"] or sourced)
+    options["chooses"] = sourced if data is None else defaults.chosen_for(data)
     if bare and goes_on is None:
         options["config"] = name
-
-
-def _is_embedded(data: str | None) -> bool:
-    return data is not None and data.partition(":")[0] == "digits"
 
 
 def _start_of(ckpt: str | None, goes_on: Any) -> str:

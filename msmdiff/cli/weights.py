@@ -1,9 +1,11 @@
-"""`weights`: what is in a weights file, and in and out of the published layouts."""
+"""`weights`: what is in a weights file, the published layouts, and the hub."""
 
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from msmdiff.cli import completion
 
 group = typer.Typer(
     help="Show weights files, convert published ones, or export to their layouts.",
@@ -229,6 +231,87 @@ def export(
     Console().note(f"{target}: {len(state)} tensors in {layout}'s layout")
     if layout == "diffusers":
         Console().note(f"note: {diffusers.CAVEAT}")
+
+
+@group.command(
+    epilog="Examples: `msmdiff weights push runs/tuned me/digits-uvit --license apache-2.0` · "
+    "`msmdiff weights push tuned ./shared/tuned`"
+)
+def push(
+    source: Annotated[
+        str,
+        typer.Argument(
+            help="A run, its name, a checkpoint or a weights file of ours.",
+            autocompletion=completion.runs,
+        ),
+    ],
+    target: Annotated[
+        str, typer.Argument(help="A repository of the hub, OWNER/NAME, or a folder such as ./NAME.")
+    ],
+    ema: Annotated[
+        float | None, typer.Option(help="Which of a run's averages to publish, by its decay.")
+    ] = None,
+    license: Annotated[
+        str | None,
+        typer.Option(help="The weights' licence, as the hub names it: apache-2.0, cc-by-4.0, ..."),
+    ] = None,
+    private: Annotated[
+        bool, typer.Option("--private", help="Make a new repository that only you see.")
+    ] = False,
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Write the model card, README.md.")
+    ] = True,
+    message: Annotated[
+        str, typer.Option("--message", "-m", help="The commit's message.")
+    ] = "Upload weights with msmdiff",
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that msmdiff did not write.")
+    ] = False,
+) -> None:
+    """Publish weights with a model card: on the Hugging Face Hub, or in a folder."""
+    from msmdiff.cli.console import Console
+    from msmdiff.core import weights
+    from msmdiff.core.weights import sharing
+
+    path = weights.locate(source, ema=ema)
+    terms = sharing.Terms(license=license, private=private, with_card=card, message=message)
+    place = sharing.push(path, target, terms, overwrite)
+    console = Console()
+    for key, value in sharing.local_paths(path):
+        console.note(f"note: the file tells others your {key}: {value}")
+    console.note(f"{place}: {path} is published; next: msmdiff weights pull {target}")
+
+
+@group.command(
+    epilog="Examples: `msmdiff weights pull me/digits-uvit` · "
+    "`msmdiff weights pull me/digits-uvit --revision v1 -o digits-v1` · "
+    "`msmdiff weights pull ./shared/tuned -o mine`"
+)
+def pull(
+    source: Annotated[
+        str, typer.Argument(help="A repository of the hub, OWNER/NAME, or a folder such as ./NAME.")
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option("--out", "-o", help="The folder to write; by default NAME, in this one."),
+    ] = None,
+    revision: Annotated[
+        str | None, typer.Option(help="A branch, tag or commit of the repository.")
+    ] = None,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace files that msmdiff did not write.")
+    ] = False,
+) -> None:
+    """Fetch weights that `weights push` published; they are checked, and open like a run."""
+    from msmdiff.cli.console import Console
+    from msmdiff.core.errors import UsageError
+    from msmdiff.core.weights import sharing
+
+    if revision is not None and sharing.is_folder(source):
+        raise UsageError(f"--revision {revision} has no effect with the folder {source}")
+    target = out or Path(Path(source).name)
+    path = sharing.pull(source, target, revision, overwrite)
+    Console().note(f"{path}; next: msmdiff sample {target}")
 
 
 def model_fields(sets: list[str] | None) -> dict[str, Any]:

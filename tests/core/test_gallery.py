@@ -11,7 +11,7 @@ from PIL import Image
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import files, gallery, weights
-from msmdiff.core.data import npy
+from msmdiff.core.data import npy, sources
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.gallery import Gallery, Request
 
@@ -155,3 +155,48 @@ def test_a_missing_vae_is_said_before_the_first_step(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "denoiser", None)
     with pytest.raises(UsageError, match="latents need their VAE"):
         model.draw(range(2))
+
+
+def of_named_classes(tmp_path, names=("Food & Drink", "big_dogs")):
+    """A network of two classes that have names, in a file."""
+    torch.manual_seed(0)
+    model = {"num_classes": 2, "hidden_size": 16, "num_heads": 2, "depth": 3}
+    layers = {"model": model, "data": {"image_size": 8}, "sample": {"steps": 2}}
+    config = road.resolve(configuration.build(layers))
+    network, path = road.build(config).backbone, tmp_path / "named.safetensors"
+    weights.save(path, network.state_dict(), config, class_names=json.dumps(names))
+    return path
+
+
+def of(folder):
+    return sorted(path.name for path in folder.glob("*.png"))
+
+
+def test_images_are_called_by_their_class_where_it_has_a_name(tmp_path):
+    path = of_named_classes(tmp_path)
+    make(path, tmp_path)
+    named = ["000000-Food-Drink.png", "000001-big-dogs.png", "000002-Food-Drink.png"]
+    assert of(tmp_path / "s") == named
+    source = sources.open_source(str(tmp_path / "s"))
+    assert len(source) == 3
+    assert source.labels is None  # the names are for people; no class is read from them
+    (tmp_path / "s" / named[1]).unlink()
+    assert "(2 were there)" in make(path, tmp_path)
+    assert of(tmp_path / "s") == named
+
+
+def test_a_folder_begun_without_names_goes_on_without_them(tmp_path):
+    path = of_named_classes(tmp_path)
+    make(path, tmp_path)
+    for i, name in enumerate(of(tmp_path / "s")):
+        (tmp_path / "s" / name).rename(tmp_path / "s" / f"00000{i}.png")
+    record = json.loads((tmp_path / "s" / "sample.json").read_text())
+    del record["names_classes"]
+    (tmp_path / "s" / "sample.json").write_text(json.dumps(record))
+    assert "(3 were there)" in make(path, tmp_path, seeds=[0, 1, 2, 3])
+    assert of(tmp_path / "s") == [f"00000{i}.png" for i in range(4)]
+
+
+def test_classes_that_are_numbers_are_no_names(tmp_path):
+    make(of_named_classes(tmp_path, ("0", "1")), tmp_path)
+    assert of(tmp_path / "s") == ["000000.png", "000001.png", "000002.png"]

@@ -3,6 +3,7 @@
 import json
 import re
 
+import chromium
 import pytest
 from PIL import Image
 
@@ -44,7 +45,7 @@ def test_a_page_holds_what_is_known_of_runs_and_loads_nothing(tmp_path, quiet):
     assert re.findall(r"<td>([a-z]+\.\w+)</td>", differs) == ["optim.lr", "train.steps"]
     assert "<td>0.0005</td>" in differs
     assert "held-out loss by noise level" in page
-    assert "msmdiff finetune --ckpt" in page
+    assert "<span>msmdiff</span> <span>finetune</span> <span>--ckpt</span>" in page
 
 
 def test_pictures_are_thinned_evenly_until_they_fit(tmp_path):
@@ -79,3 +80,34 @@ def test_what_is_no_run_is_refused_and_a_lost_record_is_not_missed(tmp_path, qui
     (tmp_path / "r" / "run.json").write_text("torn")
     assert report.write([tmp_path / "r"], tmp_path / "page.html") > 1000
     assert json.dumps(report.read(tmp_path / "r").circumstances) == "{}"
+
+
+@pytest.mark.skipif(chromium.found() is None, reason="no Chromium here: apt-get install chromium")
+def test_a_browser_shows_the_page_whole_at_any_width_and_asks_for_nothing(tmp_path, quiet):
+    train(configuration.build(LAYERS), tmp_path / "one", quiet)
+    report.write([tmp_path / "one"], tmp_path / "page.html")
+    shown = (
+        "[...document.querySelectorAll('.over-time')].map(figure => [...figure.querySelectorAll("
+    )
+    shown += "'img')].filter(picture => picture.checkVisibility()).map(p => p.dataset.seen))"
+    with chromium.browser(str(chromium.found()), tmp_path / "profile") as page:
+        for width, dark in ((1200, False), (380, True)):
+            page.open(tmp_path / "page.html", width, dark)
+            # Nothing sticks out to the right, and paper and ink are far apart.
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
+            colours = page.evaluate(
+                "['backgroundColor', 'color'].map(name => getComputedStyle(document.body)[name])"
+            )
+            paper, ink = (sum(map(int, re.findall(r"\d+", each))) / 3 for each in colours)
+            assert (paper < 60 and ink > 200) if dark else (paper > 200 and ink < 60)
+            curves = "Math.min(...[...document.querySelectorAll('svg')].map(drawn => "
+            assert page.evaluate(curves + "drawn.getBoundingClientRect().height))") > 100
+            loaded = "[...document.images].every(picture => picture.naturalWidth > 0)"
+            assert page.evaluate(loaded)
+        assert page.evaluate(shown) == [["32"], ["32"]]
+        page.evaluate("document.querySelector('input').focus()")
+        page.press("ArrowLeft", 37)
+        assert page.evaluate(shown) == [["16"], ["32"]]
+        assert page.evaluate("document.querySelector('output').textContent") == "16"
+        assert page.complaints == []
+        assert {address.split(":")[0] for address in page.requests} == {"file", "data"}

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from msmdiff.core import files
+from msmdiff.core.data import halves
 from msmdiff.core.data.images import read_rgb
 from msmdiff.core.data.lmdb import Pages
 from msmdiff.core.data.names import shown
@@ -72,15 +73,13 @@ class Cifar10(Source):
                 f"{spec} is CIFAR-10's Python version, which are pickles: give "
                 "cifar-10-binary.tar.gz"
             )
-        whole = Path(spec.removesuffix(":train").removesuffix(":test"))
+        whole = Path(halves.parted(spec)[0])
         packed = whole.name.endswith((".tar.gz", ".tgz", ".tar")) and whole.is_file()
         return packed or (whole / META).is_file()
 
     def __init__(self, spec: str) -> None:
         self.spec = spec
-        path, _, part = (
-            spec.rpartition(":") if spec.endswith((":train", ":test")) else (spec, "", "train")
-        )
+        path, part = halves.parted(spec)
         wanted = (
             ["test_batch.bin"] if part == "test" else [f"data_batch_{i}.bin" for i in range(1, 6)]
         )

@@ -7,6 +7,7 @@ from typing import ClassVar
 import numpy as np
 from PIL import Image
 
+from msmdiff.core.data.halves import parted
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import register
@@ -23,12 +24,13 @@ class Scans(Source):
 
     @classmethod
     def opens(cls, spec: str) -> bool:
+        # Also of a part that there is not, to say which there are.
         return spec.partition(":")[0] == cls.title and not Path(spec).exists()
 
     def __init__(self, spec: str | None = None) -> None:
         self.spec = spec or self.title
-        part = self.spec.partition(":")[2]
-        if part not in ("", "train", "test"):
+        whole, part = parted(self.spec)
+        if whole != self.title:
             raise UsageError(
                 f"data source '{spec}': the parts of {self.title} are {self.title}:train and "
                 f"{self.title}:test"

@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from msmdiff.core import files
+from msmdiff.core.data.halves import parted
 from msmdiff.core.data.images import Decoding, read_rgb
 from msmdiff.core.data.source import Source
 from msmdiff.core.errors import UsageError
@@ -32,11 +33,12 @@ class Emoji(Source):
 
     @classmethod
     def opens(cls, spec: str) -> bool:
-        folder, _ = _parted(spec)
+        folder = Path(parted(spec)[0])
         return (folder / "emoji.json").is_file() and (folder / "img").is_dir()
 
     def __init__(self, spec: str) -> None:
-        self.spec, (folder, part) = spec, _parted(spec)
+        self.spec, (whole, part) = spec, parted(spec)
+        folder = Path(whole)
         pictures = sorted(folder.glob(f"img/*/{SIDE}"))
         if len(pictures) != 1:
             raise UsageError(
@@ -71,14 +73,6 @@ def _decoded(path: Path, decoding: Decoding) -> Image.Image:
     them.
     """
     return read_rgb(path, decoding)
-
-
-def _parted(spec: str) -> tuple[Path, str]:
-    """The package's folder, and which part of it is meant, if any."""
-    for part in ("train", "test"):
-        if spec.endswith(f":{part}"):
-            return Path(spec.removesuffix(f":{part}")), part
-    return Path(spec), ""
 
 
 def _entries(path: Path) -> list[tuple[str, list[str]]]:

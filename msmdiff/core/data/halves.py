@@ -73,16 +73,21 @@ class Subset(Source):
         return self._source.name(self._indices[index])
 
 
-def named(spec: str) -> tuple[str, str] | None:
-    """(`SOURCE`, `train` or `test`) of what a user wrote, else None."""
+def parted(spec: str) -> tuple[str, str]:
+    """(`SOURCE`, `train` or `test`) of what a user wrote; the part is "" where none is named."""
     whole, colon, part = spec.rpartition(":")
-    return (whole, part) if colon and whole and part in ("train", "test") else None
+    return (whole, part) if colon and whole and part in ("train", "test") else (spec, "")
+
+
+def named(spec: str) -> tuple[str, str] | None:
+    """As `parted`, or None where no part is named."""
+    whole, part = parted(spec)
+    return (whole, part) if part else None
 
 
 def whole(spec: str) -> Path:
     """The place of what a spec is a half of, or is itself, however it is written."""
-    part = named(spec)
-    return Path(part[0] if part else spec).resolve()
+    return Path(parted(spec)[0]).resolve()
 
 
 def overlap(one: str, two: str) -> bool:

@@ -274,8 +274,7 @@ def _by_look(spec: str) -> registry.Entry | None:
 
 def is_data(spec: str) -> bool:
     """Whether there is something that is, or could be meant as, a source."""
-    whole = Path(spec.removesuffix(":train").removesuffix(":test"))
-    return whole.exists() or _by_look(spec) is not None
+    return Path(halves.parted(spec)[0]).exists() or _by_look(spec) is not None
 
 
 def holds_images(path: Path) -> bool:

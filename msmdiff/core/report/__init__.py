@@ -99,11 +99,21 @@ def ours(path: Path) -> bool:
 def _table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
     head = "".join(f"<th>{html.escape(str(cell))}</th>" for cell in header)
     body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(str(cell))}</td>" for cell in row) + "</tr>"
-        for row in rows
+        "<tr>" + "".join(f"<td>{_cell(cell)}</td>" for cell in row) + "</tr>" for row in rows
     )
     table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f'<div class="wide">{table}</div>'
+
+
+class _Command(str):
+    """A cell that is a command, of which no word is broken."""
+
+
+def _cell(value: Any) -> str:
+    if not isinstance(value, _Command):
+        return html.escape(str(value))
+    words = " ".join(f"<span>{html.escape(word)}</span>" for word in value.split())
+    return f"<code>{words}</code>"
 
 
 def _summary(runs: Sequence[Told]) -> str:
@@ -228,6 +238,8 @@ def _about(run: Told) -> str:
     known = run.circumstances
     keys = ("command", "started", "msmdiff", "git", "torch", "python", "machine", "device")
     rows = [[key, known[key]] for key in keys if known.get(key)]
+    if known.get("command"):
+        rows[0][1] = _Command(known["command"])
     for change in known.get("changes") or []:
         told = f"{change['key']} to {change['new']} from image {change['images']} on"
         rows.append(["changed", told])
@@ -239,5 +251,5 @@ def _about(run: Told) -> str:
         if run.config.objective.name == "msm"
         else f"msmdiff sample {place} --n 100"
     )
-    rows += [["next", following], ["resume", f"--run {place}, with the same command"]]
+    rows += [["next", _Command(following)], ["resume", f"--run {place}, with the same command"]]
     return f"<section><h2>{html.escape(run.name)}</h2>{_table(['what', 'value'], rows)}</section>"

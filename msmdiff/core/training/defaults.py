@@ -16,6 +16,7 @@ import torch
 
 from msmdiff.core import backbones, registry
 from msmdiff.core.config import section
+from msmdiff.core.data import halves
 from msmdiff.core.data.latents import Latents
 from msmdiff.core.data.source import PROBES, Source
 from msmdiff.core.errors import MsmdiffError
@@ -57,6 +58,11 @@ class Choice:
 
     layer: dict[str, Any]
     reason: str
+
+
+def chosen_for(source: str) -> bool:
+    """Whether settings are chosen for data: the embedded digits have presets of their own."""
+    return halves.parted(source)[0] != "digits"
 
 
 def facts_of(source: Source) -> Facts:

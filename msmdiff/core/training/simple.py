@@ -103,7 +103,7 @@ def _configured(
     elif source is None:
         if not network:
             under.append(configuration.preset("digits-finetune"))
-    elif str(source).partition(":")[0] != "digits":
+    elif defaults.chosen_for(str(source)):
         data = configuration.section("data", **given["data"])
         choice = defaults.choose(given, defaults.facts_of(sources.open_configured(data)))
         tell(choice.reason)

@@ -5,9 +5,8 @@ to look at.
 import hashlib
 import json
 import math
-import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
@@ -17,33 +16,25 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 import msmdiff
-from msmdiff.core import config as configuration
 from msmdiff.core import files, weights
 from msmdiff.core.condition import Text, Unconditional
-from msmdiff.core.config import flatten
 from msmdiff.core.data import npy, text
-from msmdiff.core.data.images import center_crop, grid, labelled, read_rgb
-from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.data.images import grid, labelled, read_rgb
+from msmdiff.core.errors import UsageError
+from msmdiff.core.gallery import pictures
+from msmdiff.core.gallery.folder import RECORD, Folder, is_ours, is_whole, save
 from msmdiff.core.metrics import evaluate, features, statistics
 from msmdiff.core.model import Model
 from msmdiff.core.samplers import editing
 from msmdiff.core.samplers.times import visited
-from msmdiff.core.seeding import SeedNoise, parse_range, spans, stream
+from msmdiff.core.seeding import spans
 from msmdiff.core.training.previews import to_hwc
 
 Progress = Callable[[int, int, dict[str, Any]], None]
 """(done, of how many, other figures)."""
-
-
-RECORD = "msmdiff"
-"""What the record of its making is called inside a picture or an archive."""
-
-ELSEWHERE = ("weights", "sample.guide", "codec.vae")
-"""Places, for which checksums stand: what was moved is the same."""
 
 
 @dataclass
@@ -125,6 +116,8 @@ class Gallery:
             guide = weights.locate(options.guide, ema=options.guide_ema)
             self._settings["guide_sha256"] = files.checksum(weights.file_of(guide))
 
+        self._folder = Folder(request.folder, self._settings, self._class_of, request.overwrite)
+
     def _told(self, seeds: Sequence[int]) -> Tensor | None:
         """What the network is told for each seed, by the seed alone."""
         if self._context is not None:
@@ -154,12 +147,12 @@ class Gallery:
         if wish.stats:
             extractor = features.build(wish.features, wish.weights, self.model.device)
         with ExitStack() as held:
-            earlier = self._claim(held) if wish.png and rank == 0 else []
+            earlier = self._folder.claim(held) if wish.png and rank == 0 else []
             raw = self._raw_array(held) if wish.npz and rank == 0 else self._raw_path()
             if world > 1:
                 dist.barrier()  # the folder and the file are there
             mine = sorted(set(wish.seeds[rank::world]))
-            there = [seed for seed in mine if wish.png and _is_whole(self._png(seed))]
+            there = [seed for seed in mine if wish.png and is_whole(self._folder.image(seed))]
             found = self._fill(mine, there, extractor, raw, _Shown(progress, rank, world))
             if world > 1:
                 dist.barrier()  # all images are there
@@ -176,7 +169,7 @@ class Gallery:
         wish, count = self.request, len(self.request.seeds)
         shown = [f"{count} images"]
         if wish.png:
-            files.write_json(wish.folder / "sample.json", self._record([*earlier, *wish.seeds]))
+            self._folder.record([*earlier, *wish.seeds])
             already = f" ({len(there)} were there)" if there else ""
             shown = [f"{count} images in {wish.folder}/{already}"]
         canvas = npy.mapped(raw) if raw else None
@@ -265,13 +258,13 @@ class Gallery:
             pixels = np.ascontiguousarray(to_hwc(drawn.images))
             if self.request.png:
                 for seed, image in zip(drawn.seeds, pixels, strict=True):
-                    _save(Image.fromarray(image), self._png(seed))
+                    save(Image.fromarray(image), self._folder.image(seed))
             done += len(pixels)
             shown.tell(there + done, total, done / (monotonic() - began))
             yield from pixels
 
     def _stored(self, seed: int) -> np.ndarray:
-        return np.asarray(read_rgb(self._png(seed)))
+        return np.asarray(read_rgb(self._folder.image(seed)))
 
     def _grid(self, canvas: np.ndarray | None) -> Path:
         """The first 100 images in one picture, one class a column where there are few."""
@@ -289,7 +282,7 @@ class Gallery:
         if columns is not None and labels is not None and len(names) > max(labels.tolist()):
             heads = [names[label] for label in labels[:columns].tolist()]
             picture = labelled(picture, columns=heads if len(set(heads)) == columns else ())
-        return _save(picture, self._grid_path(), self._record(seeds))
+        return save(picture, self._grid_path(), self._record(seeds))
 
     def _grid_path(self) -> Path:
         wish = self.request
@@ -307,8 +300,14 @@ class Gallery:
         with files.atomic(npz) as part, part.open("wb") as file:
             np.savez(file, arr_0=canvas, **known)
 
-    def _png(self, seed: int) -> Path:
-        return self.request.folder / f"{seed:06d}.png"
+    def _class_of(self, seed: int) -> str:
+        """What a seed's class is called; numbers are no names."""
+        names = list(getattr(self.model.condition, "names", ()))
+        told = self.model.condition.deal(self.request.classes, [seed])
+        if told is None or names == [str(number) for number in range(len(names))]:
+            return ""
+        number = int(told[0])
+        return names[number] if number < len(names) else ""
 
     # ------------------------------------------------------------------ single pictures
 
@@ -316,13 +315,8 @@ class Gallery:
         """An interpolation, fillings of an image, or predictions over time."""
         target = self._beside(kind)
         files.require_ours(target, is_ours(target), self.request.overwrite)
-        make = {
-            "interpolate": self._interpolation,
-            "inpaint": self._fillings,
-            "trajectory": self._over_time,
-        }[kind]
-        images, columns = make()
-        _save(grid(to_hwc(images), columns), target, self._record(self.request.seeds))
+        images, columns = pictures.KINDS[kind](self.model, self.request, self._drawn)
+        save(grid(to_hwc(images), columns), target, self._record(self.request.seeds))
         return f"picture in {target}"
 
     def _drawn(self, seeds: list[int], **how: Any) -> Tensor:
@@ -330,39 +324,6 @@ class Gallery:
         told = self._told(seeds)
         drawn = self.model.batches(seeds, told, batch_size=len(seeds), **how)
         return torch.cat([batch.images for batch in drawn])
-
-    def _interpolation(self) -> tuple[Tensor, int]:
-        wish = self.request
-        ends, count = parse_range(str(wish.interpolate), "--interpolate"), len(wish.seeds)
-        if len(ends) != 2 or count < 2:
-            raise UsageError(
-                f"--interpolate {wish.interpolate}: give two seeds A,B, and at least 2 images (--n)"
-            )
-        a, b = SeedNoise(ends, self.model.codec.shape, "cpu")()
-        images = self._drawn(ends[:1] * count, start=editing.slerp(a, b, count))
-        return images, min(count, 12)
-
-    def _fillings(self) -> tuple[Tensor, int]:
-        wish, model = self.request, self.model
-        assert wish.inpaint is not None
-        known, mask = _cropped_alike(*wish.inpaint, model.config.data.image_size)
-        held = mask.float().mean(1, keepdim=True) < 128
-        if held.all():
-            raise UsageError(
-                f"--inpaint {wish.inpaint[1]} is black: paint white what is to be filled in"
-            )
-        x0 = model.codec.encode(known.to(model.device), stream(model.device, 0, "inpaint"))
-        place = editing.wholly_kept(held.to(model.device), model.codec.shape[1])
-        made = self._drawn(wish.seeds, wraps=[editing.inpainting(model.process, x0, place)])
-        images = torch.cat([torch.where(held, known, 128), torch.where(held, known, made)])
-        return images, min(len(images), 12)
-
-    def _over_time(self) -> tuple[Tensor, int]:
-        watch, rounding = editing.Trajectory(), self.model.config.sample.rounding
-        made = self._drawn(self.request.seeds[:8], wraps=[watch.wrap])
-        stages = [self.model.codec.decode(x0, rounding).cpu() for x0 in watch.pick(10)]
-        rows = torch.stack([*stages, made], dim=1)
-        return rows.flatten(0, 1), rows.shape[1]
 
     # ------------------------------------------------------------------ what is on disk
 
@@ -372,45 +333,6 @@ class Gallery:
     def _record(self, seeds: Iterable[int]) -> dict[str, Any]:
         """What images were made with, as it is stored with them."""
         return {**self._settings, "seeds": spans(seeds)}
-
-    def _claim(self, held: ExitStack) -> list[int]:
-        """Make the folder, or check that what it holds was sampled with the same settings: sets
-        must not mix. No other process writes to it as long as `held` is open.
-
-        The settings are written before the first image. Returns the seeds of an earlier, finished
-        sampling.
-        """
-        out, settings = self.request.folder, self._settings
-        with files.writing(out):
-            out.mkdir(parents=True, exist_ok=True)
-            held.enter_context(files.Lock(out, f"another process is sampling into {out}: wait"))
-        stored = _stored_record(out / "sample.json")
-        drawn = any(path.suffix == ".png" for path in out.iterdir())
-        if stored is None:
-            files.require_ours(out / "sample.json", False, self.request.overwrite)
-            if drawn:
-                raise UsageError(
-                    f"{out} holds images that were not sampled here: give another --out"
-                )
-        if stored is None or not drawn:  # a sampling that failed at once claims nothing
-            files.write_json(out / "sample.json", self._record([]))
-            return []
-        if isinstance(stored.get("sample"), dict):
-            stored["sample"] = _of_today(stored["sample"], out)
-        old, new = flatten(stored), flatten(settings)
-        changed = [
-            f"{key}: {old.get(key)!r} there, {value!r} now"
-            for key, value in new.items()
-            if key not in ELSEWHERE and old.get(key) != value
-        ]
-        if changed:
-            raise UsageError(
-                f"{out} holds images sampled with other settings ({'; '.join(changed)}): give "
-                "another --out"
-            )
-        for part in out.glob(".[0-9]*.png.part"):
-            part.unlink()  # of a process that was killed while writing
-        return parse_range(stored["seeds"], "seeds") if stored.get("seeds") else []
 
 
 @dataclass
@@ -431,77 +353,3 @@ class _Shown:
         """Inside a batch, which may take long."""
         if self.rank == 0 and done < total:
             self.progress(done, total, {"step": f"{step} of {max(step, steps)}"})
-
-
-def _cropped_alike(image: Path, mask: Path, side: int) -> list[Tensor]:
-    """Two images of one size, each uint8 [1, 3, side, side]."""
-    opened = []
-    for path in (image, mask):
-        try:
-            opened.append(read_rgb(path))
-        except MsmdiffError as error:
-            raise UsageError(f"--inpaint {error}") from None
-    (width, height), masked = (picture.size for picture in opened)
-    if masked != (width, height):
-        raise UsageError(
-            f"--inpaint {mask} is {masked[0]}x{masked[1]}, and must be {width}x{height} "
-            f"like {image}"
-        )
-    return [
-        torch.from_numpy(center_crop(each, side).copy()).permute(2, 0, 1)[None] for each in opened
-    ]
-
-
-def _is_whole(path: Path) -> bool:
-    """Whether a PNG is there down to its end mark."""
-    try:
-        return path.read_bytes().endswith(b"IEND\xaeB`\x82")
-    except OSError:
-        return False
-
-
-def _save(picture: Image.Image, path: Path, record: dict[str, Any] | None = None) -> Path:
-    about = PngInfo()
-    if record is not None:
-        about.add_text(RECORD, json.dumps(record))
-    with files.atomic(path) as part:
-        picture.save(part, format="PNG", pnginfo=about)
-    return path
-
-
-def is_ours(path: Path) -> bool:
-    """Whether a picture or an archive carries the record of what made it."""
-    with suppress(MsmdiffError), files.reading(path, "a picture or an archive"):
-        if not path.is_file():
-            return False
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                return f"{RECORD}.npy" in archive.namelist()
-        with Image.open(path) as picture:
-            return RECORD in picture.info
-    return False
-
-
-def _of_today(sample: dict[str, Any], out: Path) -> dict[str, Any]:
-    """A stored `sample` section in the keys of today; as it is where it chose what is not there
-    today, such as a plugin's sampler: then it differs in any case.
-    """
-    layer = configuration.stored({"sample": sample}, str(out))
-    try:
-        section = configuration.section("sample", **layer["sample"])
-    except UsageError:
-        return sample
-    return dict(section.model_dump(mode="json"))
-
-
-def _stored_record(path: Path) -> dict[str, Any] | None:
-    """What `Gallery` wrote into a folder, or None where there is nothing of it."""
-    if not path.is_file():
-        return None
-    with files.reading(path, "a record of samples"):
-        content = path.read_bytes()
-    with suppress(ValueError):
-        stored = json.loads(content)
-        if isinstance(stored, dict) and {"sha256", "sample", "seeds"} <= stored.keys():
-            return stored
-    return None
