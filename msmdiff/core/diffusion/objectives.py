@@ -83,6 +83,11 @@ class Objective:
         self.distance = torch.abs if config.loss == "l1" else torch.square
 
     @property
+    def forward_passes(self) -> float:
+        """Passes of a step that are not followed by a backward one, for every one that is."""
+        return 0.0
+
+    @property
     def history(self) -> Any:
         """What a checkpoint has to keep of the time sampling; None where it has no memory."""
         return self.times if hasattr(self.times, "state_dict") else None
