@@ -217,14 +217,15 @@ class Model:
         `routing.weak_route` gives it.
 
         t is one number on the CPU for the whole batch, which lets steps without guidance do without
-        its second pass, or [B] on x_t's device. After clipping, eps is derived again from the
+        its second pass, or [B] on x_t's device; a third argument, like t, is the time that a step
+        goes to, for the average velocity down to it. After clipping, eps is derived again from the
         clipped x0 (as ADM does), or left as the network gave it (`raw`, as MaskDM does).
         """
         options, process = self.config.sample, self.process
         strength = guidance.schedule(options, process.schedule)
         channels = 3 if options.cfg_channels == "first3" else None
 
-        def denoise(x_t: Tensor, t: Tensor) -> Estimate:
+        def denoise(x_t: Tensor, t: Tensor, until: Tensor | None = None) -> Estimate:
             at = strength(t)
             scale = at.item() if t.ndim == 0 else at
             if options.cfg_scale == 1:  # one pass, also where the network has no null to ask
@@ -237,7 +238,7 @@ class Model:
                 guide=self.guide,
                 weak=weak,
             )
-            output = process.feed(guided, x_t, t, y)
+            output = process.feed(guided, x_t, t, y, until=until)
             estimate = process.split(output.float(), x_t, t)
             return self._clipped(estimate, x_t, t, options)
 

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msmdiff.core.backbones.interval import IntervalEmbed, add_interval
 from msmdiff.core.backbones.layers import Attention, Mlp, amm_matrix, timestep_embedding
 from msmdiff.core.backbones.routes import check_patches, class_or_null
 from msmdiff.core.errors import UsageError
@@ -121,6 +122,7 @@ class AdaLNTransformer(nn.Module):
         self.time_embed: Any = nn.Sequential(
             nn.Linear(TIME_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
+        self.interval_embed: IntervalEmbed | None = None  # of DiT, where it is asked for
         self.label_emb = (
             nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
         )
@@ -144,14 +146,18 @@ class AdaLNTransformer(nn.Module):
         for module in self.modules():
             if isinstance(module, Block | FinalLayer):
                 nn.init.zeros_(module.modulation.weight)
+            elif isinstance(module, IntervalEmbed):
+                module.initialise()
         nn.init.zeros_(self.final.linear.weight)
 
-    def condition(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        """Network time t [B] and labels y [B] (None: the null class) -> the condition [B,
-        hidden_size].
+    def condition(
+        self, x: Tensor, t: Tensor, y: Tensor | None, interval: Tensor | None = None
+    ) -> Tensor:
+        """Network time t [B], labels y [B] (None: the null class) and, of a network that knows
+        them, intervals [B] -> the condition [B, hidden_size].
         """
         sinusoids = timestep_embedding(t, TIME_WIDTH).to(self.patch_embed.weight.dtype)
-        c = self.time_embed(sinusoids)
+        c = add_interval(self.interval_embed, self.time_embed(sinusoids), interval)
         if self.label_emb is None:
             return c
         return c + self.label_emb(class_or_null(self, y, len(x), x.device))

@@ -5,8 +5,16 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 
 from msmdiff.core.backbones import sparse as parts
-from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, FinalLayer, check_width
+from msmdiff.core.backbones.adaln import (
+    TIME_WIDTH,
+    AdaLNTransformer,
+    Amm,
+    Block,
+    FinalLayer,
+    check_width,
+)
 from msmdiff.core.backbones.family import family
+from msmdiff.core.backbones.interval import IntervalEmbed
 from msmdiff.core.backbones.layers import gather_tokens, patchify, sincos_table, unpatchify
 from msmdiff.core.backbones.routes import Route, Trunk, own_only, partial, run_block
 
@@ -52,6 +60,9 @@ class DiT(AdaLNTransformer):
         sparse_depth: blocks of the mixer or decoder; of a fusion, the dense blocks at either end.
         sparse_width: width of a mixer's or decoder's tokens; null: hidden_size.
         sparse_heads: attention heads of a mixer or decoder; null: num_heads.
+        interval_embed: the length of a step is embedded beside the time, for few steps (MeanFlow).
+        velocity_head: a second output, of the velocity itself, for training only (improved
+            MeanFlow).
 
     Raises UsageError when the dimensions do not fit.
     """
@@ -83,14 +94,17 @@ class DiT(AdaLNTransformer):
         sparse_depth: int = 2,
         sparse_width: int | None = None,
         sparse_heads: int | None = None,
+        interval_embed: bool = False,
+        velocity_head: bool = False,
     ) -> None:
         check_width("model.hidden_size", hidden_size, num_heads)
+        last_width = (sparse_width or hidden_size) if sparse == "decoder" else hidden_size
         super().__init__(
             shape=shape,
             num_classes=num_classes,
             patch_size=patch_size,
             hidden_size=hidden_size,
-            last_width=(sparse_width or hidden_size) if sparse == "decoder" else hidden_size,
+            last_width=last_width,
             learn_sigma=learn_sigma,
             null_class=null_class,
         )
@@ -107,6 +121,11 @@ class DiT(AdaLNTransformer):
         light = parts.Light(*size, block=light_block)
         into = FinalLayer(hidden_size, light.width, hidden_size) if sparse == "decoder" else None
         parts.attach(self, sparse, light, into)
+        self.interval_embed = IntervalEmbed(TIME_WIDTH, hidden_size) if interval_embed else None
+        self.velocity_head = None
+        if velocity_head:
+            patch_width = patch_size**2 * shape[0]
+            self.velocity_head = FinalLayer(last_width, patch_width, hidden_size)
         self.initialise()
         parts.initialise(self)
         self.set_amm(amm, amm_formula)
@@ -115,12 +134,21 @@ class DiT(AdaLNTransformer):
         return [(block, self.grid) for block in self.blocks]
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        route: Route | None = None,
+        *,
+        interval: Tensor | None = None,
+        velocity: bool = False,
+    ) -> Any:
         """Predict from x [B, C, H, W] at network time t [B] and labels [B] (None: the null class).
 
         Returns an image [B, C or 2C, H, W]; of a route whose gaps nothing fills the predictions of
-        the kept patches, [B, K, p*p*(C or 2C)], in the order of its ids.
+        the kept patches, [B, K, p*p*(C or 2C)], in the order of its ids. A network with
+        `interval_embed` predicts for the interval [B] below t, None is 0; `velocity` asks for a
+        pair, of which the second comes from the velocity head.
         """
         # Patches in: those that the route hides from the start are not embedded.
         patches = patchify(x, self.patch_size)  # [B, L, p*p*C]
@@ -131,7 +159,7 @@ class DiT(AdaLNTransformer):
             patches = gather_tokens(patches, route.keep)
             position = gather_tokens(position, route.keep)
         tokens = self.patch_embed(patches) + position  # [B, L or K, D]
-        c = self.condition(x, t, condition)  # [B, D]
+        c = self.condition(x, t, condition, interval)  # [B, D]
 
         def run(block: nn.Module, z: Tensor) -> Tensor:
             return run_block(self, block, z, c)
@@ -152,6 +180,13 @@ class DiT(AdaLNTransformer):
 
         tokens = self.trunk.run(tokens, route, step, fill)  # [B, L or K, D]
 
-        # Patches out.
-        out = self.final(tokens, c)  # [B, L or K, p*p*(C or 2C)]
+        # Patches out: [B, L or K, p*p*(C or 2C)].
+        out = self._predict(self.final(tokens, c), route)
+        if not velocity:
+            return out
+        assert self.velocity_head is not None
+        return out, self._predict(self.velocity_head(tokens, c), route)
+
+    def _predict(self, out: Tensor, route: Route | None) -> Tensor:
+        """Patch vectors -> what `forward` returns."""
         return out if partial(route) else unpatchify(out, self.patch_size, self.grid)

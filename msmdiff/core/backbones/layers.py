@@ -1,6 +1,8 @@
 """Pieces that several backbones share."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 import torch
@@ -92,6 +94,20 @@ def amm_matrix(grid: tuple[int, int], formula: Literal["exp", "cos"] = "exp") ->
     return torch.where(squared <= 4 + side**2, values, 0.0).float()
 
 
+_plain = False
+
+
+@contextmanager
+def plain_attention() -> Iterator[None]:
+    """Inside, attention is made of matrix products: fused kernels have no forward derivative."""
+    global _plain
+    before, _plain = _plain, True
+    try:
+        yield
+    finally:
+        _plain = before
+
+
 def attention(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None = None, factor: Tensor | None = None
 ) -> Tensor:
@@ -102,7 +118,8 @@ def attention(
     """
     # torch's fused CPU kernel is slower than two matrix products in bf16, and no fused kernel knows
     # a factor.
-    if factor is not None or (q.device.type == "cpu" and q.dtype == torch.bfloat16):
+    slow = q.device.type == "cpu" and q.dtype == torch.bfloat16
+    if factor is not None or slow or _plain:
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
         if bias is not None:
             scores = scores + bias

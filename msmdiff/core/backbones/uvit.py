@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from msmdiff.core.backbones import sparse as parts
 from msmdiff.core.backbones.family import family
+from msmdiff.core.backbones.interval import IntervalEmbed, add_interval
 from msmdiff.core.backbones.layers import (
     Attention,
     Mlp,
@@ -135,6 +136,9 @@ class UViT(nn.Module):
         sparse_depth: blocks of the mixer or decoder; of a fusion, the dense blocks at either end.
         sparse_width: width of a mixer's or decoder's tokens; null: hidden_size.
         sparse_heads: attention heads of a mixer or decoder; null: num_heads.
+        interval_embed: the length of a step is embedded beside the time, for few steps (MeanFlow).
+        velocity_head: a second output, of the velocity itself, for training only (improved
+            MeanFlow).
 
     Raises UsageError when the dimensions do not fit.
     """
@@ -167,6 +171,8 @@ class UViT(nn.Module):
         sparse_depth: int = 2,
         sparse_width: int | None = None,
         sparse_heads: int | None = None,
+        interval_embed: bool = False,
+        velocity_head: bool = False,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -207,6 +213,8 @@ class UViT(nn.Module):
         self.norm = nn.LayerNorm(self.last_width)
         self.to_output: Any = self._make_to_output(channels)
         self.final_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
+        self.interval_embed = IntervalEmbed(hidden_size, hidden_size) if interval_embed else None
+        self.velocity_head = self._make_to_output(channels) if velocity_head else None
         self.initialise()
         parts.initialise(self)
 
@@ -248,24 +256,35 @@ class UViT(nn.Module):
                 nn.init.trunc_normal_(module.weight, std=0.02)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
+        if self.interval_embed is not None:
+            self.interval_embed.initialise()
 
     def trunk_blocks(self) -> list[nn.Module]:
         """The network's own blocks in its order, without those for sparse training."""
         return [*self.in_blocks, self.mid_block, *self.out_blocks]
 
     def forward(
-        self, x: Tensor, t: Tensor, condition: Tensor | None = None, route: Route | None = None
-    ) -> Tensor:
+        self,
+        x: Tensor,
+        t: Tensor,
+        condition: Tensor | None = None,
+        route: Route | None = None,
+        *,
+        interval: Tensor | None = None,
+        velocity: bool = False,
+    ) -> Any:
         """Predict from x [B, C, H, W] at network time t [B] and labels [B] (None: the null class).
 
         With context tokens, the condition is the text's features [B, tokens, width] and cannot be
         left out. Returns an image [B, C, H, W]; of a route whose gaps nothing fills the predictions
         of the kept patches [B, K, p*p*C], in the order of its ids. The final convolution, where
-        there is one, then sees zeros in place of hidden patches.
+        there is one, then sees zeros in place of hidden patches. A network with `interval_embed`
+        predicts for the interval [B] below t, None is 0; `velocity` asks for a pair, of which the
+        second comes from the velocity head.
         """
         # Special tokens, then patches: those that the route hides from the start are not embedded.
         extras = len(self.special_tokens)
-        special = self._special(x, t, condition) + self.pos_embed[:, :extras]
+        special = self._special(x, t, condition, interval) + self.pos_embed[:, :extras]
         patches = self._embed(x, self.pos_embed[:, extras:], route)
         tokens = torch.cat([special, patches], 1)  # [B, extras + L or K, D]
 
@@ -291,7 +310,12 @@ class UViT(nn.Module):
         tokens = self.trunk.run(tokens, route, step, fill)
 
         # Patches out.
-        return self._predict(self.norm(tokens[:, extras:]), route)
+        last = self.norm(tokens[:, extras:])  # [B, L or K, D]
+        out = self._predict(last, route)
+        if not velocity:
+            return out
+        assert self.velocity_head is not None
+        return out, self._arranged(self.velocity_head(last), route)
 
     def _embed(self, x: Tensor, position: Tensor, route: Route | None) -> Tensor:
         """x [B, C, H, W] and the patches' positions [1, L, D] -> tokens [B, L or K, D]."""
@@ -305,7 +329,10 @@ class UViT(nn.Module):
 
     def _predict(self, tokens: Tensor, route: Route | None) -> Tensor:
         """Normed patch tokens [B, L or K, D] -> what `forward` returns."""
-        out = self.to_output(tokens)  # [B, L or K, p*p*C]
+        return self._arranged(self.to_output(tokens), route)
+
+    def _arranged(self, out: Tensor, route: Route | None) -> Tensor:
+        """Patch vectors [B, L or K, p*p*C] -> an image, or the kept patches."""
         if not partial(route):
             image = unpatchify(out, self.patch_size, self.grid)
             return self.final_conv(image) if self.final_conv is not None else image
@@ -319,10 +346,9 @@ class UViT(nn.Module):
             out = gather_tokens(patchify(image, self.patch_size), route.keep)
         return out
 
-    def _special(self, x: Tensor, t: Tensor, y: Tensor | None) -> Tensor:
-        time = self.time_embed(timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype))[
-            :, None
-        ]
+    def _special(self, x: Tensor, t: Tensor, y: Tensor | None, interval: Tensor | None) -> Tensor:
+        sinusoids = timestep_embedding(t, self.hidden_size).to(self.pos_embed.dtype)
+        time = add_interval(self.interval_embed, self.time_embed(sinusoids), interval)[:, None]
         if self.context_embed is not None:
             if y is None:
                 raise UsageError(

@@ -2,9 +2,8 @@
 
 An objective is one or two passes over the same images and times, each along a route: `dsm` sees all
 tokens, `msm` the visible ones (Lei et al. 2023), `mdt` all and then a masked set (Gao et al. 2023),
-`edt` all and then all behind EDT's token masks (Chen et al. 2024), `maskdit` the visible ones and
-what it can tell of the hidden ones (Zheng et al. 2023). A new one is a class here or in
-a plugin.
+`edt` all and then all behind EDT's token masks (Chen et al. 2024). An objective with a loss of its
+own is a file of its own (`maskdit`, `meanflow`), or a plugin's.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from pydantic import Field
 from torch import Tensor
 
 from msmdiff.core import condition as conditions
@@ -25,7 +23,7 @@ from msmdiff.core.diffusion import masking, time_sampling, variational
 from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.diffusion.time_sampling import Draw, TimeSampling
-from msmdiff.core.registry import Options, register
+from msmdiff.core.registry import register
 from msmdiff.core.sections import AUTO, MaskConfig, ObjectiveConfig
 
 DrawRoute = Callable[[int, Draw], Route | None]
@@ -85,6 +83,11 @@ class Objective:
         self.distance = torch.abs if config.loss == "l1" else torch.square
 
     @property
+    def forward_passes(self) -> float:
+        """Passes of a step that are not followed by a backward one, for every one that is."""
+        return 0.0
+
+    @property
     def history(self) -> Any:
         """What a checkpoint has to keep of the time sampling; None where it has no memory."""
         return self.times if hasattr(self.times, "state_dict") else None
@@ -111,9 +114,8 @@ class Objective:
         named: dict[str, Tensor] = {}
         for number, (name, route_of) in enumerate(stage.passes.items()):
             own = _numbered(draw, number)
-            eps = torch.randn(x0.shape, generator=own("noise"), device=x0.device)
             route = route_of(len(x0), own)
-            terms = self.terms(model, x0, eps, t, self._told(y, own), route)
+            terms = self.seen(model, x0, t, y, route, own)
             total = total + terms["loss"]
             if len(stage.passes) > 1 or len(terms) > 2:
                 for term, value in terms.items():
@@ -124,6 +126,21 @@ class Objective:
         if self.history is not None:
             self.history.update(t, total.detach())
         return {"loss": (total * importance).mean(), **named}
+
+    def seen(
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        route: Route | None,
+        draw: Draw,
+    ) -> dict[str, Tensor]:
+        """One pass over x0 [B, C, H, W] at times t [B], its noise and label dropout drawn: what
+        `terms` gives.
+        """
+        eps = torch.randn(x0.shape, generator=draw("noise"), device=x0.device)
+        return self.terms(model, x0, eps, t, self._told(y, draw), route)
 
     def terms(
         self,
@@ -233,7 +250,7 @@ class Msm:
     """
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
-        return _settle_route(config, backbone)
+        return settle_route(config, backbone)
 
     def passes(self, setting: Setting) -> dict[str, DrawRoute]:
         return {"": setting.route(setting.section.route)}
@@ -245,7 +262,7 @@ class Mdt:
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if backbone.published_objective != "mdt":
-            return [_does_not_suit(config, backbone)]
+            return [does_not_suit(config, backbone)]
         mask: Any = config.mask
         if mask.route not in (AUTO, "side"):
             return [f"objective.name 'mdt' takes mask.route side, not {mask.route}"]
@@ -274,7 +291,7 @@ class Edt:
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if backbone.published_objective != "edt":
-            return [_does_not_suit(config, backbone)]
+            return [does_not_suit(config, backbone)]
         if not masking.hides(config.mask):
             return []
         ratio = config.mask.ratio
@@ -287,63 +304,7 @@ class Edt:
         return {"plain": plain, "masked": masked}
 
 
-class MaskDitOptions(Options):
-    reconstruction: float = Field(
-        0.1,
-        ge=0,
-        description="The weight of the error on hidden patches, which is measured against the "
-        "noisy image.",
-    )
-
-
-class Reconstructing(Objective):
-    """The error on kept patches, and how well x0 tells the hidden patches of the noisy image."""
-
-    reconstruction = 0.1
-
-    def beside(
-        self, x_t: Tensor, output: Tensor, t: Tensor, route: Route | None
-    ) -> dict[str, Tensor]:
-        """MaskDiT's second term (Zheng et al. 2023, eq. 6), [B]: squared error of x0 on hidden
-        patches, against x_t's patches of mean 0 and variance 1.
-        """
-        if route is None or route.keep is None or not self.reconstruction:
-            return {}
-        x0 = patchify(self.process.split(output, x_t, t).x0, self.patch_size)  # [B, L, p*p*C]
-        target = patchify(x_t, self.patch_size)
-        variance, mean = torch.var_mean(target, dim=-1, keepdim=True)
-        target = (target - mean) / (variance + 1e-6).sqrt()
-        error = (x0 - target).square().mean(dim=-1)  # [B, L]
-        hidden = torch.ones_like(error).scatter(1, route.keep, 0.0)
-        each = (error * hidden).sum(dim=1) / hidden.sum(dim=1)
-        return {"reconstruction": self.reconstruction * each}
-
-
-@register("objective", "maskdit", MaskDitOptions)
-class MaskDit:
-    """MaskDiT: the error on kept patches, and a reconstruction of the hidden ones; needs a network
-    with model.sparse decoder.
-    """
-
-    def __init__(self, *, reconstruction: float) -> None:
-        self.reconstruction = reconstruction
-
-    def settle(self, config: Config, backbone: Any) -> list[str]:
-        if config.mask.route == AUTO:
-            config.mask.route = "maskdit"
-        return _settle_route(config, backbone)
-
-    def passes(self, setting: Setting) -> dict[str, DrawRoute]:
-        return {"": setting.route(setting.section.route)}
-
-    def loss(self, *arguments: Any, **options: Any) -> Objective:
-        """What `build` makes for this objective."""
-        made = Reconstructing(*arguments, **options)
-        made.reconstruction = self.reconstruction
-        return made
-
-
-def _settle_route(config: Config, backbone: Any) -> list[str]:
+def settle_route(config: Config, backbone: Any) -> list[str]:
     """Choose the route that suits the network's sparse part where it is left open, or the part that
     the route needs, and say what does not go together.
     """
@@ -373,7 +334,7 @@ def _knows_no_route(config: Config, backbone: Any, name: str) -> str:
     """Why a network cannot take the route `name`, and which ones it can."""
     family, objective = config.model.family, config.objective.name
     if backbone.published_objective:
-        return _does_not_suit(config, backbone)
+        return does_not_suit(config, backbone)
     if not backbone.fills:
         return (
             f"objective.name '{objective}' hides tokens, and a network of model.family {family} "
@@ -388,7 +349,7 @@ def _knows_no_route(config: Config, backbone: Any, name: str) -> str:
     return f"mask.route {name} is not for model.family {family}, which takes {fits}"
 
 
-def _does_not_suit(config: Config, backbone: Any) -> str:
+def does_not_suit(config: Config, backbone: Any) -> str:
     fits = f"'{backbone.published_objective or 'msm'}' or 'dsm'"
     name, family = config.objective.name, config.model.family
     return f"objective.name '{name}' does not suit model.family {family}: use {fits}"

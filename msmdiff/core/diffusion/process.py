@@ -17,9 +17,10 @@ from msmdiff.core.errors import UsageError
 from msmdiff.core.registry import Options, register
 from msmdiff.core.sections import ProcessConfig
 
-Denoiser = Callable[[Tensor, Tensor], Estimate]
+Denoiser = Callable[..., Estimate]
 """(x_t [B, C, H, W], t) -> what it makes of it; t is a float64 number on the CPU, or [B] on x_t's
-device."""
+device. A denoiser that knows average velocities takes a third argument, like t: the time that a
+step goes to."""
 
 Noise = Callable[[], Tensor]
 """The next Gaussian noise [B, C, H, W]."""
@@ -28,9 +29,12 @@ Network = Callable[..., Tensor]
 """(x, network time [B], condition, route) -> output."""
 
 
-def call(network: Network, x: Tensor, time: Tensor, condition: Any, route: Any) -> Tensor:
+def call(
+    network: Network, x: Tensor, time: Tensor, condition: Any, route: Any, **more: Any
+) -> Tensor:
     """Call a network; functions that know no routes are called without one."""
-    return network(x, time, condition) if route is None else network(x, time, condition, route)
+    told = (x, time, condition) if route is None else (x, time, condition, route)
+    return network(*told, **{name: value for name, value in more.items() if value is not None})
 
 
 class Weighting(Protocol):
@@ -63,13 +67,40 @@ class Process:
         return spread(alpha, x0) * x0 + spread(sigma, x0) * eps
 
     def feed(
-        self, network: Network, x_t: Tensor, t: Tensor, condition: Any = None, route: Any = None
-    ) -> Tensor:
-        """The network's output at x_t [B, C, H, W], t [B] or one number for all."""
+        self,
+        network: Network,
+        x_t: Tensor,
+        t: Tensor,
+        condition: Any = None,
+        route: Any = None,
+        *,
+        until: Tensor | None = None,
+        velocity: bool | None = None,
+    ) -> Any:
+        """The network's output at x_t [B, C, H, W], t [B] or one number for all.
+
+        Args:
+            until: like t: the time that a step goes to, for a prediction of average velocities.
+            velocity: ask for the pair of a network with a velocity head.
+
+        Raises UsageError for `until` where the prediction is of one time.
+        """
         x, time = self.prediction.inputs(x_t, t)
+        interval = None if until is None else self._interval(t, until)
         if t.ndim == 0:
             time = torch.full((len(x_t),), time.item(), device=x_t.device)
-        return call(network, x, time, condition, route)
+            if interval is not None:
+                interval = torch.full((len(x_t),), interval.item(), device=x_t.device)
+        return call(network, x, time, condition, route, interval=interval, velocity=velocity)
+
+    def _interval(self, t: Tensor, until: Tensor) -> Tensor:
+        known = getattr(self.prediction, "interval", None)
+        if known is None:
+            raise UsageError(
+                "this network predicts for one time, and the sampler meanflow asks for the average "
+                "over a step: it is for networks trained with objective.name meanflow"
+            )
+        return known(t, until)
 
     def target(self, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
         """What the network should output, in x0's shape."""

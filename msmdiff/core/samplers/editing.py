@@ -24,8 +24,9 @@ def inpainting(process: Process, known: Tensor, held: Tensor) -> Wrap:
     def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
         noise = start / process.schedule.start_std
 
-        def filled(x_t: Tensor, t: Tensor) -> Estimate:
-            estimate = denoise(torch.where(held, process.add_noise(known, t, noise), x_t), t)
+        def filled(x_t: Tensor, t: Tensor, *until: Tensor) -> Estimate:
+            mixed = torch.where(held, process.add_noise(known, t, noise), x_t)
+            estimate = denoise(mixed, t, *until)
             estimate.x0 = torch.where(held, known, estimate.x0)
             estimate.eps = torch.where(held, noise, estimate.eps)
             return estimate
@@ -42,9 +43,9 @@ def counting(tell: Callable[[int], None]) -> Wrap:
     def wrap(denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
         done = 0
 
-        def counted(x_t: Tensor, t: Tensor) -> Estimate:
+        def counted(x_t: Tensor, t: Tensor, *until: Tensor) -> Estimate:
             nonlocal done
-            estimate = denoise(x_t, t)
+            estimate = denoise(x_t, t, *until)
             done += 1
             tell(done)
             return estimate
@@ -66,8 +67,8 @@ class Trajectory:
         self.x0: list[Tensor] = []
 
     def wrap(self, denoise: Denoiser, start: Tensor) -> tuple[Denoiser, Tensor]:
-        def watched(x_t: Tensor, t: Tensor) -> Estimate:
-            prediction = denoise(x_t, t)
+        def watched(x_t: Tensor, t: Tensor, *until: Tensor) -> Estimate:
+            prediction = denoise(x_t, t, *until)
             self.x0.append(prediction.x0)
             return prediction
 

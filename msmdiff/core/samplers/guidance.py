@@ -50,18 +50,26 @@ class Guided:
     weak: Callable[[], Any] | None = None
 
     def __call__(
-        self, x: Tensor, time: Tensor, y: Tensor | None = None, route: Any = None
+        self,
+        x: Tensor,
+        time: Tensor,
+        y: Tensor | None = None,
+        route: Any = None,
+        interval: Tensor | None = None,
     ) -> Tensor:
-        """x [B, C, H, W], time [B], y as the condition has it -> [B, C or 2C, H, W]."""
+        """x [B, C, H, W], time [B], y as the condition has it, interval [B] or None -> [B, C or 2C,
+        H, W].
+        """
         scale = self.scale
         fixed = isinstance(scale, int | float)
         plain = self.guide is None and self.weak is None
         if (fixed and scale == 1) or (y is None and plain):
-            return call(self.network, x, time, y, route)
+            return call(self.network, x, time, y, route, interval=interval)
         if plain and fixed and scale == 0 and self.channels is None:
             assert y is not None
-            return call(self.network, x, time, self.condition.nulls(y), route)
-        conditional, other = self._both(x, time, y, route)
+            nulls = self.condition.nulls(y)
+            return call(self.network, x, time, nulls, route, interval=interval)
+        conditional, other = self._both(x, time, y, route, interval)
         strength = scale
         if isinstance(scale, Tensor):
             strength = scale.view(-1, *[1] * (x.ndim - 1)).to(x.dtype)
@@ -71,21 +79,29 @@ class Guided:
             return mixed
         return torch.cat([mixed[:, :guided], conditional[:, guided:]], dim=1)
 
-    def _both(self, x: Tensor, time: Tensor, y: Tensor | None, route: Any) -> tuple[Tensor, Tensor]:
+    def _both(
+        self, x: Tensor, time: Tensor, y: Tensor | None, route: Any, interval: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """The conditional output, and the one to get away from."""
         if self.weak is not None:
             weak = self.weak()
             told = y if y is None or weak.keep is not None else self.condition.nulls(y)
-            whole = call(self.network, x, time, y, route)
-            return whole, call(self.network, x, time, told, weak)
+            whole = call(self.network, x, time, y, route, interval=interval)
+            return whole, call(self.network, x, time, told, weak, interval=interval)
         if self.guide is None:
             assert y is not None
-            twice = torch.cat([y, self.condition.nulls(y)])
-            out = call(self.network, torch.cat([x, x]), torch.cat([time, time]), twice, route)
+            out = call(
+                self.network,
+                torch.cat([x, x]),
+                torch.cat([time, time]),
+                torch.cat([y, self.condition.nulls(y)]),
+                route,
+                interval=None if interval is None else torch.cat([interval, interval]),
+            )
             conditional, other = out.chunk(2)
             return conditional, other
-        conditional = call(self.network, x, time, y, route)
-        other = call(self.guide, x, time, y, route)
+        conditional = call(self.network, x, time, y, route, interval=interval)
+        other = call(self.guide, x, time, y, route, interval=interval)
         if conditional.shape != other.shape:
             raise UsageError(
                 f"the guide gives {other.shape[1]} channels, the network {conditional.shape[1]}"

@@ -25,6 +25,7 @@ class Cost:
         tokens, kept: tokens of an image, and those that the mask keeps.
         two_passes: a training step runs the network twice, without and with the mask.
         copies: passes with other tokens of the same image.
+        forward_passes: passes of a training step without a backward one, in those with.
     """
 
     parameters: int
@@ -34,11 +35,13 @@ class Cost:
     kept: int
     two_passes: bool = False
     copies: int = 1
+    forward_passes: float = 0.0
 
     @property
     def step_flops(self) -> int:
         """Per image of a training step: the backward pass costs two forward passes."""
-        return 3 * (self.copies * self.masked_flops + self.two_passes * self.forward_flops)
+        trained = 3 * (self.copies * self.masked_flops + self.two_passes * self.forward_flops)
+        return trained + round(self.forward_passes * self.masked_flops)
 
 
 def measure(config: Config) -> Cost:
@@ -63,6 +66,7 @@ def measure(config: Config) -> Cost:
         kept=parts.mask.kept,
         two_passes=len(parts.objective.passes) > 1,
         copies=parts.objective.copies,
+        forward_passes=parts.objective.forward_passes,
     )
 
 
