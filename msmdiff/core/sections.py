@@ -331,8 +331,8 @@ class SampleConfig(Section):
     sampler: str = Field("ddim", description="The sampling method.")
     steps: int | str = Field(
         50,
-        description="The number of network evaluations (heun makes two in each), or ADM's "
-        "spacing: ddim25, or 10,20,30.",
+        description="The number of network evaluations (heun, edm and pc make two in each), or "
+        "ADM's spacing: ddim25, or 10,20,30.",
     )
     times: str | None = Field(
         None,

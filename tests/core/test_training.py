@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
-from msmdiff.core import weights
+from msmdiff.core import presets, weights
 from msmdiff.core.config import section
 from msmdiff.core.diffusion import objectives, time_sampling
 from msmdiff.core.errors import MsmdiffError, UsageError
@@ -310,6 +310,20 @@ def test_the_mask_over_the_training_resumes_exactly(tmp_path, quiet):
         train(config, run, stopped_at(images, quiet))
         train(config, run, quiet)
         assert_same_bits(tmp_path / "straight", run)
+
+
+@pytest.mark.parametrize("preset", ["digits-edm", "digits-ve"])
+def test_a_primer_of_exploding_noise_resumes_exactly(tmp_path, quiet, preset):
+    own = {
+        "model": {"hidden_size": 16, "depth": 2, "num_heads": 2},
+        "mask": {"ratio": 0.75},
+        "train": {**SMALL["train"], "steps": 4},
+    }
+    config = configuration.build(presets.read(preset), own)
+    train(config, tmp_path / "straight", quiet)
+    train(config, tmp_path / "stopped", stopped_at(16, quiet))
+    train(config, tmp_path / "stopped", quiet)
+    assert_same_bits(tmp_path / "straight", tmp_path / "stopped")
 
 
 def test_sigterm_saves_and_the_rest_follows(tmp_path, quiet):

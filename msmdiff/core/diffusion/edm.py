@@ -4,8 +4,8 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from msmdiff.core.diffusion.schedules import Continuous, Schedule, spread
-from msmdiff.core.errors import UsageError
+from msmdiff.core.diffusion.schedules import Schedule, spread
+from msmdiff.core.diffusion.ve import Exploding
 from msmdiff.core.registry import Options, register
 
 
@@ -21,33 +21,24 @@ class EdmOptions(Options):
 
 
 @register("schedule", "edm", EdmOptions)
-class Edm(Continuous):
+class Edm(Exploding):
     """alpha = 1, sigma(t)^(1/rho) linear in t: an even grid of t is EDM's own (eq. 5)."""
 
-    earliest = 1e-6  # sigma_min; at 0 itself, where no network is asked, there is no noise
+    earliest = 1e-6  # sigma_min
 
     def __init__(self, timesteps: int, *, sigma_min: float, sigma_max: float, rho: float) -> None:
-        super().__init__(timesteps)
-        if sigma_min >= sigma_max:
-            raise UsageError(
-                f"process.sigma_min {sigma_min:g} must be less than process.sigma_max {sigma_max:g}"
-            )
-        self.rho, self.start_std = rho, sigma_max
+        super().__init__(timesteps, sigma_min=sigma_min, sigma_max=sigma_max)
+        self.rho = rho
         self._low, self._high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
 
-    def alpha_sigma(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        sigma = (self._low + t * (self._high - self._low)) ** self.rho
-        return torch.ones_like(t), torch.where(t == 0, 0.0, sigma)
+    def _root(self, t: Tensor) -> Tensor:
+        return self._low + t * (self._high - self._low)
 
-    def rates(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        root = self._low + t.double() * (self._high - self._low)
-        return torch.zeros_like(root), self.rho * (self._high - self._low) * root ** (self.rho - 1)
+    def sigma(self, t: Tensor) -> Tensor:
+        return self._root(t) ** self.rho
 
-    def diffusion(self, t: Tensor) -> Tensor:
-        return 2 * self.alpha_sigma(t.double())[1] * self.rates(t)[1]
-
-    def log_snr(self, t: Tensor) -> Tensor:
-        return -2 * self.alpha_sigma(t)[1].log()
+    def sigma_rate(self, t: Tensor) -> Tensor:
+        return self.rho * (self._high - self._low) * self._root(t.double()) ** (self.rho - 1)
 
     def time_at(self, log_snr: Tensor) -> Tensor:
         root = torch.exp(-log_snr.double() / (2 * self.rho))

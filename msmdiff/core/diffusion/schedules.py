@@ -1,7 +1,7 @@
 """How much signal and noise there is at time t: x_t = alpha(t) x0 + sigma(t) eps.
 
 Time is a float in [0, 1]: 0 is the clean image. Here are the variance-preserving schedules,
-alpha^2 + sigma^2 = 1; a schedule of another kind is a file of its own (`flow`, `edm`).
+alpha^2 + sigma^2 = 1; a schedule of another kind is a file of its own (`flow`, `ve`, `edm`).
 """
 
 import math

@@ -186,6 +186,29 @@ def shifted(
     return times
 
 
+class KarrasOptions(FreeOptions):
+    rho: float = Field(
+        7.0,
+        ge=0.1,
+        le=1000,
+        description="The exponent: steps are even in (sigma / alpha)^(1/rho); the larger, the "
+        "finer near the image.",
+    )
+
+
+@register("times", "karras", KarrasOptions)
+def karras(schedule: Schedule, intervals: int, start: float, end: float, *, rho: float) -> Tensor:
+    """EDM's (Karras et al. 2022, eq. 5): even in a power of the noise level sigma / alpha, on any
+    schedule; on `edm` of the same rho they are the uniform ones.
+    """
+    ends = torch.tensor([start, end], dtype=torch.float64)
+    first, last = (-schedule.log_snr(ends) / (2 * rho)).exp().tolist()
+    roots = torch.linspace(first, last, intervals + 1, dtype=torch.float64)
+    times = schedule.time_at(-2 * rho * roots.log())
+    times[0], times[-1] = start, end if intervals else start
+    return times
+
+
 def subdivide(schedule: Schedule, times: Tensor, parts: list[int]) -> Tensor:
     """Cut interval i of times [N + 1] into parts[i] equal ones in log-SNR: [sum(parts) + 1]."""
     pieces = []

@@ -10,7 +10,7 @@ from msmdiff.core.diffusion import process, time_sampling
 from msmdiff.core.samplers import times
 from msmdiff.core.seeding import stream
 
-SCHEDULES = ["flow", "edm", "vp_cosine", "cosine", "linear"]
+SCHEDULES = ["flow", "ve", "edm", "vp_cosine", "cosine", "linear"]
 
 
 def drawn(schedule, kind, n=20_000, **options):
