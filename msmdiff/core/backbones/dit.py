@@ -6,9 +6,10 @@ from torch import Tensor, nn
 
 from msmdiff.core.backbones import sparse as parts
 from msmdiff.core.backbones.adaln import AdaLNTransformer, Amm, Block, FinalLayer, check_width
+from msmdiff.core.backbones.blocks import BlockOptions, places_of
 from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.layers import gather_tokens, patchify, sincos_table, unpatchify
-from msmdiff.core.backbones.routes import Route, Trunk, own_only, partial, run_block
+from msmdiff.core.backbones.routes import Pass, Route, Trunk, own_only, partial
 
 WIDTHS = {  # of DiT and of MDT
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -29,7 +30,7 @@ SIZES: dict[str, dict] = {
 SIZES |= {f"DiT-{n}/{p}": dict(patch_size=p, **SMALL[n]) for n in SMALL for p in (1, 2, 4, 8, 16)}
 
 
-@family("dit", SIZES)
+@family("dit", SIZES, options=BlockOptions)
 class DiT(AdaLNTransformer):
     """A transformer over patch tokens, with fixed positions.
 
@@ -53,12 +54,15 @@ class DiT(AdaLNTransformer):
         sparse_width: width of a mixer's or decoder's tokens; null: hidden_size.
         sparse_heads: attention heads of a mixer or decoder; null: num_heads.
 
+    What `BlockOptions` declares are further arguments.
+
     Raises UsageError when the dimensions do not fit.
     """
 
     mixer: Any
     fusion: Any
     decoder: Any
+    places: Tensor | None
 
     fills: ClassVar = frozenset({"none", "own"})
     published_objective: ClassVar = None
@@ -83,7 +87,9 @@ class DiT(AdaLNTransformer):
         sparse_depth: int = 2,
         sparse_width: int | None = None,
         sparse_heads: int | None = None,
+        **blocks: Any,
     ) -> None:
+        options = BlockOptions(**blocks)
         check_width("model.hidden_size", hidden_size, num_heads)
         super().__init__(
             shape=shape,
@@ -93,19 +99,27 @@ class DiT(AdaLNTransformer):
             last_width=(sparse_width or hidden_size) if sparse == "decoder" else hidden_size,
             learn_sigma=learn_sigma,
             null_class=null_class,
+            norm=options.norm,
         )
+        self.block_options = options
         self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth)
+        self.register_buffer(
+            "places", places_of(self.grid) if options.rope else None, persistent=False
         )
-        self.trunk = Trunk(depth, {})
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, hidden_size, options=options, first=i == 0)
+            for i in range(depth)
+        )
+        self.trunk = Trunk(depth, {}, remembers=options.value_residual)
 
         def light_block(width: int, heads: int) -> Block:
-            return Block(width, heads, mlp_ratio, hidden_size)
+            return Block(width, heads, mlp_ratio, hidden_size, options=options.light())
 
         size = (sparse_width or hidden_size, sparse_heads or num_heads, sparse_depth)
         light = parts.Light(*size, block=light_block)
-        into = FinalLayer(hidden_size, light.width, hidden_size) if sparse == "decoder" else None
+        into = None
+        if sparse == "decoder":
+            into = FinalLayer(hidden_size, light.width, hidden_size, options.norm)
         parts.attach(self, sparse, light, into)
         self.initialise()
         parts.initialise(self)
@@ -132,16 +146,17 @@ class DiT(AdaLNTransformer):
             position = gather_tokens(position, route.keep)
         tokens = self.patch_embed(patches) + position  # [B, L or K, D]
         c = self.condition(x, t, condition)  # [B, D]
+        way = Pass(self)
 
         def run(block: nn.Module, z: Tensor) -> Tensor:
-            return run_block(self, block, z, c)
+            return Pass(self).run(block, z, c)
 
         if self.mixer is not None:
             tokens = self.mixer(tokens, run)
 
         # Blocks.
         def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
-            return run_block(self, self.blocks[number], z, c, None, ids)
+            return way.run(self.blocks[number], z, c, None, ids, ids=ids)
 
         def fill(before: Tensor, kept: Tensor) -> Tensor:
             if self.fusion is not None:
