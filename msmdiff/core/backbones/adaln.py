@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from msmdiff.core.backbones.blocks import Attention, BlockOptions, Norm, feed_forward, normalise
 from msmdiff.core.backbones.interval import IntervalEmbed, add_interval
-from msmdiff.core.backbones.layers import Attention, Mlp, amm_matrix, timestep_embedding
+from msmdiff.core.backbones.layers import amm_matrix, timestep_embedding
 from msmdiff.core.backbones.routes import check_patches, class_or_null
 from msmdiff.core.errors import UsageError
 
@@ -18,14 +19,14 @@ TIME_WIDTH = 256
 Amm = Literal["off", "default"] | list[int]
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, norm: Norm = "layer") -> Tensor:
     """Normalise x [B, L, D] (no parameters, eps 1e-6), then scale and shift it by [B, D]."""
-    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale[:, None]) + shift[:, None]
+    return normalise(x, norm) * (1 + scale[:, None]) + shift[:, None]
 
 
 class Block(nn.Module):
     """adaLN-zero block (Peebles & Xie 2023, figure 3); with `skip`, the concatenated skip is
-    projected down first.
+    projected down first. `options` and `first` are for `Attention` too.
     """
 
     def __init__(
@@ -36,11 +37,18 @@ class Block(nn.Module):
         condition: int,
         table_rows: int = 0,
         skip: bool = False,
+        *,
+        options: BlockOptions | None = None,
+        first: bool = False,
     ) -> None:
         super().__init__()
+        options = options or BlockOptions()
+        self.norm = options.norm
         self.skip_linear = nn.Linear(2 * width, width) if skip else None
-        self.attn = Attention(width, num_heads, qkv_bias=True, table_rows=table_rows)
-        self.mlp = Mlp(width, int(width * mlp_ratio), approximate="tanh")
+        self.attn = Attention(
+            width, num_heads, qkv_bias=True, table_rows=table_rows, options=options, first=first
+        )
+        self.mlp = feed_forward(options, width, int(width * mlp_ratio), approximate="tanh")
         self.modulation = nn.Linear(condition, 6 * width)
 
     def forward(
@@ -50,9 +58,10 @@ class Block(nn.Module):
         index: Tensor | None = None,
         keep: Tensor | None = None,
         skip: Tensor | None = None,
-    ) -> Tensor:
-        """x [B, L, D] under the condition c [B, C]; index and keep as `Attention` takes them; skip
-        [B, L, D].
+        **told: Tensor,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, L, D] under the condition c [B, C] -> [B, L, D], and the values that `Attention`
+        gives away; index, keep and what is told as `Attention` takes them; skip [B, L, D].
         """
         if self.skip_linear is not None:
             assert skip is not None
@@ -60,22 +69,25 @@ class Block(nn.Module):
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulation(F.silu(c)).chunk(
             6, dim=1
         )
-        x = x + gate_a[:, None] * self.attn(modulate(x, shift_a, scale_a), index, keep)
-        return x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m))
+        attended, values = self.attn(modulate(x, shift_a, scale_a, self.norm), index, keep, **told)
+        x = x + gate_a[:, None] * attended
+        x = x + gate_m[:, None] * self.mlp(modulate(x, shift_m, scale_m, self.norm))
+        return x if values is None else (x, values)
 
 
 class FinalLayer(nn.Module):
     """Modulated norm, then a Linear to patch vectors."""
 
-    def __init__(self, width: int, patch_width: int, condition: int) -> None:
+    def __init__(self, width: int, patch_width: int, condition: int, norm: Norm = "layer") -> None:
         super().__init__()
+        self.norm = norm
         self.linear = nn.Linear(width, patch_width)
         self.modulation = nn.Linear(condition, 2 * width)
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """x [B, L, D], c [B, C] -> [B, L, patch_width]."""
         shift, scale = self.modulation(F.silu(c)).chunk(2, dim=1)
-        return self.linear(modulate(x, shift, scale))
+        return self.linear(modulate(x, shift, scale, self.norm))
 
 
 class AdaLNTransformer(nn.Module):
@@ -90,6 +102,7 @@ class AdaLNTransformer(nn.Module):
         last_width: width of the last tokens.
         learn_sigma: twice the channels out: the prediction, then the variance between its two
             bounds.
+        norm: of the output.
     """
 
     AMM: ClassVar[dict[int, list[tuple[float, list[int]]]]] = {}
@@ -106,6 +119,7 @@ class AdaLNTransformer(nn.Module):
         last_width: int,
         learn_sigma: bool,
         null_class: bool,
+        norm: Norm = "layer",
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -126,7 +140,7 @@ class AdaLNTransformer(nn.Module):
         self.label_emb = (
             nn.Embedding(num_classes + null_class, hidden_size) if num_classes else None
         )
-        self.final = FinalLayer(last_width, patch_width * (1 + learn_sigma), hidden_size)
+        self.final = FinalLayer(last_width, patch_width * (1 + learn_sigma), hidden_size, norm)
 
     special_tokens: tuple[str, ...] = ()
     """Tokens in front of the patches: none, time and label come in through the norms."""

@@ -13,10 +13,11 @@ from msmdiff.core.backbones.adaln import (
     FinalLayer,
     check_width,
 )
+from msmdiff.core.backbones.blocks import BlockOptions, places_of
 from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.interval import IntervalEmbed
 from msmdiff.core.backbones.layers import gather_tokens, patchify, sincos_table, unpatchify
-from msmdiff.core.backbones.routes import Route, Trunk, own_only, partial, run_block
+from msmdiff.core.backbones.routes import Pass, Route, Trunk, own_only, partial
 
 WIDTHS = {  # of DiT and of MDT
     "S": dict(hidden_size=384, depth=12, num_heads=6),
@@ -37,7 +38,7 @@ SIZES: dict[str, dict] = {
 SIZES |= {f"DiT-{n}/{p}": dict(patch_size=p, **SMALL[n]) for n in SMALL for p in (1, 2, 4, 8, 16)}
 
 
-@family("dit", SIZES)
+@family("dit", SIZES, options=BlockOptions)
 class DiT(AdaLNTransformer):
     """A transformer over patch tokens, with fixed positions.
 
@@ -64,12 +65,15 @@ class DiT(AdaLNTransformer):
         velocity_head: a second output, of the velocity itself, for training only (improved
             MeanFlow).
 
+    What `BlockOptions` declares are further arguments.
+
     Raises UsageError when the dimensions do not fit.
     """
 
     mixer: Any
     fusion: Any
     decoder: Any
+    places: Tensor | None
 
     fills: ClassVar = frozenset({"none", "own"})
     published_objective: ClassVar = None
@@ -96,7 +100,9 @@ class DiT(AdaLNTransformer):
         sparse_heads: int | None = None,
         interval_embed: bool = False,
         velocity_head: bool = False,
+        **blocks: Any,
     ) -> None:
+        options = BlockOptions(**blocks)
         check_width("model.hidden_size", hidden_size, num_heads)
         last_width = (sparse_width or hidden_size) if sparse == "decoder" else hidden_size
         super().__init__(
@@ -107,25 +113,33 @@ class DiT(AdaLNTransformer):
             last_width=last_width,
             learn_sigma=learn_sigma,
             null_class=null_class,
+            norm=options.norm,
         )
+        self.block_options = options
         self.pos_embed = nn.Parameter(sincos_table(self.grid, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(
-            Block(hidden_size, num_heads, mlp_ratio, hidden_size) for _ in range(depth)
+        self.register_buffer(
+            "places", places_of(self.grid) if options.rope else None, persistent=False
         )
-        self.trunk = Trunk(depth, {})
+        self.blocks = nn.ModuleList(
+            Block(hidden_size, num_heads, mlp_ratio, hidden_size, options=options, first=i == 0)
+            for i in range(depth)
+        )
+        self.trunk = Trunk(depth, {}, remembers=options.value_residual)
 
         def light_block(width: int, heads: int) -> Block:
-            return Block(width, heads, mlp_ratio, hidden_size)
+            return Block(width, heads, mlp_ratio, hidden_size, options=options.light())
 
         size = (sparse_width or hidden_size, sparse_heads or num_heads, sparse_depth)
         light = parts.Light(*size, block=light_block)
-        into = FinalLayer(hidden_size, light.width, hidden_size) if sparse == "decoder" else None
+        into = None
+        if sparse == "decoder":
+            into = FinalLayer(hidden_size, light.width, hidden_size, options.norm)
         parts.attach(self, sparse, light, into)
         self.interval_embed = IntervalEmbed(TIME_WIDTH, hidden_size) if interval_embed else None
         self.velocity_head = None
         if velocity_head:
             patch_width = patch_size**2 * shape[0]
-            self.velocity_head = FinalLayer(last_width, patch_width, hidden_size)
+            self.velocity_head = FinalLayer(last_width, patch_width, hidden_size, options.norm)
         self.initialise()
         parts.initialise(self)
         self.set_amm(amm, amm_formula)
@@ -160,16 +174,17 @@ class DiT(AdaLNTransformer):
             position = gather_tokens(position, route.keep)
         tokens = self.patch_embed(patches) + position  # [B, L or K, D]
         c = self.condition(x, t, condition, interval)  # [B, D]
+        way = Pass(self)
 
         def run(block: nn.Module, z: Tensor) -> Tensor:
-            return run_block(self, block, z, c)
+            return Pass(self).run(block, z, c)
 
         if self.mixer is not None:
             tokens = self.mixer(tokens, run)
 
         # Blocks.
         def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
-            return run_block(self, self.blocks[number], z, c, None, ids)
+            return way.run(self.blocks[number], z, c, None, ids, ids=ids)
 
         def fill(before: Tensor, kept: Tensor) -> Tensor:
             if self.fusion is not None:

@@ -49,9 +49,17 @@ class Backbone(Protocol):
 
 
 def family(
-    name: str, sizes: Mapping[str, dict[str, Any]], aliases: Mapping[str, str] | None = None
+    name: str,
+    sizes: Mapping[str, dict[str, Any]],
+    aliases: Mapping[str, str] | None = None,
+    *,
+    options: type[Options] = Options,
 ) -> Callable[[Network], Network]:
-    """Register a network under a family's name, and its sizes: tables of constructor arguments."""
+    """Register a network under a family's name, and its sizes: tables of constructor arguments.
+
+    Args:
+        options: declares keyword arguments that the constructor takes beside its own.
+    """
 
     def enter(network: Network) -> Network:
         if missing := [
@@ -61,7 +69,7 @@ def family(
                 f"the backbone '{name}' lacks the class attribute {missing[0]}: see Backbone in "
                 "msmdiff.core.backbones.family"
             )
-        register("backbone", name, _options(network))(network)
+        register("backbone", name, _options(network, options))(network)
         for size, fields in sizes.items():
             summary = ", ".join(f"{key} {value}" for key, value in fields.items())
             register("size", size, summary=f"{name}: {summary}")({"family": name, **fields})
@@ -71,8 +79,10 @@ def family(
     return enter
 
 
-def _options(network: type) -> type[Options]:
-    """The keyword arguments of a constructor as a typed model; its docstring describes them."""
+def _options(network: type, base: type[Options]) -> type[Options]:
+    """The keyword arguments of a constructor as a typed model; its docstring describes them, and
+    `base` declares more.
+    """
     about: dict[str, str] = {}
     for ancestor in reversed(network.__mro__):
         about |= _described(vars(ancestor).get("__doc__") or "")
@@ -83,6 +93,7 @@ def _options(network: type) -> type[Options]:
             kind, text = _bounded(parameter), about.get(parameter.name, "")
             sentence = text[:1].upper() + text[1:]
             fields[parameter.name] = (kind, Field(default, description=sentence))
+    fields |= {name: (field.annotation, field) for name, field in base.model_fields.items()}
     return create_model(network.__name__, __base__=Options, **fields)
 
 

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor, nn
+from torch import Tensor
 
 
 def patchify(x: Tensor, p: int) -> Tensor:
@@ -128,60 +128,3 @@ def attention(
             probabilities = probabilities * factor
         return probabilities.to(v.dtype) @ v
     return F.scaled_dot_product_attention(q, k, v, None if bias is None else bias.to(q.dtype))
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention: one qkv Linear ordered (q, k, v)(head)(dim), then a projection
-    with bias.
-
-    With `table_rows`, each head adds a learned bias for the relative position of query and key.
-    `factor`, where a backbone sets it, multiplies the probabilities in evaluation mode (AMM).
-    """
-
-    factor: Tensor | None
-
-    def __init__(
-        self, hidden_size: int, num_heads: int, qkv_bias: bool = False, table_rows: int = 0
-    ) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
-        self.proj = nn.Linear(hidden_size, hidden_size)
-        self.bias_table = nn.Parameter(torch.zeros(table_rows, num_heads)) if table_rows else None
-        self.register_buffer("factor", None, persistent=False)
-
-    def forward(self, x: Tensor, index: Tensor | None = None, keep: Tensor | None = None) -> Tensor:
-        """x [B, L, D] -> [B, L, D]. index [L, L] or [B, L, L]: rows of the bias table; keep [B, L]:
-        x's token ids.
-        """
-        b, l, d = x.shape
-        # [B, h, L, d]
-        q, k, v = (
-            self.qkv(x).view(b, l, 3, self.num_heads, d // self.num_heads).permute(2, 0, 3, 1, 4)
-        )
-        bias = factor = None
-        if self.bias_table is not None and index is not None:
-            # Fused kernels want a bias whose keys lie side by side: [1 or B, h, L, L].
-            picked = self.bias_table.t().index_select(1, index.flatten())
-            bias = picked.view(self.num_heads, -1, l, l).transpose(0, 1)
-        if self.factor is not None and not self.training:
-            factor = select_pairs(self.factor, keep)
-            factor = factor if keep is None else factor[:, None]
-        return self.proj(
-            attention(q=q, k=k, v=v, bias=bias, factor=factor).transpose(1, 2).reshape(b, l, d)
-        )
-
-
-class Mlp(nn.Module):
-    """Linear, GELU (exact, or with `approximate` "tanh" the approximation of DiT), Linear."""
-
-    def __init__(
-        self, hidden_size: int, inner: int, approximate: Literal["none", "tanh"] = "none"
-    ) -> None:
-        super().__init__()
-        self.approximate = approximate
-        self.fc1 = nn.Linear(hidden_size, inner)
-        self.fc2 = nn.Linear(inner, hidden_size)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate=self.approximate))

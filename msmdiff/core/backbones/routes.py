@@ -1,5 +1,6 @@
 """How tokens travel through the blocks of a network, and the one trunk that runs them so."""
 
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -60,6 +61,7 @@ class Trunk:
         meets: (enter, leave) of the network's own fusion or decoder: there `fill` makes all tokens
             out of those from before `enter` and those that arrive, on every pass.
         mixes: all tokens have gone through blocks before these, whatever is hidden here.
+        remembers: blocks ask for what the first one made of every token that they see.
     """
 
     depth: int
@@ -67,6 +69,7 @@ class Trunk:
     extras: int = 0
     meets: tuple[int, int] | None = None
     mixes: bool = False
+    remembers: bool = False
 
     def early(self, route: Route | None) -> bool:
         """Whether the network may leave the hidden patches out from the start."""
@@ -104,12 +107,13 @@ class Trunk:
         return tokens
 
     def narrowed(self, tokens: Tensor, keep: Tensor | None) -> Tensor:
-        """[B, E + L, D] -> [B, E + K, D]: the kept patches behind the special tokens."""
+        """[B or 1, E + L, D] -> [B, E + K, D]: the kept patches behind the special tokens."""
         if keep is None:
             return tokens
         if not self.extras:
             return gather_tokens(tokens, keep)
         special, patches = tokens[:, : self.extras], tokens[:, self.extras :]
+        special = special.expand(len(keep), -1, -1)
         return torch.cat([special, gather_tokens(patches, keep)], dim=1)
 
     def own(self, before: Tensor, kept: Tensor, keep: Tensor) -> Tensor:
@@ -141,12 +145,24 @@ class Trunk:
                 f"{self.meets[1]}, by its model.sparse: a route from {enter} to {leave} with fill "
                 f"'{fill}' does not fit"
             )
+        self.check_values(enter, leave)
         for late, early in self.joins.items():
             if (enter <= early < leave) != (enter <= late < leave):
                 raise UsageError(
                     f"a route from block {enter} to {leave} cuts the long skip from block {early} "
                     f"to {late}: let it leave at {max(self.joins) + 1 - enter}"
                 )
+
+    def check_values(self, enter: int, leave: int) -> None:
+        """Raises UsageError where tokens come back that the first block has not seen, and later
+        ones ask for its values.
+        """
+        if self.remembers and enter == 0 and leave < self.depth:
+            raise UsageError(
+                f"a route from block 0 to {leave} hides tokens from the first block, whose values "
+                "model.value_residual mixes into all: set mask.enter=1 or more, or "
+                "model.value_residual=false"
+            )
 
     def _span(self, route: Route) -> tuple[int, int]:
         if route.dropped is not False and not self.meets:
@@ -156,6 +172,54 @@ class Trunk:
         leave = self.depth if route.leave is None else route.leave
         self.check(route.enter, leave, route.fill)
         return route.enter, leave
+
+
+class Pass:
+    """One pass of tokens through the blocks of a network, which are told where the tokens lie
+    (`model.rope`) and what the first block's values were (`model.value_residual`).
+
+    Args:
+        network: with its `trunk`, and `places` [1, E + L, 2] or None.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self._network = network
+        self._values: Tensor | None = None
+        self._whose: Tensor | None = None  # the ids of the values' tokens; None: all
+
+    def run(
+        self,
+        block: nn.Module,
+        tokens: Tensor,
+        *inputs: Tensor | None,
+        ids: Tensor | None = None,
+        waiting: int = 0,
+    ) -> Tensor:
+        """tokens [B, E + L or K, D] through one block, with its further inputs.
+
+        Args:
+            ids: [B, K] of the tokens, where they are not all.
+            waiting: so many of the special tokens do not take part yet.
+        """
+        told = self._told(ids, waiting)
+        aside, tokens = (tokens[:, :waiting], tokens[:, waiting:]) if waiting else (None, tokens)
+        made: Any = run_block(self._network, block, tokens, *inputs, **told)
+        if isinstance(made, tuple):
+            made, self._values = made
+            self._whose = ids
+        return made if aside is None else torch.cat([aside.to(made.dtype), made], dim=1)
+
+    def _told(self, ids: Tensor | None, waiting: int = 0) -> dict[str, Tensor]:
+        """What a block is told of the tokens that take part."""
+        network, told = self._network, {}
+        if network.places is not None:
+            told["places"] = network.trunk.narrowed(network.places, ids)[:, waiting:]
+        if self._values is not None:
+            same = ids is self._whose
+            told["first_values"] = (
+                self._values if same else network.trunk.narrowed(self._values, ids)
+            )
+        return told
 
 
 def partial(route: Route | None) -> bool:
@@ -201,12 +265,12 @@ def _blocks(network: nn.Module) -> list[Any]:
     return [module for module in network.modules() if type(module).__name__ == BLOCK]
 
 
-def run_block(network: Any, block: nn.Module, *inputs: Tensor | None) -> Tensor:
+def run_block(network: Any, block: nn.Module, *inputs: Tensor | None, **told: Tensor) -> Tensor:
     """One block, computed again in the backward pass where `checkpoint_blocks` asked for it."""
     again = network.gradient_checkpointing and getattr(block, "computed_again", True)
     if again and torch.is_grad_enabled():
-        return checkpoint(block, *inputs, use_reentrant=False)
-    return block(*inputs)
+        return checkpoint(functools.partial(block, **told), *inputs, use_reentrant=False)
+    return block(*inputs, **told)
 
 
 def check_patches(height: int, width: int, patch_size: int) -> tuple[int, int]:

@@ -2,30 +2,37 @@
 (Lei et al. 2023).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from msmdiff.core.backbones import sparse as parts
+from msmdiff.core.backbones.blocks import (
+    Attention,
+    BlockOptions,
+    feed_forward,
+    learned_norm,
+    places_of,
+)
 from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.interval import IntervalEmbed, add_interval
 from msmdiff.core.backbones.layers import (
-    Attention,
-    Mlp,
     gather_tokens,
     patchify,
     timestep_embedding,
     unpatchify,
 )
 from msmdiff.core.backbones.routes import (
+    Pass,
     Route,
     Trunk,
     check_patches,
     class_or_null,
     own_only,
     partial,
-    run_block,
 )
 from msmdiff.core.errors import UsageError
 
@@ -75,25 +82,42 @@ SIZES: dict[str, dict] = {
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block; with `skip`, the joined long skip is projected down first."""
+    """Pre-norm transformer block; with `skip`, the joined long skip is projected down first.
+    `options` and `first` are for `Attention` too.
+    """
 
     def __init__(
-        self, hidden_size: int, num_heads: int, mlp_ratio: float, qkv_bias: bool, skip: bool = False
+        self,
+        hidden_size: int,
+        num_heads: int,
+        mlp_ratio: float,
+        qkv_bias: bool,
+        *,
+        skip: bool = False,
+        options: BlockOptions | None = None,
+        first: bool = False,
     ) -> None:
         super().__init__()
+        options = options or BlockOptions()
         self.skip_linear = nn.Linear(2 * hidden_size, hidden_size) if skip else None
-        self.norm1 = nn.LayerNorm(hidden_size)
-        self.attn = Attention(hidden_size, num_heads, qkv_bias)
-        self.norm2 = nn.LayerNorm(hidden_size)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.norm1 = learned_norm(options.norm, hidden_size)
+        self.attn = Attention(hidden_size, num_heads, qkv_bias, options=options, first=first)
+        self.norm2 = learned_norm(options.norm, hidden_size)
+        self.mlp = feed_forward(options, hidden_size, int(hidden_size * mlp_ratio))
 
-    def forward(self, x: Tensor, skip: Tensor | None = None) -> Tensor:
-        """x [B, L, D] -> [B, L, D]; skip [B, L, D] is joined where the block has room for it."""
+    def forward(
+        self, x: Tensor, skip: Tensor | None = None, **told: Tensor
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x [B, L, D] -> [B, L, D], and the values that `Attention` gives away; skip [B, L, D] is
+        joined where the block has room for it; what is told as `Attention` takes it.
+        """
         if self.skip_linear is not None:
             assert skip is not None
             x = self.skip_linear(torch.cat([x, skip], dim=-1))
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
+        attended, values = self.attn(self.norm1(x), **told)
+        x = x + attended
+        x = x + self.mlp(self.norm2(x))
+        return x if values is None else (x, values)
 
 
 ALIASES: dict[str, str] = {
@@ -109,7 +133,7 @@ ALIASES: dict[str, str] = {
 }
 
 
-@family("uvit", SIZES, ALIASES)
+@family("uvit", SIZES, ALIASES, options=BlockOptions)
 class UViT(nn.Module):
     """A transformer over [label,] time [, context] and patch tokens, with long skips from its first
     half to its second.
@@ -140,12 +164,15 @@ class UViT(nn.Module):
         velocity_head: a second output, of the velocity itself, for training only (improved
             MeanFlow).
 
+    What `BlockOptions` declares are further arguments.
+
     Raises UsageError when the dimensions do not fit.
     """
 
     mixer: Any
     fusion: Any
     decoder: Any
+    places: Tensor | None
 
     fills: ClassVar = frozenset({"none", "own"})
     published_objective: ClassVar = None
@@ -173,6 +200,7 @@ class UViT(nn.Module):
         sparse_heads: int | None = None,
         interval_embed: bool = False,
         velocity_head: bool = False,
+        **blocks: Any,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -185,6 +213,7 @@ class UViT(nn.Module):
         self.hidden_size = hidden_size
         self.context_tokens = context_tokens
         self.gradient_checkpointing = False
+        self.block_options = options = BlockOptions(**blocks)
 
         self.patch_embed: Any = self._make_patch_embed(channels)
         self.time_embed = _time_mlp(hidden_size) if mlp_time_embed else nn.Identity()
@@ -196,21 +225,14 @@ class UViT(nn.Module):
             torch.empty(1, len(self.special_tokens) + self._patch_tokens(), hidden_size)
         )
 
-        block = (hidden_size, num_heads, mlp_ratio, qkv_bias)
-        self.in_blocks = nn.ModuleList(Block(*block) for _ in range(depth // 2))
-        self.mid_block = Block(*block)
-        self.out_blocks = nn.ModuleList(Block(*block, skip=skip) for _ in range(depth // 2))
-        half = depth // 2
-        joins = {half + 1 + i: half - 1 - i for i in range(half)}
-        self.trunk = Trunk(2 * half + 1, joins, len(self.special_tokens))
+        def block(width: int, heads: int, options: BlockOptions = options, **more: bool) -> Block:
+            return Block(width, heads, mlp_ratio, qkv_bias, options=options, **more)
 
-        def light_block(width: int, heads: int) -> Block:
-            return Block(width, heads, mlp_ratio, qkv_bias)
-
+        self._make_trunk(depth // 2, functools.partial(block, hidden_size, num_heads), skip)
         size = (sparse_width or hidden_size, sparse_heads or num_heads, sparse_depth)
-        light = parts.Light(*size, block=light_block)
+        light = parts.Light(*size, block=functools.partial(block, options=options.light()))
         self._attach(sparse, light)
-        self.norm = nn.LayerNorm(self.last_width)
+        self.norm = learned_norm(options.norm, self.last_width)
         self.to_output: Any = self._make_to_output(channels)
         self.final_conv = nn.Conv2d(channels, channels, 3, padding=1) if final_conv else None
         self.interval_embed = IntervalEmbed(hidden_size, hidden_size) if interval_embed else None
@@ -218,12 +240,24 @@ class UViT(nn.Module):
         self.initialise()
         parts.initialise(self)
 
+    def _make_trunk(self, half: int, block: Callable[..., Block], skip: bool) -> None:
+        """`half` blocks, the middle one, and `half` that the early ones' outputs join."""
+        self.in_blocks = nn.ModuleList(block(first=i == 0) for i in range(half))
+        self.mid_block = block(first=not half)
+        self.out_blocks = nn.ModuleList(block(skip=skip) for _ in range(half))
+        joins = {half + 1 + i: half - 1 - i for i in range(half)}
+        extras, options = len(self.special_tokens), self.block_options
+        self.trunk = Trunk(2 * half + 1, joins, extras, remembers=options.value_residual)
+        places = places_of(self.grid, extras) if options.rope else None
+        self.register_buffer("places", places, persistent=False)
+
     def _attach(self, sparse: parts.Sparse, light: parts.Light) -> None:
         """Add the part for sparse training; behind a decoder the tokens have its width."""
         into, self.last_width = None, self.hidden_size
         if sparse == "decoder":
             width = self.hidden_size
-            into = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, light.width))
+            norm = learned_norm(self.block_options.norm, width)
+            into = nn.Sequential(norm, nn.Linear(width, light.width))
             self.last_width = light.width
         parts.attach(self, sparse, light, into)
 
@@ -288,8 +322,10 @@ class UViT(nn.Module):
         patches = self._embed(x, self.pos_embed[:, extras:], route)
         tokens = torch.cat([special, patches], 1)  # [B, extras + L or K, D]
 
+        way = Pass(self)
+
         def run(block: nn.Module, z: Tensor) -> Tensor:
-            return run_block(self, block, z)
+            return Pass(self).run(block, z)
 
         if self.mixer is not None:
             tokens = self.mixer(tokens, run)
@@ -298,7 +334,7 @@ class UViT(nn.Module):
         blocks = self.trunk_blocks()
 
         def step(number: int, z: Tensor, skip: Tensor | None, ids: Tensor | None) -> Tensor:
-            return run_block(self, blocks[number], z, skip)
+            return way.run(blocks[number], z, skip, ids=ids)
 
         def fill(before: Tensor, kept: Tensor) -> Tensor:
             if self.fusion is not None:

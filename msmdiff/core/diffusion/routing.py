@@ -116,6 +116,7 @@ class Tread:
                 f"mask.enter {enter} and mask.leave {leave} leave no block between them in a "
                 f"network of {depth}: {_room(network.trunk, enter, leave)}"
             )
+        network.trunk.check_values(enter, self.leave)
 
     def draw(self, batch: int, draw: Draw) -> Route | None:
         keep = self.mask.draw(batch, draw("mask"))

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from msmdiff.core import backbones
 from msmdiff.core import build as road
+from msmdiff.core.backbones.blocks import options_of
 from msmdiff.core.config import Config
 from msmdiff.core.errors import UsageError
 from msmdiff.core.weights import Stored, published
@@ -55,7 +56,8 @@ def told_by(config: Config) -> dict[str, Any]:
 @dataclass
 class Report:
     """Names of parameters, by what became of them; `share` is the loaded part of the network's
-    numbers, and `classes` says which rows of a label table were taken.
+    numbers, `classes` says which rows of a label table were taken, and `blocks` which options of
+    blocks differ.
     """
 
     loaded: list[str] = field(default_factory=list)
@@ -64,10 +66,13 @@ class Report:
     unexpected: list[str] = field(default_factory=list)
     share: float = 0.0
     classes: str = ""
+    blocks: list[str] = field(default_factory=list)
 
     def lines(self) -> list[str]:
         """For people: a count each, with names where they matter."""
         lines = [f"loaded {len(self.loaded)} tensors ({self.share:.0%} of the parameters)"]
+        if self.blocks:
+            lines.append(f"the blocks are made otherwise than there: {'; '.join(self.blocks)}")
         for name in ("resized", "missing", "unexpected"):
             if names := getattr(self, name):
                 lines.append(
@@ -91,6 +96,7 @@ def start_from(
     with torch.device("meta"):
         origin = road.build(stored.config).backbone
     own, report = backbone.state_dict(), Report()
+    report.blocks = options_of(backbone).unlike(options_of(origin))
     rows = None
     if "label_emb.weight" in own and "label_emb.weight" in stored.tensors:
         matched = _Classes(stored, origin.num_classes, list(class_names), backbone.num_classes)

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from msmdiff.core import backbones, registry, tensor_files
+from msmdiff.core.backbones.blocks import BlockOptions
 from msmdiff.core.diffusion.process import Process
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.sections import ModelConfig
@@ -159,6 +160,7 @@ def export(tensors: Tensors, model: ModelConfig, shape: tuple[int, int, int], na
         if name == "maskdm"
         else {}
     )
+    plain |= BlockOptions().model_dump()  # what no published network has
     odd = [k for k, value in plain.items() if fields.get(k, value) != value]
     if family not in formats()[name].HOLDS or odd:
         what = f"model.{odd[0]}={fields[odd[0]]}" if odd else f"model.family {family}"
