@@ -110,11 +110,13 @@ class Console:
         from rich.console import Console as Rich
 
         self._rich = Rich(stderr=to_stderr, highlight=False, soft_wrap=True)
-        self._live = self._rich.is_terminal
+        self._live = self._rich.is_terminal and not self._rich.is_dumb_terminal
         self._quiet = quiet
         self._prefix = prefix
         self._bar: Any = None
         self._task: Any = None
+        self.last: dict[str, Any] = {}
+        """The last figures of progress, and the last held-out loss."""
         self._last_line = self._activity_since = 0.0
         self._active = False
 
@@ -127,11 +129,37 @@ class Console:
         """One line."""
         self._rich.print(f"{self._prefix}{text}", markup=False)
 
+    @property
+    def draws(self) -> bool:
+        """Whether panels are drawn, as on a terminal."""
+        return self._live and not self._quiet
+
+    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Several things to know at once: in a frame on a terminal, a line each elsewhere."""
+        if not self.draws:
+            for what, text in rows:
+                self.note(f"{what}: {text}")
+            return
+        from rich.panel import Panel
+        from rich.table import Table
+        from rich.text import Text
+
+        self.finish()
+        inside = Table.grid(padding=(0, 2))
+        inside.add_column(style="dim", no_wrap=True)
+        inside.add_column(overflow="fold")
+        for what, text in rows:
+            inside.add_row(Text(what), Text(text))
+        frame = Panel(inside, title=Text(title), title_align="left", border_style="dim")
+        self._rich.print(frame, soft_wrap=False)
+
     def progress(self, done: int, total: int, metrics: dict[str, Any]) -> None:
         """`done` of `total` images; metrics may hold `loss`, `images_per_s` and others."""
+        held_out = {"val_loss": self.last["val_loss"]} if "val_loss" in self.last else {}
+        self.last = held_out | metrics
         if self._quiet:
             return
-        text = _summary(metrics)
+        text = _summary(self.last if self._live else metrics)
         if self._live:
             self._show_bar(done, total, text)
             return
@@ -139,6 +167,14 @@ class Console:
         if done >= total or now - self._last_line >= PLAIN_LINE_EVERY:
             self._last_line = now
             self._rich.print(f"{self._prefix}{done:,}/{total:,} images{text}", markup=False)
+
+    def figures(self) -> list[tuple[str, str]]:
+        """(what, value) of the last progress."""
+        known = {"loss": "loss", "val_loss": "held-out loss"}
+        rows = [(name, f"{self.last[key]:.4f}") for key, name in known.items() if key in self.last]
+        if peak := self.last.get("peak_memory_bytes"):
+            rows.append(("memory", f"{peak / 2**30:.2f} GiB at most"))
+        return rows
 
     def activity(self, what: str, done: int, total: int) -> None:
         """`done` of `total` parts of something that takes time; said only where it takes long."""
@@ -168,12 +204,11 @@ class Console:
 
     def _show_bar(self, done: int, total: int, text: str) -> None:
         if self._bar is None:
-            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+            from rich.progress import BarColumn, Progress, TextColumn
 
             self._bar = Progress(
                 TextColumn(self._prefix + "{task.completed:,.0f}/{task.total:,.0f} images"),
                 BarColumn(bar_width=24),
-                TimeRemainingColumn(),
                 TextColumn("{task.description}"),
                 console=self._rich,
             )
@@ -238,6 +273,9 @@ class Notes:
         pass
 
     def activity(self, what: str, done: int, total: int) -> None:
+        pass
+
+    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         pass
 
 

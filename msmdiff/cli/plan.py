@@ -77,7 +77,7 @@ def _described(images: Any, config: Any) -> str:
         return f"{config.data.source} is not here{assumed}"
     from msmdiff.core.training.telling import data_line
 
-    return data_line(images).removeprefix("data: ")
+    return data_line(images)
 
 
 def _tokens(counted: Any) -> str:

@@ -202,18 +202,7 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
         raise typer.Exit(128 + signal.Signals(summary.interrupted))
     if not summary.writes:
         return
-    console.result(
-        f"{path}: {summary.images_seen:,} images in {summary.steps:,} steps, "
-        f"{summary.seconds:.1f} s; "
-        f"next: msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
-    )
-    if summary.remark:
-        console.note(summary.remark)
-    drawn = [name for name in ("results.png", "previews") if any((path / name).glob("*"))
-             or (path / name).is_file()]  # fmt: skip
-    if drawn:
-        console.note(f"pictures: {', '.join(f'{path}/{name}' for name in drawn)}; msmdiff runs "
-                     "shows all runs")  # fmt: skip
+    _tell_the_end(console, summary, verb, path)
     if options["as_json"]:
         stored = presets.parse_yaml((path / "config.yaml").read_text(), str(path))
         print_json(
@@ -225,6 +214,28 @@ def _train(verb: str, options: dict[str, Any], config: Any, allow_partial: bool 
                 "config": stored,
             }
         )
+
+
+def _tell_the_end(console: Any, summary: Any, verb: str, path: Path) -> None:
+    """What was done, where it is, and what to do next."""
+    done = f"{summary.images_seen:,} images in {summary.steps:,} steps, {summary.seconds:.1f} s"
+    following = f"msmdiff {'finetune --ckpt' if verb == 'pretrain' else 'sample'} {path}"
+    drawn = [name for name in ("results.png", "previews") if any((path / name).glob("*"))
+             or (path / name).is_file()]  # fmt: skip
+    pictures = ", ".join(f"{path}/{name}" for name in drawn)
+    if console.draws:
+        figures = console.figures()
+        rows = [("trained", done), *figures, ("weights", f"{path}/weights.safetensors")]
+        rows += [("pictures", pictures)] if drawn else []
+        rows += [("note", summary.remark)] if summary.remark else []
+        rows += [("next", following), ("", f"msmdiff report {path}"), ("", "msmdiff runs")]
+        console.panel(f"finished {path}", rows)
+        return
+    console.result(f"{path}: {done}; next: {following}")
+    if summary.remark:
+        console.note(summary.remark)
+    if drawn:
+        console.note(f"pictures: {pictures}; msmdiff runs shows all runs")
 
 
 def _interrupted(summary: Any) -> str:

@@ -5,7 +5,7 @@ their making.
 import json
 import re
 import zipfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
@@ -42,7 +42,7 @@ class Folder:
     def __init__(
         self,
         path: Path,
-        settings: Mapping[str, Any],
+        settings: dict[str, Any],
         class_of: Callable[[int], str],
         overwrite: bool = False,
     ) -> None:

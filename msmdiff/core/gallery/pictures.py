@@ -37,12 +37,11 @@ def fillings(model: Model, wish: Any, draw: Draw) -> tuple[Tensor, int]:
 
     Raises UsageError for a mask that is black, or of another size than the image.
     """
-    known, mask = _cropped_alike(*wish.inpaint, model.config.data.image_size)
+    image, painted = wish.inpaint
+    known, mask = _cropped_alike(image, painted, model.config.data.image_size)
     held = mask.float().mean(1, keepdim=True) < 128
     if held.all():
-        raise UsageError(
-            f"--inpaint {wish.inpaint[1]} is black: paint white what is to be filled in"
-        )
+        raise UsageError(f"--inpaint {painted} is black: paint white what is to be filled in")
     x0 = model.codec.encode(known.to(model.device), stream(model.device, 0, "inpaint"))
     place = editing.wholly_kept(held.to(model.device), model.codec.shape[1])
     made = draw(wish.seeds, wraps=[editing.inpainting(model.process, x0, place)])

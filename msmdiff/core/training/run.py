@@ -6,6 +6,7 @@ import json
 import platform
 import subprocess
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,6 +30,9 @@ class Reporter(Protocol):
 
     def activity(self, what: str, done: int, total: int) -> None:
         """Something between steps that takes time, such as drawing: `done` of `total` parts."""
+
+    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
+        """Several things to know at once: (what, text)."""
 
 
 @dataclass

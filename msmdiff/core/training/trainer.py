@@ -115,10 +115,7 @@ class Trainer:
     def _prepare(self, config: Config, allow_partial: bool, command: str) -> None:
         config = preparing.measured(config, self.dataset, self._note)
         if self.run.lost_config():
-            self._note(
-                f"{self.run.path}/config.yaml is lost or empty: the configuration is taken from "
-                "the newest checkpoint"
-            )
+            self._note(telling.lost_config(self.run.path))
         for line in self.run.admit(config, self._allow_change):
             self._note(line)
         self.config = config
@@ -369,7 +366,8 @@ class Trainer:
         self.run.log(line)
         self.accelerator.log(line, step=self.images_seen)  # to the trackers there are
         if self.main:
-            self.reporter.progress(self.images_seen, total, line)
+            left = telling.seconds_left(self.config, line, self.standing.waited)
+            self.reporter.progress(self.images_seen, total, line | {"seconds_left": left})
         if validates:
             if self.main:
                 validation.draw(self.run)
@@ -416,7 +414,7 @@ class Trainer:
         return self.run.path / "previews" / f"img-{self.images_seen:09d}"
 
     def _introduce(self) -> None:
-        told = telling.introduction(
+        rows = telling.introduction(
             config=self.config,
             parts=self.parts,
             cost=self.cost,
@@ -424,8 +422,8 @@ class Trainer:
             where=f"{self.device.type} x {self.accelerator.num_processes}",
             run=self.run.path,
         )
-        for line in told:
-            self._note(line)
+        if self.main:
+            self.reporter.panel(f"training {self.run.path}", rows)
 
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size
