@@ -291,6 +291,9 @@ def fid(
 
 def tables(
     steps: Annotated[int, typer.Option(min=3, help="Timed steps of each training.")] = 15,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Time this preset's rows only; may be repeated.")
+    ] = None,
     into: Annotated[
         Path | None, typer.Option(help="A page with two marks, between which the table is put.")
     ] = None,
@@ -306,15 +309,15 @@ def tables(
     from msmdiff.core.bench import tables as measuring
 
     device = _device()
+    where = _machine()
+    machine = f"{where['device']}, Python {platform.python_version()}, torch {where['torch']}"
     found = []
-    for row in measuring.measure(measuring.rows(device), device, steps):
+    for row in measuring.measure(measuring.rows(device, only or []), device, steps):
         found.append(row)
         if not as_json:
             Console().note(f"{row.title}: {row.ms:,.1f} ms a step, {row.of_peak:.0%} of peak")
-    where = _machine()
-    machine = f"{where['device']}, Python {platform.python_version()}, torch {where['torch']}"
-    if into is not None:
-        measuring.write(into, measuring.markdown(found, machine))
+        if into is not None:  # after every row: what was measured is kept, whatever comes
+            measuring.write(into, measuring.markdown(found, machine))
     if as_json:
         print_json({**where, "results": [row.as_dict() for row in found]})
     elif into is None:

@@ -169,6 +169,15 @@ def test_tables_stand_between_their_marks(tmp_path):
         tables.write(page, "")
 
 
+def test_the_rows_of_some_presets_can_be_asked_for():
+    device = torch.device("cuda")
+    presets_of = {row.preset for row in tables.rows(device, ["edt-xl", "mdtv2-xl"])}
+    assert presets_of == {"edt-xl", "mdtv2-xl"}
+    assert len(tables.rows(device)) > len(tables.rows(device, ["dit-xl"])) > 1
+    with pytest.raises(UsageError, match=r"--only dit: there is no such row .* dit-xl"):
+        tables.rows(device, ["dit"])
+
+
 def test_the_other_benches_run(cli, tmp_path):
     found = json.loads(cli("bench", "fid", "--features", "pixel", "--json").stdout)
     assert found["features"] == "pixel-8x8"

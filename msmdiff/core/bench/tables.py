@@ -1,7 +1,7 @@
 """`bench tables`: the networks of the papers on the device at hand, as a table for a page."""
 
 import gc
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import asdict, dataclass, field
 from datetime import date
 from pathlib import Path
@@ -86,9 +86,19 @@ class Measured:
         return asdict(self)
 
 
-def rows(device: torch.device) -> list[Row]:
-    """What to measure on a device."""
-    return LARGE if device.type == "cuda" else SMALL
+def rows(device: torch.device, only: Collection[str] = ()) -> list[Row]:
+    """What to measure on a device: everything, or some presets' rows.
+
+    Raises UsageError for a preset that has none.
+    """
+    every = LARGE if device.type == "cuda" else SMALL
+    known = list(dict.fromkeys(row.preset for row in every))
+    if unknown := sorted(set(only) - set(known)):
+        raise UsageError(
+            f"--only {unknown[0]}: there is no such row on this device; give some of "
+            f"{', '.join(known)}"
+        )
+    return [row for row in every if not only or row.preset in only]
 
 
 def measure(wanted: list[Row], device: torch.device, steps: int = 15) -> Iterator[Measured]:

@@ -66,7 +66,7 @@ class Training:
         self.device: torch.device = accelerator.device
         forget_peak(self.device)
         torch.manual_seed(key(config.train.seed, "init"))
-        self.parts = road.build(config)
+        self.parts = road.build(config, self.device)
         self.step = Step(config, self.parts, accelerator)
         random = _random_batches(config, self.parts, self.step.micro, self.device)
         self.batches = batches or random

@@ -123,7 +123,7 @@ class Trainer:
 
         # The network: fresh, from other weights, or (below) from this run's newest checkpoint.
         torch.manual_seed(key(config.train.seed, "init"))
-        self.parts = road.build(config)
+        self.parts = road.build(config, self.device)
         for line in road.notes(config):
             self._note(f"note: {line}")
         preparing.tell_condition(self.parts.objective.condition, self.dataset.source, self.device)
