@@ -119,6 +119,8 @@ def _seconds(config: Any, counted: Any, processes: int) -> tuple[float, str]:
 def _time(seconds: float, how: str, steps: int) -> str:
     hours = seconds * steps / 3600
     whole = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.1f} min"
+    if hours < 1 / 60:
+        whole = f"{seconds * steps:,.0f} s"
     return f"about {seconds:.3g} s a step, {whole} for {steps:,} steps ({how})"
 
 
