@@ -134,10 +134,10 @@ def _too_large(taken: Any, device: str) -> list[str]:
     """A sentence where the machine has less."""
     import torch
 
-    if device == "cuda":
-        there = torch.cuda.mem_get_info()[1]
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from msmdiff.core import systems
+
+    own = systems.memory() or taken.total
+    there = torch.cuda.mem_get_info()[1] if device == "cuda" else own
     if taken.total <= there:
         return []
     return [
