@@ -33,7 +33,7 @@ class Silent:
     def note(self, *_: object) -> None:
         pass
 
-    progress = activity = panel = note
+    progress = activity = note
 
 
 def measured(preset: str, batch_size: int) -> dict[str, float]:

@@ -40,7 +40,7 @@ class Silent:
     def note(self, *_: object) -> None:
         pass
 
-    progress = activity = panel = note
+    progress = activity = note
 
 
 assert systems.memory() is None

@@ -32,7 +32,7 @@ from msmdiff.core.training import (
 )
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
-from msmdiff.core.training.run import Reporter, Run, Summary
+from msmdiff.core.training.run import Reporter, Run, Summary, show
 from msmdiff.core.training.standing import Reached, Standing
 from msmdiff.core.training.step import Step
 from msmdiff.core.training.validation import Validation
@@ -421,7 +421,7 @@ class Trainer:
             run=self.run.path,
         )
         if self.main:
-            self.reporter.panel(f"training {self.run.path}", rows)
+            show(self.reporter, f"training {self.run.path}", rows)
 
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size
