@@ -149,9 +149,6 @@ class Quiet:
     def activity(self, what: str, done: int, total: int) -> None:
         pass
 
-    def panel(self, title: str, rows: list[tuple[str, str]]) -> None:
-        self.notes += [f"{what}: {text}" for what, text in rows]
-
 
 @pytest.fixture
 def quiet() -> Quiet:

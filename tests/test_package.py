@@ -7,7 +7,8 @@ import msmdiff
 
 ROOT = Path(msmdiff.__file__).parent
 LAYERS = [
-    {"errors", "interrupts", "machine"},
+    {"errors", "systems"},
+    {"interrupts", "machine"},
     {"seeding", "registry", "sections", "files", "hub", "npy_header", "zips"},
     {"layers", "tensor_files", "figure_files"},
     {"presets"},

@@ -35,7 +35,8 @@ def _keys(flag: str) -> list[str]:
     known: list[str] = []
     for name, section in SECTIONS.items():
         fields = list(section.model_fields)
-        for kind in section.CHOICES.values():
+        # A model's options are those of its family, which its name may tell.
+        for kind in ["backbone"] if name == "model" else section.CHOICES.values():
             for entry in registry.entries(kind).values():
                 fields += entry.options.model_fields
         known += [f"{name}.{key}" for key in dict.fromkeys(fields)]

@@ -275,9 +275,6 @@ class Notes:
     def activity(self, what: str, done: int, total: int) -> None:
         pass
 
-    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        pass
-
 
 def print_json(content: Any) -> None:
     """One JSON document on stdout."""

@@ -143,11 +143,7 @@ def fid(
         chosen.features["precision"] = precision
     wish = _Wish(a=a, b=b, run=run, crop=crop, every_checkpoint=every_checkpoint)
     sides = _sides(wish, save_stats)
-    if every_checkpoint and (run is None or plot is not None or "fid" not in metrics.split(",")):
-        raise UsageError(
-            "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
-            "--plot"
-        )
+    _refuse_checkpoints(wish, metrics.split(","), plot)
     _refuse_idle_drawing(sides, n, chosen)
     settings = Settings(
         metrics=metrics.split(","),
@@ -163,6 +159,15 @@ def fid(
     )
     opening = {"n": n or 10_000, "crop": sides.crop, "workers": workers, "layers": [chosen.layers]}
     _compare(sides, settings, opening, outputs)
+
+
+def _refuse_checkpoints(wish: Any, metrics: list[str], plot: Path | None) -> None:
+    """Raises UsageError for --every-checkpoint beside what it does not go with."""
+    if wish.every_checkpoint and (wish.run is None or plot is not None or "fid" not in metrics):
+        raise UsageError(
+            "--every-checkpoint goes with --run RUN and a fid among the --metrics, and not with "
+            "--plot"
+        )
 
 
 @dataclass

@@ -147,7 +147,8 @@ def configure(options: dict[str, Any], *defaults: dict[str, Any], goes_on: Any =
     elif goes_on is not None:
         under = [configuration.stored(goes_on.as_dict(), "the run")]
     elif options["chooses"]:
-        under.append(_chosen(merge(flags, sets), options["tell"]))
+        given = merge(flags, sets)
+        under.append(_chosen(given, options["tell"], plans=options["dry_run"]))
     config = configuration.build(*under, flags, sets)
     _refuse_idle_masks(options, config)
     _set_length(options, config)
@@ -176,14 +177,19 @@ def _named(options: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _chosen(given: dict[str, Any], tell: Callable[[str], None]) -> dict[str, Any]:
-    """What suits the user's own data, where it is not given."""
+def _chosen(given: dict[str, Any], tell: Callable[[str], None], plans: bool) -> dict[str, Any]:
+    """What suits the user's own data, where it is not given; a plan needs no data."""
     from msmdiff.core import config as configuration
     from msmdiff.core.data import sources
     from msmdiff.core.training import defaults
 
-    source = sources.open_configured(configuration.section("data", **(given.get("data") or {})))
-    choice = defaults.choose(given, defaults.facts_of(source))
+    data = configuration.section("data", **(given.get("data") or {}))
+    if plans and not sources.is_data(data.source):
+        tell(f"{data.source} is not here: {defaults.ASSUMED:,} images are taken for granted")
+        facts = defaults.facts_of_none()
+    else:
+        facts = defaults.facts_of(sources.open_configured(data))
+    choice = defaults.choose(given, facts)
     tell(choice.reason)
     return choice.layer
 

@@ -119,6 +119,8 @@ def _seconds(config: Any, counted: Any, processes: int) -> tuple[float, str]:
 def _time(seconds: float, how: str, steps: int) -> str:
     hours = seconds * steps / 3600
     whole = f"{hours:,.1f} h" if hours >= 1 else f"{60 * hours:,.1f} min"
+    if hours < 1 / 60:
+        whole = f"{seconds * steps:,.0f} s"
     return f"about {seconds:.3g} s a step, {whole} for {steps:,} steps ({how})"
 
 
@@ -132,10 +134,10 @@ def _too_large(taken: Any, device: str) -> list[str]:
     """A sentence where the machine has less."""
     import torch
 
-    if device == "cuda":
-        there = torch.cuda.mem_get_info()[1]
-    else:
-        there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    from msmdiff.core import systems
+
+    own = systems.memory() or taken.total
+    there = torch.cuda.mem_get_info()[1] if device == "cuda" else own
     if taken.total <= there:
         return []
     return [

@@ -84,10 +84,8 @@ def quickstart(
         "unsteady": outcome.unsteady,
     }
     write_json(out / "quickstart.json", story)
-    console.note(
-        f"pictures: {out}/samples.png, scratch.png, masked.png, curves.png "
-        f"({time.perf_counter() - started:.0f} s)"
-    )
+    seconds = time.perf_counter() - started
+    console.note(f"pictures: {out}/{', '.join(PICTURES)} ({seconds:.0f} s)")
     console.note(
         f"next: msmdiff sample {_run(out, 'masked', 2)} --cfg 2, or msmdiff pretrain --data "
         "YOUR_IMAGES --dry-run"

@@ -157,12 +157,11 @@ def sample(
     from msmdiff.core.gallery import Request
 
     machine.use(device)
-    texts = read_prompts(prompts) if prompts else []
     request = Request(
         seeds=[],
         folder=out or Path("samples"),
         classes=classes,
-        prompts=texts,
+        prompts=read_prompts(prompts) if prompts else [],
         batch_size=batch_size,
         png=png,
         npz=npz,
@@ -175,14 +174,11 @@ def sample(
         trajectory=trajectory,
         overwrite=overwrite,
     )
-    request.seeds = _seeds(n, seeds, len(texts), bool(request.picture))
+    request.seeds = _seeds(n, seeds, len(request.prompts), bool(request.picture))
     _refuse_idle(request, {"--seeds": seeds, "--features": features, "--weights": weights})
     flags = {"sampler": sampler, "steps": steps, "eta": eta, "cfg_scale": cfg, "ema": ema}
     flags |= {"guide": guide, "precision": precision}
-    changes = _layers(preset, flags, sets)
-    if vae is not None:
-        changes[0].append({"codec": {"vae": vae}})
-    _draw(source, request, out, changes, best)
+    _draw(source, request, out, _layers(preset, flags, sets, vae), best)
 
 
 def _draw(
@@ -280,7 +276,7 @@ def _refuse_idle(request: Any, given: dict[str, Any]) -> None:
 
 
 def _layers(
-    preset: str | None, flags: dict[str, Any], sets: list[str] | None
+    preset: str | None, flags: dict[str, Any], sets: list[str] | None, vae: str | None
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """What is laid over the stored configuration, and model fields of published files."""
     from msmdiff.core import config as configuration
@@ -301,7 +297,8 @@ def _layers(
         base = configuration.section("sample", **SAMPLINGS[preset]).model_dump()
     given = {name: value for name, value in flags.items() if value is not None}
     model_fields = changes.pop("model", {})
-    return [{"sample": base}, {"sample": given}, changes], model_fields
+    codec = {} if vae is None else {"codec": {"vae": vae}}
+    return [{"sample": base}, {"sample": given}, changes, codec], model_fields
 
 
 def _name_of(source: str) -> str:

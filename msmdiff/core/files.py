@@ -4,7 +4,6 @@ is locked has one writer, and what this tool did not write is not replaced.
 
 import codecs
 import errno
-import fcntl
 import hashlib
 import json
 import logging
@@ -17,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+from msmdiff.core import systems
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 UNSUPPORTED = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL)
@@ -139,8 +139,7 @@ def beginning(path: Path | str, size: int) -> bytes:
 
 
 def _opened(path: Path | str) -> IO[bytes]:
-    # Without O_NONBLOCK, opening a pipe would wait for someone to write into it.
-    return os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK), "rb")
+    return os.fdopen(os.open(path, systems.READING), "rb")
 
 
 def read_text(path: Path | str) -> str:
@@ -241,14 +240,11 @@ def write_json(path: Path, content: Any) -> None:
 
 def fsync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        systems.sync(path)
     except OSError as error:
         if error.errno not in UNSUPPORTED:  # some file systems cannot sync a folder
             raise
-    finally:
-        os.close(descriptor)
 
 
 def require_ours(path: Path, ours: bool, overwrite: bool = False) -> None:
@@ -304,10 +300,12 @@ class Lock:
     """
 
     def __init__(self, path: Path, held: str) -> None:
-        flags = os.O_RDONLY if path.is_dir() else os.O_WRONLY | os.O_CREAT
-        self._descriptor: int | None = os.open(path, flags | os.O_CLOEXEC, 0o666)
+        place = systems.place_of_lock(path)
+        self._beside = place if place != path else None
+        flags = os.O_RDONLY if place.is_dir() else os.O_WRONLY | os.O_CREAT
+        self._descriptor: int | None = os.open(place, flags | systems.PRIVATE, 0o666)
         try:
-            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            systems.lock(self._descriptor)
         except BlockingIOError:
             self.close()
             raise MsmdiffError(held) from None
@@ -324,6 +322,9 @@ class Lock:
         if self._descriptor is not None:
             os.close(self._descriptor)
             self._descriptor = None
+            if self._beside is not None:
+                with suppress(OSError):  # another process has it open by now
+                    self._beside.unlink()
 
     def __enter__(self) -> "Lock":
         return self
@@ -353,4 +354,4 @@ def _let_go() -> None:
         lock.close()
 
 
-os.register_at_fork(after_in_child=_let_go)
+systems.after_fork(_let_go)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from msmdiff.core import systems
+
 ANSWER_AFTER = 0.5
 """Seconds; what has ended by then needs no answer."""
 GRACE = 1.5
@@ -46,7 +48,7 @@ def listen() -> None:
     mouth.setblocking(False)
     signal.set_wakeup_fd(mouth.detach(), warn_on_full_buffer=False)
     # A child would write its own signals into the same pair.
-    os.register_at_fork(after_in_child=_forget)
+    systems.after_fork(_forget)
     threading.Thread(target=_attend, args=(_ear,), daemon=True, name="interrupts").start()
 
 

@@ -106,7 +106,8 @@ def prepare(threads: int | None = None) -> None:
     wished = int(words or 0) if processes == 1 else 0
     torch.set_num_threads(threads or wished or max(1, cores // processes))
     torch.set_flush_denormal(True)
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # absent outside glibc
+    library = ctypes.CDLL(None) if os.name == "posix" else None
+    mallopt = getattr(library, "mallopt", None)  # absent outside glibc
     if mallopt is not None and not torch.cuda.is_available():
         mallopt(_M_MMAP_THRESHOLD, 2**30)
         mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)

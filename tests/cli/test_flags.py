@@ -40,6 +40,14 @@ def test_flags_become_keys_and_what_is_given_wins(photos):
         flags.configure(asked(data=str(photos), epochs=5, steps=3)[0])
 
 
+def test_a_plan_chooses_settings_for_data_that_are_not_here():
+    options, told = asked(data="away/", chooses=True, dry_run=True, batch_size=40)
+    assert flags.configure(options).train.steps == 3000  # sixty times 2,000 images, 40 at once
+    assert told[0] == "away/ is not here: 2,000 images are taken for granted"
+    with pytest.raises(UsageError, match="away/' does not exist"):
+        flags.configure(asked(data="away/", chooses=True)[0])
+
+
 def test_a_run_goes_on_with_its_own_settings(tmp_path, quiet):
     train(configuration.build(SMALL), tmp_path / "r", quiet)
     options, _ = asked(run=str(tmp_path / "r"))
@@ -68,6 +76,7 @@ def test_an_unknown_flag_that_is_a_key():
     assert answers._keys("--weight-decay") == ["optim.weight_decay"]
     assert answers._keys("--optim.lr") == ["optim.lr"]
     assert answers._keys("--eta") == ["sample.eta"]
+    assert answers._keys("--num-heads") == ["model.num_heads"]
     assert answers._keys("--nonsense") == []
 
 

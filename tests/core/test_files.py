@@ -84,7 +84,7 @@ def test_a_forked_child_does_not_keep_the_lock(tmp_path: Path):
 
 def test_a_file_system_without_locks_is_told_once(tmp_path: Path, monkeypatch, caplog):
     unsupported = OSError(errno.ENOLCK, "No locks available")
-    monkeypatch.setattr(files.fcntl, "flock", mock.Mock(side_effect=unsupported))
+    monkeypatch.setattr(files.systems.fcntl, "flock", mock.Mock(side_effect=unsupported))
     monkeypatch.setattr(files, "_unlocked", set())
     for name in ("a.txt", "b.txt"):
         files.write_text(tmp_path / name, "text")

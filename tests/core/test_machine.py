@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -74,3 +75,11 @@ def test_a_gpu_that_a_scheduler_hid_is_refused(monkeypatch, seen, device, there)
     with pytest.raises(UsageError, match=rf"{device}: .*={seen} leaves this process {there}"):
         machine.use(device)
     assert os.environ["CUDA_VISIBLE_DEVICES"] == seen
+
+
+def test_a_system_without_what_only_posix_has_trains_and_samples(tmp_path):
+    child = Path(__file__).with_name("without_posix.py")
+    done = subprocess.run(
+        [sys.executable, child, tmp_path], capture_output=True, text=True, check=False
+    )
+    assert done.stdout.splitlines()[-1:] == ["done 2"], done.stderr

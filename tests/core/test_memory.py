@@ -1,5 +1,11 @@
 """The estimate of a training's memory: what it follows, and how it moves with the configuration."""
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -93,3 +99,21 @@ def test_the_peak_can_be_forgotten():
     if meter._of_process("VmHWM"):
         assert meter.peak_memory(device) < held - 100 * 2**20
     assert meter.resident_memory() > 2**20
+
+
+def test_what_a_training_takes_is_estimated_within_a_fifth():
+    wanted = ["digits-finetune=256", "digits-mdtv2=160", "digits-edt=160"]
+    child = Path(__file__).with_name("memory_child.py")
+    done = subprocess.run(
+        [sys.executable, child, *wanted],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    found = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(found) == 3, done.stderr
+    for each in found:
+        assert each["peak"] == pytest.approx(each["estimate"], rel=0.2), each
+        # Not by the interpreter alone, of which nothing has to be estimated.
+        assert each["activations"] > 0.25 * each["estimate"], each

@@ -62,9 +62,6 @@ class Silent:
     def activity(self, *_):
         pass
 
-    def panel(self, *_):
-        pass
-
 
 def train(name, folder, target):
     """Train, and keep the first step's gradients and what every pass drew."""

@@ -82,9 +82,6 @@ class Silent:
     def activity(self, *_):
         pass
 
-    def panel(self, *_):
-        pass
-
 
 def train(name, folder, steps=STEPS, sharded=True, **settings):
     """The trainer after its steps, closed."""

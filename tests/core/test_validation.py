@@ -102,7 +102,7 @@ def test_training_logs_it_with_checkpoints_and_leaves_every_other_number_alone(t
     assert last["val_loss"] == pytest.approx(sum(own) / 6)
     # A network that starts with zeros says eps = 0, whose error is the noise's variance of 1.
     assert own == pytest.approx([1.0] * 6, abs=0.15)
-    assert Image.open(tmp_path / "with" / "previews" / "val.png").size[0] > 300
+    assert Image.open(tmp_path / "with" / "results.png").size[0] > 300
 
 
 def test_it_is_of_the_first_average_without_a_mask(tmp_path, quiet):

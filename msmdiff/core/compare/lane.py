@@ -1,7 +1,6 @@
 """One arm with one seed: a chain of trainings that runs in slices."""
 
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -43,9 +42,6 @@ class Silent:
         pass
 
     def activity(self, what: str, done: int, total: int) -> None:
-        pass
-
-    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
         pass
 
 

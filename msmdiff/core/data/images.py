@@ -278,10 +278,12 @@ def labelled(
 
 
 def _cut(name: str, room: float, font: Any) -> str:
-    """As much of a name as there is room for."""
-    while name and font.getlength(name) > room:
+    """As much of a name as there is room for, with a sign of what is missing."""
+    if font.getlength(name) <= room:
+        return name
+    while name and font.getlength(f"{name}…") > room:
         name = name[:-1]
-    return name
+    return f"{name.rstrip(' -')}…" if name else ""
 
 
 def _broken(text: str, room: float, font: Any) -> list[str]:

@@ -16,7 +16,7 @@ from typing import Any, BinaryIO, Literal
 
 import numpy as np
 
-from msmdiff.core import files, npy_header
+from msmdiff.core import files, npy_header, systems
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.npy_header import Header, require_shape
 
@@ -268,7 +268,7 @@ def create(path: Path, dtype: str, shape: Sequence[int]) -> None:
 
 def _reserve(descriptor: int, size: int) -> None:
     try:
-        os.posix_fallocate(descriptor, 0, size)
+        systems.reserve(descriptor, size)
     except OSError as error:
         if error.errno not in files.UNSUPPORTED:  # plain writes still say when the disk is full
             raise

@@ -133,7 +133,7 @@ def publish(path: Path, run: Path, stem: str) -> None:
     if target.is_file() and target.samefile(source):
         return  # to rename one of two links to a file to the other does nothing, and leaves both
     with files.atomic(target) as part:
-        part.unlink()
+        part.unlink(missing_ok=True)
         try:
             os.link(source, part)
         except OSError:

@@ -35,6 +35,8 @@ STEPS: dict[Machine, tuple[int, int]] = {"cpu": (1500, 6000), "cuda": (5000, 50_
 """Between so many steps."""
 MANY = 10_000
 """From so many images on a GPU trains U-ViT-S."""
+ASSUMED = 2000
+"""Images of data that are not here."""
 NARROW = 512
 """Below this width, or where a patch holds more than an eighth of the width in numbers, a network
 cannot carry the noise of its patches, which has no structure; the clean image it can."""
@@ -65,11 +67,15 @@ def chosen_for(source: str) -> bool:
     return halves.parted(source)[0] != "digits"
 
 
+def _machine() -> Machine:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def facts_of(source: Source) -> Facts:
     """The facts of some data on this machine. An image that cannot be read tells nothing here: it
     is named when the training begins.
     """
-    machine: Machine = "cuda" if torch.cuda.is_available() else "cpu"
+    machine = _machine()
     if isinstance(source, Latents):
         return Facts(len(source), **_packed(source, machine))
     sides = []
@@ -79,6 +85,11 @@ def facts_of(source: Source) -> Facts:
         except MsmdiffError:
             continue
     return Facts(len(source), int(median(sides)) if sides else None, machine)
+
+
+def facts_of_none() -> Facts:
+    """What is taken for granted of data that are not here, to plan with."""
+    return Facts(ASSUMED, None, _machine())
 
 
 def _packed(source: Latents, machine: Machine) -> dict[str, Any]:

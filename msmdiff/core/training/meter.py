@@ -2,8 +2,6 @@
 
 import ctypes
 import gc
-import resource
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -13,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from msmdiff.core import systems
 from msmdiff.core.training.cost import Cost
 
 
@@ -81,12 +80,12 @@ def peak_memory(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     # Not getrusage where it can be helped: a process that a larger one started inherits its peak.
-    return _of_process("VmHWM") or _largest_so_far()
+    return _of_process("VmHWM") or systems.largest_resident()
 
 
 def resident_memory() -> int:
     """Bytes of this process in memory now; its peak where the system does not tell."""
-    return _of_process("VmRSS") or _largest_so_far()
+    return _of_process("VmRSS") or systems.largest_resident()
 
 
 def _of_process(name: str) -> int:
@@ -97,11 +96,6 @@ def _of_process(name: str) -> int:
         return 0
     found = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
     return int(found[0]) * 1024 if found else 0
-
-
-def _largest_so_far() -> int:
-    largest = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return largest if sys.platform == "darwin" else largest * 1024  # macOS counts bytes
 
 
 def forget_peak(device: torch.device) -> None:

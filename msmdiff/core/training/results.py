@@ -32,8 +32,14 @@ def meaning(config: Config) -> str:
 
 
 def of_run(run: Run, config: Config) -> None:
-    """`results.png` of a run that is under way."""
-    draw(run.path, run.metrics(), config)
+    """`results.png` of a run that is under way, where there is a curve to draw."""
+    lines = run.metrics()
+    if (
+        len(lines) >= WORTH_A_PICTURE
+        or distance_key(lines) is not None
+        or len(_points(lines, "val_loss")) > 1
+    ):
+        draw(run.path, lines, config)
 
 
 def draw(run: Path, lines: Sequence[dict[str, Any]], config: Config) -> None:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 
@@ -31,8 +31,22 @@ class Reporter(Protocol):
     def activity(self, what: str, done: int, total: int) -> None:
         """Something between steps that takes time, such as drawing: `done` of `total` parts."""
 
+
+@runtime_checkable
+class Panels(Protocol):
+    """A reporter that shows several things to know at once; others are told each in a note."""
+
     def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        """Several things to know at once: (what, text)."""
+        """`rows` are (what, text)."""
+
+
+def show(reporter: Reporter, title: str, rows: Sequence[tuple[str, str]]) -> None:
+    """Tell several things at once, in the way that the reporter has."""
+    if isinstance(reporter, Panels):
+        reporter.panel(title, rows)
+        return
+    for what, text in rows:
+        reporter.note(f"{what}: {text}")
 
 
 @dataclass

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,10 +28,6 @@ class Teller:
 
     def activity(self, what: str, done: int, total: int) -> None:
         pass
-
-    def panel(self, title: str, rows: Sequence[tuple[str, str]]) -> None:
-        for what, text in rows:
-            self.note(f"{what}: {text}")
 
 
 def train(

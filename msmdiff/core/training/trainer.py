@@ -29,11 +29,10 @@ from msmdiff.core.training import (
     sharding,
     telling,
     trackers,
-    validation,
 )
 from msmdiff.core.training.evaluation import Evaluator, Judged
 from msmdiff.core.training.meter import Meter
-from msmdiff.core.training.run import Reporter, Run, Summary
+from msmdiff.core.training.run import Reporter, Run, Summary, show
 from msmdiff.core.training.standing import Reached, Standing
 from msmdiff.core.training.step import Step
 from msmdiff.core.training.validation import Validation
@@ -230,7 +229,7 @@ class Trainer:
                 break
             self._take_step(stream_of_batches)
             yield
-        if self.main and not told and len(self.run.metrics()) >= results.WORTH_A_PICTURE:
+        if self.main and not told:
             results.of_run(self.run, self.config)
         # One of several processes may have been told, the others only through it.
         signal = signals.received or (SIGTERM if told else None)
@@ -369,8 +368,7 @@ class Trainer:
             left = telling.seconds_left(self.config, line, self.standing.waited)
             self.reporter.progress(self.images_seen, total, line | {"seconds_left": left})
         if validates:
-            if self.main:
-                validation.draw(self.run)
+            if self.main and self.images_seen < total:  # else the end draws it
                 results.of_run(self.run, self.config)
             self.accelerator.wait_for_everyone()
 
@@ -423,7 +421,7 @@ class Trainer:
             run=self.run.path,
         )
         if self.main:
-            self.reporter.panel(f"training {self.run.path}", rows)
+            show(self.reporter, f"training {self.run.path}", rows)
 
     def _chunks(self) -> Chunks:
         accelerator, batch_size = self.accelerator, self.config.train.batch_size

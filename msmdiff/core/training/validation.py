@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from msmdiff.core import files
 from msmdiff.core.build import Parts
 from msmdiff.core.condition import Classes, Condition, Text
 from msmdiff.core.config import Config
@@ -30,7 +29,6 @@ from msmdiff.core.errors import UsageError
 from msmdiff.core.sections import DataConfig
 from msmdiff.core.seeding import numpy_stream, stream
 from msmdiff.core.training import launch
-from msmdiff.core.training.run import Run
 
 EDGES = (-5.0, -3.0, -1.0, 1.0, 3.0, 5.0, 7.0)
 """Ends of the bins in log-SNR, log(alpha^2 / sigma^2): from nearly pure noise to a nearly clean
@@ -284,28 +282,3 @@ class Validation:
 
 
 # ------------------------------------------------------------------ the picture
-
-
-def draw(run: Run) -> None:
-    """`previews/val.png`: the held-out losses of a run over the images seen, their mean and by
-    bin; of those measured on the images of the last one.
-    """
-    from matplotlib.figure import Figure
-
-    lines = [line for line in run.metrics() if "val_loss" in line]
-    lines = [line for line in lines if line["val_of"] == lines[-1]["val_of"]]
-    seen = [line["images"] for line in lines]
-    figure = Figure(figsize=(6, 3.6), layout="constrained")
-    axis = figure.subplots()
-    for number, (low, high) in enumerate(pairwise(EDGES)):
-        key, label = f"val_loss_{number}", f"{low:g} to {high:g}"
-        if key in lines[-1]:
-            values = [line[key] for line in lines]
-            axis.plot(seen, values, "o-", markersize=2, linewidth=1, label=label)
-    axis.plot(seen, [line["val_loss"] for line in lines], "ko-", markersize=4, label="mean")
-    axis.set(xlabel="images seen", ylabel="squared error of the noise", yscale="log")
-    axis.set_title(f"held-out loss: {lines[-1]['val_of']}", fontsize=9)
-    axis.legend(title="log-SNR", fontsize=7, title_fontsize=7, loc="center left",
-                bbox_to_anchor=(1, 0.5))  # fmt: skip
-    with files.atomic(run.path / "previews" / "val.png") as part:
-        figure.savefig(part, format="png", dpi=110)
