@@ -364,3 +364,14 @@ def keys(config: ObjectiveConfig) -> dict[str, Any]:
     """The keys of an `objective` section that choose its alignment."""
     entry = registry.find("alignment", config.alignment, "objective.alignment")
     return {"alignment": entry.name, **entry.takes(config)}
+
+
+def during(config: ObjectiveConfig, start: float, end: float) -> dict[str, Any]:
+    """These keys for a training that is the part from start to end of the section's own, which are
+    shares of it.
+    """
+    chosen = keys(config)
+    share = (chosen.get("align_until", 1.0) - start) / (end - start)
+    if share <= 0:
+        return {"alignment": "none"}
+    return {**chosen, "align_until": min(share, 1.0)} if "align_until" in chosen else chosen

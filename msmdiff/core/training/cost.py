@@ -99,8 +99,11 @@ def pieces(config: Config) -> Iterator[tuple[float, Config]]:
     for (start, ratio), end in zip(ratios, ends, strict=True):
         piece = config.model_copy(deep=True)
         piece.mask.ratio, piece.mask.tail, piece.mask.schedule = ratio, 0.0, "constant"
+        own = piece.objective.model_dump(exclude=set(alignment.keys(config.objective)))
         if not masking.hides(piece.mask) and piece.objective.name in ("msm", "maskdit"):
-            piece.objective = section("objective", name="dsm", **alignment.keys(piece.objective))
+            own = {"name": "dsm"}
+        aligned = alignment.during(config.objective, start, end)
+        piece.objective = section("objective", **own, **aligned)
         yield end - start, piece
 
 

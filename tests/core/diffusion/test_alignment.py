@@ -414,12 +414,21 @@ def test_what_it_costs_is_counted(encoder):
     assert largest.weights > small.weights + 4 * 280_000
 
 
-def test_a_mask_that_ends_keeps_its_alignment():
+def test_a_mask_that_ends_keeps_its_alignment_for_its_share():
     layer = {"mask": {"ratio": 0.5, "tail": 0.25}}
     config = road.resolve(configuration.build(DIT, MSM, layer, aligned("sra")))
     pieces = list(cost.pieces(config))
     assert [share for share, _ in pieces] == [0.75, 0.25]
     assert {piece.objective.alignment for _, piece in pieces} == {"sra"}
+    config = road.resolve(configuration.build(DIT, MSM, layer, aligned("sra", align_until=0.6)))
+    (_, masked), (_, tail) = cost.pieces(config)
+    assert masked.objective.align_until == pytest.approx(0.8)
+    assert masked.objective.name == "msm"
+    assert tail.objective.alignment == "none"
+    plain = cost.measure(road.resolve(configuration.build(DIT, MSM, layer)))
+    beside = cost.measure(config).alignment_flops / 0.6
+    expected = 0.75 * 3 * plain.masked_flops + 0.25 * 3 * plain.forward_flops + 0.6 * beside
+    assert cost.flops_per_image(config) == pytest.approx(expected)
 
 
 def test_the_next_stage_does_not_inherit_it():
