@@ -128,6 +128,7 @@ class Alignment:
     ) -> None:
         self.around, self.weight, self.until = around, weight, until
         self._watched, self.student = watched, watched[0]
+        self._project: Any = None
         self.hidden_size: int = around.network.hidden_size
 
     def start(
@@ -146,6 +147,13 @@ class Alignment:
         """
         if self.projector is not None:
             self.projector.to(device)
+
+    def prepare(self, prepare: Callable[[nn.Module], Any]) -> None:
+        """Let several processes share what the projector learns, and train it in their precision:
+        Accelerate's `prepare`, which may wrap it.
+        """
+        if self.projector is not None:
+            self._project = prepare(self.projector)
 
     def parameters(self) -> list[nn.Parameter]:
         """What the optimiser trains beside the network."""
@@ -170,7 +178,7 @@ class Alignment:
         """The student's tokens as they are compared with the features."""
         if self.projector is None:
             return hidden
-        return Hidden(self.projector(hidden.tokens), hidden.keep)
+        return Hidden((self._project or self.projector)(hidden.tokens), hidden.keep)
 
     def distance(self, seen: Seen) -> Tensor:
         """How far the tokens are from the features, [B]: 0 where they are equal."""

@@ -233,8 +233,8 @@ class IRepa(Repa):
         return Convolution(self.hidden_size, self.encoder.width, self.encoder.grid)
 
     def projected(self, hidden: Hidden) -> Hidden:
-        assert self.projector is not None
-        return Hidden(self.projector(hidden.tokens, hidden.keep), hidden.keep)
+        project: Any = self._project or self.projector
+        return Hidden(project(hidden.tokens, hidden.keep), hidden.keep)
 
     def features(self, seen: Seen) -> Tensor:
         features = super().features(seen).float()

@@ -109,8 +109,8 @@ class Step:
         optimizer = optim.build(config.optim, [*backbone.parameters(), *beside])
         copies = self.averages.networks.values()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
-        if self.alignment is not None and beside:
-            self.alignment.projector = accelerator.prepare(self.alignment.projector)
+        if self.alignment is not None:
+            self.alignment.prepare(accelerator.prepare)
         parts.objective.alignment = self.alignment
         self.defers = self._can_defer(optimizer)
         self._unchecked: Unchecked | None = None
