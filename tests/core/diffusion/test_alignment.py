@@ -39,6 +39,11 @@ MSM = {"objective": {"name": "msm"}, "mask": {"ratio": 0.5}}
 ENCODER = "test_vit"  # timm's smallest: patches of 16, 64 wide
 
 
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
+
+
 def aligned(name, **options):
     return {"objective": {"alignment": name, **options}}
 
