@@ -25,6 +25,7 @@ from msmdiff.core.backbones.dit import DiT
 from msmdiff.core.backbones.family import family
 from msmdiff.core.backbones.routes import Route
 from msmdiff.core.data.source import Source
+from msmdiff.core.diffusion.alignment import Alignment, AlignmentOptions
 from msmdiff.core.diffusion.codecs import Codec, to_uint8, to_unit
 from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.objectives import Dsm
@@ -169,6 +170,24 @@ class Twice(Dsm):
 
     def passes(self, setting):
         return {f"pass{i}": setting.route(setting.section.route) for i in range(self.rounds)}
+
+
+class StillOptions(AlignmentOptions):
+    stillness: float = Field(0.1, ge=0, description="of early tokens")
+
+
+@register("alignment", "still", StillOptions)
+class Still(Alignment):
+    """Small early tokens."""
+
+    def __init__(self, around, *, align_weight, align_until, align_block, stillness):
+        block = around.behind("align_block", align_block, 8)
+        super().__init__(around, align_weight, align_until, (block,))
+        self.stillness = stillness
+
+    def distance(self, seen):
+        tokens = seen.hidden[self.student].tokens
+        return self.stillness * tokens.square().flatten(1).mean(1)
 
 
 @family("slim", {"slim/4": dict(patch_size=4, hidden_size=16, depth=4, num_heads=2)})
@@ -399,8 +418,12 @@ def test_checkpoints_of_a_layout_from_outside_are_opened_and_written(cli, plugin
 def test_a_configuration_names_its_plugins_itself(cli, plugin, tmp_path):
     (tmp_path / "c.yaml").write_text(
         "plugins: [mine.py]\noptim: {name: sgd, momentum: 0.1}\ntrain: {steps: 2, batch_size: 4}\n"
+        "objective: {alignment: still, stillness: 0.2}\n"
     )
     cli("train", "--config", "c.yaml", "--run", "r")
+    last = json.loads((tmp_path / "runs/r/metrics.jsonl").read_text().splitlines()[-1])
+    assert last["loss"] == pytest.approx(last["mse"] + last["alignment"], rel=1e-5)
+    assert last["alignment"] > 0
     assert "momentum: 0.1" in (tmp_path / "runs/r/config.yaml").read_text()
 
 

@@ -14,6 +14,7 @@ NAMES = {
     "weightings": "weighting",
     "time-samplings": "time_sampling",
     "objectives": "objective",
+    "alignments": "alignment",
     "codecs": "codec",
     "samplers": "sampler",
     "times": "times",

@@ -9,7 +9,7 @@ import torch
 
 from msmdiff.core import backbones, registry
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion import codecs, masking, objectives, process, time_sampling
+from msmdiff.core.diffusion import alignment, codecs, masking, objectives, process, time_sampling
 from msmdiff.core.errors import UsageError
 from msmdiff.core.samplers import times
 from msmdiff.core.sections import ModelConfig
@@ -28,6 +28,14 @@ class Parts:
     mask: masking.Mask
     backbone: Any
     objective: objectives.Objective
+
+    def alignment(self, config: Config) -> alignment.Alignment | None:
+        """The alignment that a training with these parts asks for, freshly initialised.
+
+        Raises UsageError for blocks that the network has not.
+        """
+        around = alignment.Surroundings(self.backbone, self.process, self.codec)
+        return alignment.build(config.objective, around)
 
 
 def resolve(config: Config, data_classes: int | None = None) -> Config:
@@ -72,7 +80,7 @@ def resolve(config: Config, data_classes: int | None = None) -> Config:
             problems += _check_threshold(config, codec)
         if codec is not None and network is not None:
             problems += _check_groups(config, codec.shape[0])
-            attempt(_check_passes, config, network)
+            attempt(_check_passes, config, network, codec)
     if problems:
         raise UsageError("; ".join(problems))
     return config
@@ -111,11 +119,25 @@ def _on_meta(config: Config, shape: tuple[int, int, int]) -> Any:
         return backbones.build(config.model, shape)
 
 
-def _check_passes(config: Config, network: Any) -> None:
-    """Raises UsageError where a mask or a route does not suit the network."""
+def _check_passes(config: Config, network: Any, codec: codecs.Codec) -> None:
+    """Raises UsageError where a mask, a route or an alignment does not suit the network."""
+    noise = process.build(config.process)
     mask = masking.build(config.mask, network.grid)
     with torch.device("meta"):
-        objectives.build(config, process.build(config.process), mask, network)
+        objective = objectives.build(config, noise, mask, network)
+        made = Parts(codec, noise, mask, network, objective).alignment(config)
+    if made is None:
+        return
+    name, chosen = config.objective.name, config.objective.alignment
+    if len(objective.passes) > 1 or type(objective).seen is not objectives.Objective.seen:
+        raise UsageError(
+            f"objective.alignment {chosen} goes beside the one pass of objective.name dsm, msm or "
+            f"maskdit, not beside {name}"
+        )
+    if made.averaged and not config.ema.decays:
+        raise UsageError(
+            f"objective.alignment {chosen} learns from a moving average: give ema.decays one"
+        )
 
 
 def _check_classes(config: Config, data_classes: int | None) -> list[str]:

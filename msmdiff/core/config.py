@@ -215,7 +215,8 @@ def settled(name: str, chosen: Section) -> Any:
     """
     fields = chosen.model_dump()
     usual = {key: field.default for key, field in type(chosen).model_fields.items()}
-    idle = {key for key in _foreign(name, fields) if fields[key] == usual[key]}
+    foreign = _foreign(name, fields) & fields.keys()
+    idle = {key for key in foreign if fields[key] == usual[key]}
     return section(name, **{key: value for key, value in fields.items() if key not in idle})
 
 

@@ -87,6 +87,7 @@ KINDS: dict[str, Kind] = {
     "weighting": Kind("weightings", DIFFUSION, ""),
     "time_sampling": Kind("time samplings", DIFFUSION, "schedule"),
     "objective": Kind("objectives", DIFFUSION, ""),
+    "alignment": Kind("alignments", DIFFUSION, "around"),
     "codec": Kind("codecs", CODECS, "image_size", f"{CODECS}:Codec"),
     "sampler": Kind("samplers", SAMPLERS, "denoise, schedule, x, times, noise"),
     "times": Kind("sampling times", SAMPLERS),

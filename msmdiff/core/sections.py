@@ -190,12 +190,16 @@ class MaskConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    CHOICES: ClassVar = {"name": "objective"}
+    CHOICES: ClassVar = {"name": "objective", "alignment": "alignment"}
 
     name: str = Field(
         AUTO,
         description="The training loss; `auto` follows the network's paper, and masked score "
         "matching where there is a mask.",
+    )
+    alignment: str = Field(
+        "none",
+        description="A term beside the loss that pulls hidden tokens towards better features.",
     )
     loss: Literal["mse", "l1"] = Field(
         "mse", description="The distance of output and target: squared or absolute error."

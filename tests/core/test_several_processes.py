@@ -38,7 +38,8 @@ MDT = {
 }
 # A fine-tuning without a mask: the side block gets no gradients, which must not stop the processes.
 UNMASKED = {**MDT, "objective": {"name": "dsm"}}
-CASES = {"uvit": UVIT, "mdtv2": MDT, "mdtv2-unmasked": UNMASKED}
+ALIGNED = {**UVIT, "objective": {"alignment": "sra"}}
+CASES = {"uvit": UVIT, "sra": ALIGNED, "mdtv2": MDT, "mdtv2-unmasked": UNMASKED}
 COMMON = {
     "train": {
         "batch_size": 8,
@@ -84,6 +85,8 @@ def train(name, folder, target):
     with launch.Signals() as signals:
         trainer.fit(signals)
     seen["parameters"] = trainer.accelerator.unwrap_model(step.model).state_dict()
+    if step.alignment is not None:
+        seen["parameters"] |= step.alignment.state_dict()["projector"]
     seen["threads"] = torch.get_num_threads()
     torch.save(seen, target)
     trainer.close()

@@ -50,11 +50,22 @@ MDT = {
 }
 # Without a mask the side block gets no gradients, neither whole nor in shards.
 UNMASKED = {**MDT, "objective": {"name": "dsm"}, "optim": {"name": "adan"}}
+MEANFLOW = {
+    "model": {**UVIT["model"], "patch_size": 4, "num_classes": "auto"},
+    "process": {
+        "schedule": "flow",
+        "prediction": "average_velocity",
+        "time_sampling": "logit_normal",
+    },
+    "objective": {"name": "meanflow", "guidance_kappa": 0.5, "equal_times": 0.25},
+    "sample": {"sampler": "meanflow", "steps": 2},
+}
 CASES = {
     "uvit": UVIT,
     "uvit-bf16": {**UVIT, "train": {"precision": "bf16"}},
     "mdtv2": {**MDT, "eval": {"every": 3, "n": 7, "features": "pixel"}},
     "mdtv2-unmasked": UNMASKED,
+    "meanflow": MEANFLOW,
 }
 RESUMED = ["uvit", "mdtv2-unmasked"]
 COMMON = {

@@ -1,8 +1,9 @@
 """How tokens travel through the blocks of a network, and the one trunk that runs them so."""
 
 import functools
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,16 @@ class Route:
         return self.keep is not None and self.enter == 0 and self.fill == "none"
 
 
+@dataclass
+class Hidden:
+    """What a block made of a batch: the tokens of the patches [B, L or K, D], and the ids [B, K] of
+    these where they are not all.
+    """
+
+    tokens: Tensor
+    keep: Tensor | None
+
+
 Fill = Callable[[Tensor, Tensor], Tensor]
 """(tokens from before `enter` [B, E + L, D], kept tokens [B, E + K, D]) -> all tokens."""
 
@@ -70,6 +81,19 @@ class Trunk:
     meets: tuple[int, int] | None = None
     mixes: bool = False
     remembers: bool = False
+    _watched: frozenset[int] = frozenset()
+    _hidden: dict[int, Hidden] = field(default_factory=dict)
+
+    @contextmanager
+    def watching(self, behind: Iterable[int]) -> Iterator[dict[int, Hidden]]:
+        """Inside, the tokens behind so many blocks are kept of every pass: number of blocks ->
+        tokens.
+        """
+        self._watched, self._hidden = frozenset(behind), {}
+        try:
+            yield self._hidden
+        finally:
+            self._watched, self._hidden = frozenset(), {}
 
     def early(self, route: Route | None) -> bool:
         """Whether the network may leave the hidden patches out from the start."""
@@ -100,6 +124,9 @@ class Trunk:
                 continue  # what would arrive is replaced by mask tokens
             skip = remembered.pop(self.joins[number]) if number in self.joins else None
             tokens = step(number, tokens, skip, keep if narrow else None)
+            if number + 1 in self._watched:
+                seen = Hidden(tokens[:, self.extras :], keep if narrow else None)
+                self._hidden[number + 1] = seen
             if number in wanted:
                 remembered[number] = tokens
         if leave == self.depth and (self.meets or (narrow and route.fill != "none")):

@@ -11,7 +11,8 @@ from torch import Tensor
 from msmdiff.core.backbones.layers import patchify
 from msmdiff.core.backbones.routes import Route
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion.objectives import DrawRoute, Objective, Setting, settle_route
+from msmdiff.core.diffusion.objectives import DrawRoute, Objective, Setting
+from msmdiff.core.diffusion.suiting import settle_route
 from msmdiff.core.registry import Options, register
 from msmdiff.core.sections import AUTO
 

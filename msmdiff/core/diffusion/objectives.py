@@ -20,8 +20,10 @@ from msmdiff.core.backbones.routes import Route
 from msmdiff.core.condition import Condition
 from msmdiff.core.config import Config, settled
 from msmdiff.core.diffusion import masking, time_sampling, variational
+from msmdiff.core.diffusion.alignment import Alignment, Seen
 from msmdiff.core.diffusion.masking import Mask
 from msmdiff.core.diffusion.process import Process
+from msmdiff.core.diffusion.suiting import does_not_suit, settle_route
 from msmdiff.core.diffusion.time_sampling import Draw, TimeSampling
 from msmdiff.core.registry import register
 from msmdiff.core.sections import AUTO, MaskConfig, ObjectiveConfig
@@ -81,6 +83,7 @@ class Objective:
         self.process, self.times, self.passes, self.config = process, times, passes, config
         self.patch_size, self.condition = patch_size, condition
         self.distance = torch.abs if config.loss == "l1" else torch.square
+        self.alignment: Alignment | None = None  # of a training, which sets it
 
     @property
     def forward_passes(self) -> float:
@@ -110,12 +113,14 @@ class Objective:
             x0 = x0.repeat_interleave(stage.copies, dim=0)
             y = None if y is None else y.repeat_interleave(stage.copies, dim=0)
         t, importance = (v.to(x0.device) for v in self.times.draw(len(x0), draw))
+        aligns = self.alignment is not None and passed < self.alignment.until
+        see = self.aligned if aligns else self.seen
         total = torch.zeros(len(x0), device=x0.device)
         named: dict[str, Tensor] = {}
         for number, (name, route_of) in enumerate(stage.passes.items()):
             own = _numbered(draw, number)
             route = route_of(len(x0), own)
-            terms = self.seen(model, x0, t, y, route, own)
+            terms = see(model, x0, t, y, route, own)
             total = total + terms["loss"]
             if len(stage.passes) > 1 or len(terms) > 2:
                 for term, value in terms.items():
@@ -141,6 +146,26 @@ class Objective:
         """
         eps = torch.randn(x0.shape, generator=draw("noise"), device=x0.device)
         return self.terms(model, x0, eps, t, self._told(y, draw), route)
+
+    def aligned(
+        self,
+        model: Callable[..., Tensor],
+        x0: Tensor,
+        t: Tensor,
+        y: Tensor | None,
+        route: Route | None,
+        draw: Draw,
+    ) -> dict[str, Tensor]:
+        """The same pass as `seen`, with the alignment's term."""
+        alignment = self.alignment
+        assert alignment is not None
+        eps = torch.randn(x0.shape, generator=draw("noise"), device=x0.device)
+        told = self._told(y, draw)
+        with alignment.watching() as hidden:
+            terms = self.terms(model, x0, eps, t, told, route)
+        seen = Seen(x0=x0, eps=eps, t=t, y=told, route=route, hidden=hidden, draw=draw)
+        term = alignment.weight * alignment.distance(seen)
+        return {**terms, "loss": terms["loss"] + term, "alignment": term}
 
     def terms(
         self,
@@ -302,57 +327,6 @@ class Edt:
             return setting.network.draw_masks(batch, draw("mask"))
 
         return {"plain": plain, "masked": masked}
-
-
-def settle_route(config: Config, backbone: Any) -> list[str]:
-    """Choose the route that suits the network's sparse part where it is left open, or the part that
-    the route needs, and say what does not go together.
-    """
-    model: Any = config.model
-    part = getattr(model, "sparse", None)  # None: a family that can have none
-    if config.mask.route == AUTO and part not in (None, "none"):
-        config.mask.route = next(
-            name
-            for name, entry in registry.entries("route").items()
-            if getattr(entry.make, "sparse", None) == part
-        )
-    name = "visible" if config.mask.route == AUTO else config.mask.route
-    route = registry.find("route", name, "mask.route").make
-    needed = getattr(route, "sparse", None)
-    if needed is None:
-        return [] if route.fill in backbone.fills else [_knows_no_route(config, backbone, name)]
-    if part is None:
-        return [f"mask.route {name} is not for model.family {config.model.family}: use uvit or dit"]
-    if part == "none":
-        model.sparse = needed
-    elif part != needed:
-        return [f"mask.route {name} needs model.sparse {needed}, not {part}"]
-    return []
-
-
-def _knows_no_route(config: Config, backbone: Any, name: str) -> str:
-    """Why a network cannot take the route `name`, and which ones it can."""
-    family, objective = config.model.family, config.objective.name
-    if backbone.published_objective:
-        return does_not_suit(config, backbone)
-    if not backbone.fills:
-        return (
-            f"objective.name '{objective}' hides tokens, and a network of model.family {family} "
-            "drops none: use 'dsm' and mask.ratio 0"
-        )
-    known = [
-        entry.name
-        for entry in registry.entries("route").values()
-        if entry.make.fill in backbone.fills and getattr(entry.make, "sparse", None) is None
-    ]
-    fits = ", ".join(known)
-    return f"mask.route {name} is not for model.family {family}, which takes {fits}"
-
-
-def does_not_suit(config: Config, backbone: Any) -> str:
-    fits = f"'{backbone.published_objective or 'msm'}' or 'dsm'"
-    name, family = config.objective.name, config.model.family
-    return f"objective.name '{name}' does not suit model.family {family}: use {fits}"
 
 
 def settle(config: Config, backbone: Any) -> list[str]:

@@ -7,9 +7,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from msmdiff.core import build as road
-from msmdiff.core.backbones.routes import Route
+from msmdiff.core.backbones.routes import Hidden, Route
 from msmdiff.core.config import Config, section
-from msmdiff.core.diffusion import masking
+from msmdiff.core.diffusion import alignment, masking
 from msmdiff.core.seeding import stream
 
 
@@ -26,6 +26,7 @@ class Cost:
         two_passes: a training step runs the network twice, without and with the mask.
         copies: passes with other tokens of the same image.
         forward_passes: passes of a training step without a backward one, in those with.
+        alignment_flops: what an alignment adds to a step for one image, on average over a training.
     """
 
     parameters: int
@@ -36,12 +37,14 @@ class Cost:
     two_passes: bool = False
     copies: int = 1
     forward_passes: float = 0.0
+    alignment_flops: int = 0
 
     @property
     def step_flops(self) -> int:
         """Per image of a training step: the backward pass costs two forward passes."""
         trained = 3 * (self.copies * self.masked_flops + self.two_passes * self.forward_flops)
-        return trained + round(self.forward_passes * self.masked_flops)
+        beside = round(self.forward_passes * self.masked_flops) + self.alignment_flops
+        return trained + self.copies * beside
 
 
 def measure(config: Config) -> Cost:
@@ -58,6 +61,7 @@ def measure(config: Config) -> Cost:
             network(x, t, y)
         with FlopCounterMode(display=False) as masked, torch.no_grad():
             network(x, t, y, route)
+        aligned = _alignment_flops(config, parts, full.get_total_flops(), masked.get_total_flops())
     return Cost(
         parameters=sum(p.numel() for p in network.parameters()),
         forward_flops=full.get_total_flops(),
@@ -67,7 +71,23 @@ def measure(config: Config) -> Cost:
         two_passes=len(parts.objective.passes) > 1,
         copies=parts.objective.copies,
         forward_passes=parts.objective.forward_passes,
+        alignment_flops=aligned,
     )
+
+
+def _alignment_flops(config: Config, parts: road.Parts, forward: int, masked: int) -> int:
+    """Of a projector, forth and back, and of the networks that are followed; their mean over the
+    training. The default device is meta.
+    """
+    made = parts.alignment(config)
+    if made is None:
+        return 0
+    kept, tokens = parts.mask.kept, parts.mask.tokens
+    keep = None if kept == tokens else torch.empty(1, kept, dtype=torch.long)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        made.projected(Hidden(torch.empty(1, kept, made.hidden_size), keep))
+    projected = counter.get_total_flops()
+    return round(made.until * (3 * projected + made.passes(forward, masked)))
 
 
 def pieces(config: Config) -> Iterator[tuple[float, Config]]:
@@ -79,8 +99,11 @@ def pieces(config: Config) -> Iterator[tuple[float, Config]]:
     for (start, ratio), end in zip(ratios, ends, strict=True):
         piece = config.model_copy(deep=True)
         piece.mask.ratio, piece.mask.tail, piece.mask.schedule = ratio, 0.0, "constant"
+        own = piece.objective.model_dump(exclude=set(alignment.keys(config.objective)))
         if not masking.hides(piece.mask) and piece.objective.name in ("msm", "maskdit"):
-            piece.objective = section("objective", name="dsm")
+            own = {"name": "dsm"}
+        aligned = alignment.during(config.objective, start, end)
+        piece.objective = section("objective", **own, **aligned)
         yield end - start, piece
 
 

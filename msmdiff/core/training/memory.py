@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from msmdiff.core import build as road
 from msmdiff.core.backbones.routes import Route, checkpoint_blocks
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion.alignment import Alignment
 from msmdiff.core.seeding import stream
 from msmdiff.core.training import launch, optim
 from msmdiff.core.training.meter import resident_memory
@@ -69,14 +71,17 @@ def estimate(
     micro, _ = launch.shares(config.train, processes)
     with torch.device("meta"):
         parts = road.build(config)
-    trained = sum(p.numel() for p in parts.backbone.parameters() if p.requires_grad)
-    weights = 4 * sum(p.numel() for p in parts.backbone.parameters())
-    activations = _activations(config, parts, micro, device)
+        aligned = parts.alignment(config)
+    beside = 0 if aligned is None else sum(p.numel() for p in aligned.parameters())
+    followed = 0 if aligned is None else 4 * aligned.frozen
+    own = 4 * sum(p.numel() for p in parts.backbone.parameters())
+    trained = beside + sum(p.numel() for p in parts.backbone.parameters() if p.requires_grad)
+    activations = _activations(config, parts, aligned, micro, device)
     states = {
-        "weights": weights,
+        "weights": own + 4 * beside + followed,
         "gradients": 4 * trained,
         "optimiser": 4 * trained * optim.state_size(config.optim),
-        "averages": weights * len(config.ema.decays),
+        "averages": own * len(config.ema.decays),
     }
     if sharded:
         states = {name: size // processes for name, size in states.items()}
@@ -90,7 +95,9 @@ def estimate(
     )
 
 
-def _activations(config: Config, parts: road.Parts, micro: int, device: str) -> int:
+def _activations(
+    config: Config, parts: road.Parts, aligned: Alignment | None, micro: int, device: str
+) -> int:
     """Bytes that the passes over one micro-batch hold at their peak, beside weights and
     gradients.
     """
@@ -105,12 +112,18 @@ def _activations(config: Config, parts: road.Parts, micro: int, device: str) -> 
         x, t = torch.empty(batch, *parts.codec.shape), torch.empty(batch)
         y = parts.objective.condition.example(batch, "cpu")
         ways = routes(parts, batch, "cpu")
-        alive = _Alive(network)
-        with alive:
+        projector = None if aligned is None else aligned.projector
+        trained = [network] if projector is None else [network, projector.to_empty(device="cpu")]
+        alive = _Alive(torch.nn.ModuleList(trained))
+        watched: Any = nullcontext({}) if aligned is None else aligned.watching()
+        with alive, watched as hidden:
             loss = torch.zeros(())
             with torch.autocast("cpu", dtype=dtype, enabled=half):
                 for route in ways:
                     loss = loss + network(x, t, y, route).float().square().mean()
+                if aligned is not None and projector is not None:
+                    told = aligned.projected(hidden[aligned.student]).tokens
+                    loss = loss + told.float().square().mean()
             loss.backward()
     return alive.peak
 

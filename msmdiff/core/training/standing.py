@@ -65,6 +65,8 @@ class Standing:
             "scaler": scaler.state_dict() if scaler is not None else None,
             **self.origins,
         }
+        if self.step.alignment is not None:
+            state["alignment"] = self.step.alignment.state_dict()
         networks = {"model": accelerator.unwrap_model(self.step.model).state_dict()}
         networks |= {
             f"ema-{decay}": net.state_dict() for decay, net in self.step.averages.networks.items()
@@ -113,4 +115,6 @@ class Standing:
             history.load_state_dict(state["times"])
         if accelerator.scaler is not None and state["scaler"] is not None:
             accelerator.scaler.load_state_dict(state["scaler"])
+        if step.alignment is not None:
+            step.alignment.load_state_dict(state["alignment"])
         step.skipped = state["skipped"]

@@ -14,7 +14,8 @@ from msmdiff.core.backbones.routes import checkpoint_blocks, compile_blocks
 from msmdiff.core.build import Parts
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch, flip
-from msmdiff.core.errors import MsmdiffError
+from msmdiff.core.diffusion.alignment import Alignment
+from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.seeding import key, stream
 from msmdiff.core.training import launch, optim, sharding
 from msmdiff.core.training.ema import Averages
@@ -77,7 +78,8 @@ class Step:
         note: told of steps that are left out.
         last_good: the checkpoint that a message may name.
 
-    Raises UsageError where the batch does not divide among the processes.
+    Raises UsageError where the batch does not divide among the processes, and what an alignment
+    raises that cannot start.
     """
 
     def __init__(
@@ -102,11 +104,39 @@ class Step:
         self.averages = Averages(backbone.to(self.device), config.ema)
         if config.train.compile:
             compile_blocks(backbone)
-        optimizer = optim.build(config.optim, backbone.parameters())
+        self.alignment = self._aligned()
+        beside = [] if self.alignment is None else self.alignment.parameters()
+        optimizer = optim.build(config.optim, [*backbone.parameters(), *beside])
         copies = self.averages.networks.values()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
+        if self.alignment is not None:
+            self.alignment.prepare(accelerator.prepare)
+        parts.objective.alignment = self.alignment
         self.defers = self._can_defer(optimizer)
         self._unchecked: Unchecked | None = None
+
+    def _aligned(self) -> Alignment | None:
+        """The alignment, ready for training. Its numbers are drawn apart from the network's, so
+        that the network starts as without it.
+
+        Raises UsageError where what it trains would have to be sharded.
+        """
+        torch.manual_seed(key(self.config.train.seed, "alignment"))
+        made = self.parts.alignment(self.config)
+        if made is None:
+            return None
+        if self.accelerator.is_fsdp2 and (made.averaged or made.projector is not None):
+            raise UsageError(
+                f"objective.alignment {self.config.objective.alignment} is not supported with "
+                "sharding (FSDP): use layersync, or training without it"
+            )
+        made.start(self.device, self.averages.networks, self.accelerator.autocast)
+        return made
+
+    def _trained(self) -> list[torch.nn.Parameter]:
+        """Everything that the optimiser moves."""
+        beside = [] if self.alignment is None else self.alignment.parameters()
+        return [*self.model.parameters(), *beside]
 
     def _can_defer(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether the device itself can leave out an update, so that nobody has to wait for its
@@ -181,7 +211,7 @@ class Step:
     def _clipped_norm(self, terms: dict[str, Tensor], images_seen: int) -> float | Tensor | None:
         """Clip the gradients and return their norm; None where this step must not be taken."""
         limit = self.config.optim.clip_grad_norm or math.inf
-        clipped = self.accelerator.clip_grad_norm_(self.model.parameters(), limit)
+        clipped = self.accelerator.clip_grad_norm_(self._trained(), limit)
         if not self.defers:
             return self._checked(float(sharding.gathered(clipped)), terms, images_seen)
         self.settle()  # the step before: the host is never more than one step ahead

@@ -17,6 +17,7 @@ from msmdiff.core import backbones
 from msmdiff.core import build as road
 from msmdiff.core.backbones.blocks import options_of
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion import alignment
 from msmdiff.core.errors import UsageError
 from msmdiff.core.weights import Stored, published
 
@@ -36,6 +37,8 @@ def next_stage(config: Config) -> dict[str, Any]:
         ("optim", "decay_steps"),
     ):
         del layer[section][key]
+    for option in alignment.keys(config.objective):  # of the stage that asks for it
+        del layer["objective"][option]
     if config.optim.lr == road.derived_rate(config.model):
         del layer["optim"]["lr"]
     return layer

@@ -36,7 +36,14 @@ MODELS = {
     "dit": {"model": {**SIZE, "family": "dit", "depth": 2, "num_classes": 3}},
     "uvit": {"model": {**SIZE, "family": "uvit", "depth": 3, "num_classes": 3, "final_conv": True}},
 }
+MODERN = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "rope": True, "value_residual": True}
+MODELS["modern"] = {"model": {**MODELS["dit"]["model"], **MODERN}}
 MASKED = {"mask": {"ratio": 0.5}}
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
 
 
 def parts_of(*layers):
@@ -144,11 +151,11 @@ def test_the_derivative_along_the_way_is_that_of_finite_differences(family, mask
         with torch.no_grad():
             return objective._ask(network, moved, r)
 
-    step = 1e-2
+    step = 3e-3
     rate = (at(step) - at(-step)) / (2 * step)
     expected = (t - r).view(-1, *[1] * (rate.ndim - 1)) * rate
     assert got[:3].abs().amax(dim=tuple(range(1, got.ndim))).min() > 0.01
-    torch.testing.assert_close(got[:3], expected[:3], rtol=1e-2, atol=2e-3)
+    torch.testing.assert_close(got[:3], expected[:3], rtol=1e-2, atol=3e-3)
     assert torch.equal(got[3], torch.zeros_like(got[3]))
 
 
