@@ -55,8 +55,11 @@ CASES = {
     "uvit-bf16": {**UVIT, "train": {"precision": "bf16"}},
     "mdtv2": {**MDT, "eval": {"every": 3, "n": 7, "features": "pixel"}},
     "mdtv2-unmasked": UNMASKED,
+    "muon": {**UVIT, "optim": {"name": "muon"}},
 }
 RESUMED = ["uvit", "mdtv2-unmasked"]
+# Muon iterates in bf16, and makes small directions of a gradient as large as all others.
+CLOSE = {"muon": 3e-4}
 COMMON = {
     "train": {
         "batch_size": 8,
@@ -180,19 +183,21 @@ def test_two_sharded_processes_compute_what_one_whole_does(sharded, tmp_path, na
         whole, shards = load_file(file), load_file(theirs / file.name)
         assert whole.keys() == shards.keys() == gathered[file.stem].keys()
         for key, value in whole.items():
-            torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=2e-5)
+            close = CLOSE.get(name, 2e-5)
+            torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=close)
             assert torch.equal(shards[key], gathered[file.stem][key]), key
     state, expected = (checkpoint.load(path)[0]["optimizer"] for path in (theirs, mine))
     assert state["param_groups"] == expected["param_groups"]
     assert state["state"].keys() == expected["state"].keys()
     for i, values in expected["state"].items():
         for key, value in values.items():
-            torch.testing.assert_close(state["state"][i][key], value, rtol=1e-4, atol=2e-5)
+            close = CLOSE.get(name, 2e-5)
+            torch.testing.assert_close(state["state"][i][key], value, rtol=1e-4, atol=close)
     norms = [
         [line["grad_norm"] for line in logged(run) if "grad_norm" in line]
         for run in (tmp_path, sharded / name)
     ]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2 if name in CLOSE else 1e-4)
     assert max(norms[0]) > COMMON["optim"]["clip_grad_norm"]
     # Pictures and distances come from a whole copy.
     pictures = [

@@ -176,14 +176,18 @@ BLOCK = "Block"
 """The class name of what a network repeats: compiled, sharded and checkpointed one by one."""
 
 
+def blocks_of(network: nn.Module) -> list[nn.Module]:
+    """What a network repeats; of a plugin's network perhaps nothing of that name."""
+    return [module for module in network.modules() if type(module).__name__ == BLOCK]
+
+
 def compile_blocks(network: nn.Module, **options: Any) -> None:
     """Let torch.compile each block in place; names of parameters stay as they are.
 
     Blocks that are alike share one compiled graph, which takes seconds where a deep network as a
     whole takes minutes. `options` are torch.compile's.
     """
-    blocks = [module for module in network.modules() if type(module).__name__ == BLOCK]
-    for module in blocks or [network]:  # a plugin's network may repeat nothing of that name
+    for module in blocks_of(network) or [network]:
         module.compile(**options)
 
 

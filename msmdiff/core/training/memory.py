@@ -75,7 +75,7 @@ def estimate(
     states = {
         "weights": weights,
         "gradients": 4 * trained,
-        "optimiser": 4 * trained * optim.state_size(config.optim),
+        "optimiser": 4 * optim.state_size(config.optim, optim.Parameters.of(parts.backbone)),
         "averages": weights * len(config.ema.decays),
     }
     if sharded:

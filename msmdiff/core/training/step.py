@@ -102,7 +102,7 @@ class Step:
         self.averages = Averages(backbone.to(self.device), config.ema)
         if config.train.compile:
             compile_blocks(backbone)
-        optimizer = optim.build(config.optim, backbone.parameters())
+        optimizer = optim.build(config.optim, optim.Parameters.of(backbone))
         copies = self.averages.networks.values()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
         self.defers = self._can_defer(optimizer)
