@@ -51,7 +51,7 @@ MDT = {
 # Without a mask the side block gets no gradients, neither whole nor in shards.
 UNMASKED = {**MDT, "objective": {"name": "dsm"}, "optim": {"name": "adan"}}
 CASES = {
-    "uvit": UVIT,
+    "uvit": {**UVIT, "ema": {"snapshots_every": 2}},
     "uvit-bf16": {**UVIT, "train": {"precision": "bf16"}},
     "mdtv2": {**MDT, "eval": {"every": 3, "n": 7, "features": "pixel"}},
     "mdtv2-unmasked": UNMASKED,
@@ -94,7 +94,7 @@ def train(name, folder, steps=STEPS, sharded=True, **settings):
         if PartialState._shared_state["distributed_type"] != DistributedType.FSDP:  # the first
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Trainer(config, Path(folder), Silent(), False, "")
-    networks = [trainer.step.model, *trainer.step.averages.networks.values()]
+    networks = [trainer.step.model, *trainer.step.averages.copies()]
     trained = [p for network in networks for p in network.parameters()]
     assert all(isinstance(p, DTensor) == sharded for p in trained)
     if sharded:
@@ -115,6 +115,7 @@ def train_sharded(folder):
         networks = {"model": trainer.step.model} | {
             f"ema-{d}": net for d, net in trainer.step.averages.networks.items()
         }
+        networks |= {f"width-{w}": net for w, net in trainer.step.averages.of_snapshots.items()}
         gathered = {
             k: {n: p.full_tensor() for n, p in net.named_parameters()}
             for k, net in networks.items()
@@ -140,6 +141,10 @@ def train_sharded(folder):
 
 def logged(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def posthoc_files(run):
+    return sorted((run / "snapshots").glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -193,6 +198,13 @@ def test_two_sharded_processes_compute_what_one_whole_does(sharded, tmp_path, na
         for key, value in values.items():
             close = CLOSE.get(name, 2e-5)
             torch.testing.assert_close(state["state"][i][key], value, rtol=1e-4, atol=close)
+    kept = [[p.name for p in posthoc_files(run)] for run in (tmp_path, sharded / name)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == (6 if name == "uvit" else 0)  # of two widths at steps 2, 4 and 5
+    for mine, theirs in zip(posthoc_files(tmp_path), posthoc_files(sharded / name), strict=True):
+        whole, shards = load_file(mine), load_file(theirs)
+        for key, value in whole.items():
+            torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=2e-5)
     norms = [
         [line["grad_norm"] for line in logged(run) if "grad_norm" in line]
         for run in (tmp_path, sharded / name)

@@ -76,7 +76,7 @@ def estimate(
         "weights": weights,
         "gradients": 4 * trained,
         "optimiser": 4 * optim.state_size(config.optim, optim.Parameters.of(parts.backbone)),
-        "averages": weights * len(config.ema.decays),
+        "averages": weights * _averages(config),
     }
     if sharded:
         states = {name: size // processes for name, size in states.items()}
@@ -88,6 +88,12 @@ def estimate(
         allocator=round(_LIBRARIES + _FRAGMENTS * activations) if on_cpu else 0,
         process=resident_memory() if on_cpu else 0,
     )
+
+
+def _averages(config: Config) -> int:
+    """Copies of the network that averages are kept in."""
+    ema = config.ema
+    return len(ema.decays) + (len(ema.widths) if ema.snapshots_every else 0)
 
 
 def _activations(config: Config, parts: road.Parts, micro: int, device: str) -> int:

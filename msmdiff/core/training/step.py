@@ -103,7 +103,7 @@ class Step:
         if config.train.compile:
             compile_blocks(backbone)
         optimizer = optim.build(config.optim, optim.Parameters.of(backbone))
-        copies = self.averages.networks.values()
+        copies = self.averages.copies()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
         self.defers = self._can_defer(optimizer)
         self._unchecked: Unchecked | None = None
