@@ -266,6 +266,17 @@ class EmaConfig(Section):
     update_every: int = Field(
         1, ge=1, description="Optimiser steps between updates; the decay is not rescaled."
     )
+    snapshots_every: int = Field(
+        0,
+        ge=0,
+        description="Steps between snapshots, from which `msmdiff weights ema` makes averages of "
+        "any width after the training; 0 keeps none.",
+    )
+    widths: list[Annotated[float, Field(gt=0, le=0.28)]] = Field(
+        default=[0.05, 0.1],
+        min_length=1,
+        description="The relative widths of the averages that snapshots hold.",
+    )
 
 
 class TrainConfig(Section):

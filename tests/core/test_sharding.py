@@ -61,13 +61,16 @@ MEANFLOW = {
     "sample": {"sampler": "meanflow", "steps": 2},
 }
 CASES = {
-    "uvit": UVIT,
+    "uvit": {**UVIT, "ema": {"snapshots_every": 2}},
     "uvit-bf16": {**UVIT, "train": {"precision": "bf16"}},
     "mdtv2": {**MDT, "eval": {"every": 3, "n": 7, "features": "pixel"}},
     "mdtv2-unmasked": UNMASKED,
     "meanflow": MEANFLOW,
+    "muon": {**UVIT, "optim": {"name": "muon"}},
 }
 RESUMED = ["uvit", "mdtv2-unmasked"]
+# Muon iterates in bf16, and makes small directions of a gradient as large as all others.
+CLOSE = {"muon": 3e-4}
 COMMON = {
     "train": {
         "batch_size": 8,
@@ -102,7 +105,7 @@ def train(name, folder, steps=STEPS, sharded=True, **settings):
         if PartialState._shared_state["distributed_type"] != DistributedType.FSDP:  # the first
             PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     trainer = Trainer(config, Path(folder), Silent(), False, "")
-    networks = [trainer.step.model, *trainer.step.averages.networks.values()]
+    networks = [trainer.step.model, *trainer.step.averages.copies()]
     trained = [p for network in networks for p in network.parameters()]
     assert all(isinstance(p, DTensor) == sharded for p in trained)
     if sharded:
@@ -123,6 +126,7 @@ def train_sharded(folder):
         networks = {"model": trainer.step.model} | {
             f"ema-{d}": net for d, net in trainer.step.averages.networks.items()
         }
+        networks |= {f"width-{w}": net for w, net in trainer.step.averages.of_snapshots.items()}
         gathered = {
             k: {n: p.full_tensor() for n, p in net.named_parameters()}
             for k, net in networks.items()
@@ -148,6 +152,10 @@ def train_sharded(folder):
 
 def logged(run):
     return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def posthoc_files(run):
+    return sorted((run / "snapshots").glob("*.safetensors"))
 
 
 @pytest.fixture(scope="module")
@@ -191,19 +199,28 @@ def test_two_sharded_processes_compute_what_one_whole_does(sharded, tmp_path, na
         whole, shards = load_file(file), load_file(theirs / file.name)
         assert whole.keys() == shards.keys() == gathered[file.stem].keys()
         for key, value in whole.items():
-            torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=2e-5)
+            close = CLOSE.get(name, 2e-5)
+            torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=close)
             assert torch.equal(shards[key], gathered[file.stem][key]), key
     state, expected = (checkpoint.load(path)[0]["optimizer"] for path in (theirs, mine))
     assert state["param_groups"] == expected["param_groups"]
     assert state["state"].keys() == expected["state"].keys()
     for i, values in expected["state"].items():
         for key, value in values.items():
-            torch.testing.assert_close(state["state"][i][key], value, rtol=1e-4, atol=2e-5)
+            close = CLOSE.get(name, 2e-5)
+            torch.testing.assert_close(state["state"][i][key], value, rtol=1e-4, atol=close)
+    kept = [[p.name for p in posthoc_files(run)] for run in (tmp_path, sharded / name)]
+    assert kept[0] == kept[1]
+    assert len(kept[0]) == (6 if name == "uvit" else 0)  # of two widths at steps 2, 4 and 5
+    for mine, theirs in zip(posthoc_files(tmp_path), posthoc_files(sharded / name), strict=True):
+        whole, shards = load_file(mine), load_file(theirs)
+        for key, value in whole.items():
+            torch.testing.assert_close(shards[key], value, rtol=1e-4, atol=2e-5)
     norms = [
         [line["grad_norm"] for line in logged(run) if "grad_norm" in line]
         for run in (tmp_path, sharded / name)
     ]
-    assert norms[1] == pytest.approx(norms[0], rel=1e-4)
+    assert norms[1] == pytest.approx(norms[0], rel=1e-2 if name in CLOSE else 1e-4)
     assert max(norms[0]) > COMMON["optim"]["clip_grad_norm"]
     # Pictures and distances come from a whole copy.
     pictures = [

@@ -61,7 +61,7 @@ def assert_same_bits(a, b):
 
 @pytest.mark.parametrize("codec", [{}, {"codec": {"name": "dwt"}}], ids=["pixel", "dwt"])
 @pytest.mark.parametrize("ema", [[0.999], [], [0.9, 0.99]], ids=["ema", "no-ema", "two-emas"])
-@pytest.mark.parametrize("optimiser", ["adamw", "adan"])
+@pytest.mark.parametrize("optimiser", ["adamw", "adan", "muon"])
 def test_three_plus_five_steps_equal_eight(tmp_path, quiet, codec, ema, optimiser):
     layers = codec, {"ema": {"decays": ema, "update_after_step": 2}, "optim": {"name": optimiser}}
     train(small(*layers), tmp_path / "straight", quiet)

@@ -267,14 +267,18 @@ BLOCK = "Block"
 """The class name of what a network repeats: compiled, sharded and checkpointed one by one."""
 
 
+def blocks_of(network: nn.Module) -> list[Any]:
+    """What a network repeats; of a plugin's network perhaps nothing of that name."""
+    return [module for module in network.modules() if type(module).__name__ == BLOCK]
+
+
 def compile_blocks(network: nn.Module, **options: Any) -> None:
     """Let torch.compile each block in place; names of parameters stay as they are.
 
     Blocks that are alike share one compiled graph, which takes seconds where a deep network as a
     whole takes minutes. `options` are torch.compile's.
     """
-    # A plugin's network may repeat nothing of that name.
-    for module in _blocks(network) or [network]:
+    for module in blocks_of(network) or [network]:
         module.compile(**options)
 
 
@@ -284,12 +288,8 @@ def checkpoint_blocks(network: Any, every: int) -> None:
     A block that is computed again keeps its input only, and costs its forward pass once more.
     """
     network.gradient_checkpointing = every > 0
-    for number, block in enumerate(_blocks(network)):
+    for number, block in enumerate(blocks_of(network)):
         block.computed_again = every > 0 and number % every == 0
-
-
-def _blocks(network: nn.Module) -> list[Any]:
-    return [module for module in network.modules() if type(module).__name__ == BLOCK]
 
 
 def run_block(network: Any, block: nn.Module, *inputs: Tensor | None, **told: Tensor) -> Tensor:

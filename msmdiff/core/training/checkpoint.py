@@ -32,8 +32,8 @@ def save(
         images_seen: names the checkpoint.
         state: what torch saves beside the weights (optimiser, counters): numbers, text and tensors
             only.
-        networks: state dicts by file stem, `model` and any `ema-DECAY`; the first average (else the
-            model) is what sample and finetune take.
+        networks: state dicts by file stem, `model`, any `ema-DECAY` and `width-WIDTH`; the first
+            `ema` (else the model) is what sample and finetune take.
         config: goes into every weights file.
         retain: how many checkpoints stay.
         class_names, class_counts: the data's, kept in a conditional network's files for sampling
@@ -45,11 +45,8 @@ def save(
     """
     folder = run / "checkpoints"
     final, part = folder / f"img-{images_seen:09d}", folder / f".img-{images_seen:09d}.part"
-    averages = [name for name in networks if name != "model"]
-    notes = {"images_seen": str(images_seen)}
-    if config.model.num_classes and class_names:
-        notes["class_names"] = json.dumps(list(class_names))
-        notes["class_counts"] = json.dumps(list(class_counts))
+    averages = [name for name in networks if name.startswith("ema-")]
+    notes = notes_of(config, images_seen, class_names, class_counts)
     try:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -69,6 +66,17 @@ def save(
             "earlier checkpoints are intact, run the same command again to go on from the newest"
         ) from None
     return final
+
+
+def notes_of(
+    config: Config, images_seen: int, class_names: Sequence[str], class_counts: Sequence[int]
+) -> dict[str, str]:
+    """What a weights file of a training says of itself, beside its configuration."""
+    notes = {"images_seen": str(images_seen)}
+    if config.model.num_classes and class_names:
+        notes["class_names"] = json.dumps(list(class_names))
+        notes["class_counts"] = json.dumps(list(class_counts))
+    return notes
 
 
 def finish(run: Path, stem: str, retain: int, last: int) -> None:
@@ -120,8 +128,9 @@ def clear_torn(run: Path) -> list[Path]:
         )
     for path in [*torn, *(run / "checkpoints").glob(".img-*.part")]:
         shutil.rmtree(path, ignore_errors=True)
-    for part in [*run.glob(".*.part"), *(run / "previews").glob(".*.part")]:
-        part.unlink(missing_ok=True)
+    for folder in (run, run / "previews", run / "snapshots"):
+        for part in folder.glob(".*.part"):
+            part.unlink(missing_ok=True)
     return torn
 
 

@@ -72,16 +72,18 @@ def estimate(
     with torch.device("meta"):
         parts = road.build(config)
         aligned = parts.alignment(config)
-    beside = 0 if aligned is None else sum(p.numel() for p in aligned.parameters())
+    projector = [] if aligned is None else list(aligned.parameters())
+    parameters = optim.Parameters.of(parts.backbone, projector)
+    beside = sum(p.numel() for p in projector)
     followed = 0 if aligned is None else 4 * aligned.frozen
     own = 4 * sum(p.numel() for p in parts.backbone.parameters())
-    trained = beside + sum(p.numel() for p in parts.backbone.parameters() if p.requires_grad)
+    trained = sum(p.numel() for p in parameters)
     activations = _activations(config, parts, aligned, micro, device)
     states = {
         "weights": own + 4 * beside + followed,
         "gradients": 4 * trained,
-        "optimiser": 4 * trained * optim.state_size(config.optim),
-        "averages": own * len(config.ema.decays),
+        "optimiser": 4 * optim.state_size(config.optim, parameters),
+        "averages": own * _averages(config),
     }
     if sharded:
         states = {name: size // processes for name, size in states.items()}
@@ -93,6 +95,12 @@ def estimate(
         allocator=round(_LIBRARIES + _FRAGMENTS * activations) if on_cpu else 0,
         process=resident_memory() if on_cpu else 0,
     )
+
+
+def _averages(config: Config) -> int:
+    """Copies of the network that averages are kept in."""
+    ema = config.ema
+    return len(ema.decays) + (len(ema.widths) if ema.snapshots_every else 0)
 
 
 def _activations(

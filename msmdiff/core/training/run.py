@@ -18,7 +18,7 @@ from msmdiff.core import config as configuration
 from msmdiff.core import files, presets, weights
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
-from msmdiff.core.training import changes, checkpoint
+from msmdiff.core.training import changes, checkpoint, posthoc
 
 
 class Reporter(Protocol):
@@ -141,7 +141,9 @@ class Run:
         return notes
 
     def start(self, config: Config, command: str, images_seen: int) -> None:
-        """Record the configuration and the circumstances; drop log lines past `images_seen`."""
+        """Record the configuration and the circumstances; drop log lines and snapshots past
+        `images_seen`.
+        """
         if not self.writes:
             return
         # First what tells the directory from a foreign one (`_is_run`).
@@ -149,6 +151,7 @@ class Run:
         known = {"changes": [*self._earlier_changes(), *made]}
         files.write_json(self.path / "run.json", _circumstances(command) | known)
         files.write_text(self.path / "config.yaml", config.to_yaml())
+        posthoc.forget(self.path, images_seen)
         kept = [line for line in self._lines() if line["images"] <= images_seen]
         files.write_text(
             self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept)

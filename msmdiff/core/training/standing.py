@@ -9,7 +9,7 @@ from typing import Any
 
 from msmdiff.core.config import Config
 from msmdiff.core.data.source import Source
-from msmdiff.core.training import checkpoint, origins, sharding
+from msmdiff.core.training import checkpoint, origins, posthoc, sharding
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.step import Step
 
@@ -68,9 +68,7 @@ class Standing:
         if self.step.alignment is not None:
             state["alignment"] = self.step.alignment.state_dict()
         networks = {"model": accelerator.unwrap_model(self.step.model).state_dict()}
-        networks |= {
-            f"ema-{decay}": net.state_dict() for decay, net in self.step.averages.networks.items()
-        }
+        networks |= self.step.averages.state_dicts()
         state, networks = sharding.gathered((state, networks), wanted=self.main)
         if self.main:
             checkpoint.save(
@@ -84,6 +82,28 @@ class Standing:
                 class_counts=self.source.class_counts,
             )
         accelerator.wait_for_everyone()
+
+    def owes_snapshot(self, total: int) -> bool:
+        """Whether a snapshot is due: after every so many steps, and at the end, `total` images."""
+        every = self.config.ema.snapshots_every
+        step = self.images_seen // self.config.train.batch_size
+        return bool(every and step) and (step % every == 0 or self.images_seen >= total)
+
+    def keep_snapshot(self) -> None:
+        """Keep the averages of snapshots; every process has to ask for it."""
+        averages = self.step.averages
+        tensors = {width: net.state_dict() for width, net in averages.of_snapshots.items()}
+        tensors = sharding.gathered(tensors, wanted=self.main)
+        if self.main:
+            posthoc.keep(
+                run=self.run.path,
+                images_seen=self.images_seen,
+                updates=averages.updates,
+                networks=tensors,
+                config=self.config,
+                classes=(self.source.class_names, self.source.class_counts),
+            )
+        self.step.accelerator.wait_for_everyone()
 
     def restore(self, path: Path) -> None:
         """Go on from a checkpoint. Raises UsageError for other data or weights to start from."""
@@ -108,8 +128,7 @@ class Standing:
         step = self.step
         accelerator, history = step.accelerator, step.parts.objective.history
         sharding.load(accelerator.unwrap_model(step.model), networks["model"])
-        averaged = {stem.removeprefix("ema-"): t for stem, t in networks.items() if stem != "model"}
-        step.averages.load(state["averages"], averaged)
+        step.averages.load(state["averages"], networks)
         sharding.load_optimizer(step.optimizer, state["optimizer"])
         if history is not None:
             history.load_state_dict(state["times"])

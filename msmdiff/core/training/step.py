@@ -106,8 +106,8 @@ class Step:
             compile_blocks(backbone)
         self.alignment = self._aligned()
         beside = [] if self.alignment is None else self.alignment.parameters()
-        optimizer = optim.build(config.optim, [*backbone.parameters(), *beside])
-        copies = self.averages.networks.values()
+        optimizer = optim.build(config.optim, optim.Parameters.of(backbone, beside))
+        copies = self.averages.copies()
         self.model, self.optimizer = sharding.prepare(accelerator, backbone, optimizer, copies)
         if self.alignment is not None:
             self.alignment.prepare(accelerator.prepare)

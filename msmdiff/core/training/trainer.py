@@ -271,10 +271,13 @@ class Trainer:
         validates = not told and self._validates(done, step)
         logs = done or validates or step % train.log_every == 0
         due = done or step % train.checkpoint_every == 0
-        if logs or due:
+        keeps = self.standing.owes_snapshot(total) and reached.saved != self.images_seen
+        if logs or due or keeps:
             self.settle()
         if logs:
             self._log(total, validates)
+        if keeps:  # before the checkpoint: who goes on from that has it
+            self.standing.keep_snapshot()
         if due and reached.saved != self.images_seen:
             self.standing.save()
             reached.saved = self.images_seen
