@@ -50,11 +50,26 @@ MDT = {
 }
 # Without a mask the side block gets no gradients, neither whole nor in shards.
 UNMASKED = {**MDT, "objective": {"name": "dsm"}, "optim": {"name": "adan"}}
+BLOCKS = {
+    "model": {
+        "name": None,
+        "family": "dit",
+        "patch_size": 2,
+        "hidden_size": 16,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": "auto",
+    }
+    | {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "rope": True, "value_residual": True}
+    | {"class_tokens": 2, "bottleneck": 6},
+    "mask": {"ratio": 0.75},
+}
 CASES = {
     "uvit": UVIT,
     "uvit-bf16": {**UVIT, "train": {"precision": "bf16"}},
     "mdtv2": {**MDT, "eval": {"every": 3, "n": 7, "features": "pixel"}},
     "mdtv2-unmasked": UNMASKED,
+    "blocks": BLOCKS,
 }
 RESUMED = ["uvit", "mdtv2-unmasked"]
 COMMON = {
