@@ -16,6 +16,7 @@ FAMILIES = {
     "uvit": "U-ViT",
     "dit": "DiT, and the routes on it",
     "sit": "SiT",
+    "jit": "JiT",
     "mdt": "MDT",
     "mdtv2": "MDTv2",
     "edt": "EDT",

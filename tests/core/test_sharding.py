@@ -59,6 +59,19 @@ MEANFLOW = {
     },
     "objective": {"name": "meanflow", "guidance_kappa": 0.5, "equal_times": 0.25},
     "sample": {"sampler": "meanflow", "steps": 2},
+BLOCKS = {
+    "model": {
+        "name": None,
+        "family": "dit",
+        "patch_size": 2,
+        "hidden_size": 16,
+        "depth": 3,
+        "num_heads": 2,
+        "num_classes": "auto",
+    }
+    | {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "rope": True, "value_residual": True}
+    | {"class_tokens": 2, "bottleneck": 6},
+    "mask": {"ratio": 0.75},
 }
 CASES = {
     "uvit": {**UVIT, "ema": {"snapshots_every": 2}},
@@ -67,6 +80,7 @@ CASES = {
     "mdtv2-unmasked": UNMASKED,
     "meanflow": MEANFLOW,
     "muon": {**UVIT, "optim": {"name": "muon"}},
+    "blocks": BLOCKS,
 }
 RESUMED = ["uvit", "mdtv2-unmasked"]
 # Muon iterates in bf16, and makes small directions of a gradient as large as all others.

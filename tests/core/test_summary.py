@@ -10,6 +10,7 @@ from msmdiff.core.compare import summary
 from msmdiff.core.errors import MsmdiffError, UsageError
 
 PAGE = Path(__file__).parents[2] / "docs" / "does-masking-pay"
+BLOCKS = PAGE.with_name("blocks")
 
 
 def result(tokens, arms, budget=None):
@@ -115,3 +116,15 @@ def test_the_page_shows_what_the_stored_results_say():
     for path in PAGE.glob("*.json"):
         spec = specs.read(path.with_suffix(".yaml")).model_dump(mode="json")
         assert json.loads(path.read_text())["spec"]["arms"] == spec["arms"]
+
+
+def test_the_page_of_blocks_shows_what_is_stored():
+    page = BLOCKS.with_suffix(".md").read_text()
+    stored = sorted(BLOCKS.glob("*.json"))
+    assert stored
+    for path in stored:
+        content = json.loads(path.read_text())
+        spec = specs.read(path.with_suffix(".yaml")).model_dump(mode="json")
+        assert content["spec"]["arms"] == spec["arms"]
+        for arm in content["arms"].values():
+            assert ", ".join(f"{value:.4f}" for value in arm["values"]) in page

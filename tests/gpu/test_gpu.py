@@ -28,7 +28,7 @@ from msmdiff.core.training.trainer import train
 pytestmark = pytest.mark.gpu
 
 DIGITS = sorted(name for name in presets.names() if name.startswith("digits-"))
-FAMILIES = [f"digits-{name}" for name in ("uvit", "dit", "mdt", "mdtv2", "edt", "maskdwt")]
+FAMILIES = [f"digits-{name}" for name in ("uvit", "dit", "jit", "mdt", "mdtv2", "edt", "maskdwt")]
 CUDA = torch.device("cuda")
 
 

@@ -103,6 +103,7 @@ class AdaLNTransformer(nn.Module):
         learn_sigma: twice the channels out: the prediction, then the variance between its two
             bounds.
         norm: of the output.
+        bottleneck: patches are projected to this width first, without bias; 0: they are not.
     """
 
     AMM: ClassVar[dict[int, list[tuple[float, list[int]]]]] = {}
@@ -120,6 +121,7 @@ class AdaLNTransformer(nn.Module):
         learn_sigma: bool,
         null_class: bool,
         norm: Norm = "layer",
+        bottleneck: int = 0,
     ) -> None:
         super().__init__()
         channels, height, width = shape
@@ -132,7 +134,10 @@ class AdaLNTransformer(nn.Module):
         self.gradient_checkpointing = False
         patch_width = patch_size**2 * channels
 
-        self.patch_embed = nn.Linear(patch_width, hidden_size)
+        self.patch_embed: nn.Module = nn.Linear(bottleneck or patch_width, hidden_size)
+        if bottleneck:
+            narrow = nn.Linear(patch_width, bottleneck, bias=False)
+            self.patch_embed = nn.Sequential(narrow, self.patch_embed)
         self.time_embed: Any = nn.Sequential(
             nn.Linear(TIME_WIDTH, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
         )
@@ -170,7 +175,7 @@ class AdaLNTransformer(nn.Module):
         """Network time t [B], labels y [B] (None: the null class) and, of a network that knows
         them, intervals [B] -> the condition [B, hidden_size].
         """
-        sinusoids = timestep_embedding(t, TIME_WIDTH).to(self.patch_embed.weight.dtype)
+        sinusoids = timestep_embedding(t, TIME_WIDTH).to(self.final.linear.weight.dtype)
         c = add_interval(self.interval_embed, self.time_embed(sinusoids), interval)
         if self.label_emb is None:
             return c
@@ -203,6 +208,11 @@ class AdaLNTransformer(nn.Module):
                 )
             amm = [layers for start, layers in self.AMM[len(blocks)] if cfg_scale >= start][-1]
         chosen = [] if amm == "off" else amm
+        if chosen and self.special_tokens:
+            raise UsageError(
+                f"model.amm {chosen} modulates the attention between patches: a network with "
+                "model.class_tokens has others too, use off"
+            )
         if wrong := [i for i in chosen if not 0 <= i < len(blocks)]:
             raise UsageError(
                 f"model.amm names block {wrong[0]}; this network's blocks are 0..{len(blocks) - 1}"

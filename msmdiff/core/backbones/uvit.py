@@ -204,12 +204,10 @@ class UViT(nn.Module):
     ) -> None:
         super().__init__()
         channels, height, width = shape
-        grid = check_patches(height, width, patch_size)
+        self.grid = check_patches(height, width, patch_size)
         _check_heads(hidden_size, num_heads, context_tokens, num_classes)
         self.patch_size = patch_size
-        self.grid = grid
-        self.num_classes = num_classes
-        self.null_class = null_class
+        self.num_classes, self.null_class = num_classes, null_class
         self.hidden_size = hidden_size
         self.context_tokens = context_tokens
         self.gradient_checkpointing = False

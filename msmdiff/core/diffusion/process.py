@@ -161,6 +161,29 @@ def min_snr(*, min_snr_gamma: float) -> Weighting:
     return weight
 
 
+class VelocityOptions(Options):
+    velocity_floor: float = Field(
+        0.05, ge=1e-4, lt=1, description="The time below which the weight rises no more."
+    )
+
+
+@register("weighting", "velocity", VelocityOptions)
+def velocity(*, velocity_floor: float) -> Weighting:
+    """An error of x0 counts as that of the velocity dx/dt which follows from it: over max(t,
+    floor)^2 on the flow (JiT; Li & He 2025).
+    """
+
+    def weight(schedule: Schedule, prediction: Prediction, t: Tensor) -> Tensor:
+        held = t.double().clamp(min=velocity_floor)
+        alpha, sigma = schedule.alpha_sigma(held)
+        of_x0, of_eps = schedule.rates(held)
+        slope = of_x0 - of_eps * alpha / sigma  # d velocity / d x0 at a given x_t
+        snr = schedule.log_snr(t).exp()
+        return slope.square().to(t.dtype) / prediction.snr_weight(snr)
+
+    return weight
+
+
 LARGE_TARGET = 10.0
 """Targets of this size, of an image and noise of size 1, make a loss that is all scale."""
 

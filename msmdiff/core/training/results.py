@@ -28,7 +28,9 @@ def meaning(config: Config) -> str:
     if masked and config.objective.name != "msm":
         where = "its passes with and without the mask"
     space = SPACES.get(config.codec.name, config.codec.name)
-    return f"error of {config.process.prediction} in {space}, over {where}"
+    weighting = config.process.weighting
+    weighted = "" if weighting == "uniform" else f", weighted by {weighting}"
+    return f"error of {config.process.prediction} in {space}{weighted}, over {where}"
 
 
 def of_run(run: Run, config: Config) -> None:
