@@ -59,6 +59,7 @@ MEANFLOW = {
     },
     "objective": {"name": "meanflow", "guidance_kappa": 0.5, "equal_times": 0.25},
     "sample": {"sampler": "meanflow", "steps": 2},
+}
 BLOCKS = {
     "model": {
         "name": None,
