@@ -31,6 +31,14 @@ def numpy_stream(seed: int, purpose: str, *position: int) -> np.random.Generator
     return np.random.Generator(np.random.Philox(key(seed, purpose, *position)))
 
 
+def sent(drawn: Tensor, device: torch.device) -> Tensor:
+    """What was drawn on the CPU, on `device`, without waiting for it."""
+    # From pageable memory the copy would wait for what a GPU is doing.
+    if device.type == "cuda" and drawn.device.type == "cpu":
+        drawn = drawn.pin_memory()
+    return drawn.to(device, non_blocking=True)
+
+
 class SeedNoise:
     """Gaussian noise in which every image of a batch has a generator of its own, so that one seed
     is one image.

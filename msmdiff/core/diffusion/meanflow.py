@@ -25,6 +25,7 @@ from msmdiff.core.diffusion.schedules import Schedule
 from msmdiff.core.diffusion.time_sampling import Draw
 from msmdiff.core.registry import Options, register
 from msmdiff.core.sections import AUTO
+from msmdiff.core.seeding import sent
 
 JVP_COST = 2.0
 """Forward passes that one pass with its derivative costs: every product has two terms, of which
@@ -142,7 +143,7 @@ class MeanFlow(Objective):
         def second(purpose: str, *device: str) -> torch.Generator:
             return draw(f"{purpose}-until", *device)
 
-        other = self.times.draw(len(t), second)[0].to(t)
+        other = sent(self.times.draw(len(t), second)[0], t.device)
         t, r = torch.maximum(t, other), torch.minimum(t, other)
         # The number of images with r < t, right on average: a batch of few has to have some.
         chance = torch.rand((), generator=draw("apart", "cpu"), device="cpu").item()

@@ -27,6 +27,7 @@ from msmdiff.core.diffusion.suiting import does_not_suit, settle_route
 from msmdiff.core.diffusion.time_sampling import Draw, TimeSampling
 from msmdiff.core.registry import register
 from msmdiff.core.sections import AUTO, MaskConfig, ObjectiveConfig
+from msmdiff.core.seeding import sent
 
 DrawRoute = Callable[[int, Draw], Route | None]
 """(batch size, draw) -> the route of a pass; None lets everyone through."""
@@ -112,7 +113,7 @@ class Objective:
         if stage.copies > 1:
             x0 = x0.repeat_interleave(stage.copies, dim=0)
             y = None if y is None else y.repeat_interleave(stage.copies, dim=0)
-        t, importance = (v.to(x0.device) for v in self.times.draw(len(x0), draw))
+        t, importance = (sent(v, x0.device) for v in self.times.draw(len(x0), draw))
         aligns = self.alignment is not None and passed < self.alignment.until
         see = self.aligned if aligns else self.seen
         total = torch.zeros(len(x0), device=x0.device)
