@@ -130,7 +130,12 @@ def test_tokens_are_compared_where_both_are():
         assert torch.equal(right, some)
 
 
-@pytest.mark.parametrize("family", [DIT, UVIT], ids=["dit", "uvit"])
+CLASS_TOKENS = {"class_tokens": 2, "class_tokens_at": 1, "num_classes": 3}
+
+
+@pytest.mark.parametrize(
+    "family", [DIT, UVIT, {"model": CLASS_TOKENS}], ids=["dit", "uvit", "class-tokens"]
+)
 def test_what_is_watched_are_the_patches_behind_a_block(family):
     _, parts = parts_of(family)
     network, trunk = learnt(parts.backbone), parts.backbone.trunk
