@@ -142,12 +142,17 @@ def test_the_same_noise_makes_the_same_samples_of_a_mixture(one, other):
 # ------------------------------------------------------------------ masked score matching
 
 
-@pytest.mark.parametrize("preset", ["digits-edm", "digits-ve"])
-def test_the_masked_loss_is_the_papers_weight_times_the_error_of_visible_patches(preset):
+@pytest.mark.parametrize(
+    ("preset", "prediction"), [("digits-edm", "edm"), ("digits-ve", "edm"), ("digits-ve", "eps")]
+)
+def test_the_masked_loss_is_the_papers_weight_times_the_error_of_visible_patches(
+    preset, prediction
+):
     """EDM: (sigma^2 + sd^2) / (sigma sd)^2 |D - x0|^2 (eq. 6 and table 1); VE: |D - x0|^2 /
     sigma^2 (Song et al. 2021, eq. 7 with their lambda), both of the kept patches only.
     """
-    config = configuration.build(presets.read(preset), {"mask": {"ratio": 0.75}})
+    own = {"mask": {"ratio": 0.75}, "process": {"prediction": prediction}}
+    config = configuration.build(presets.read(preset), own)
     config = road.resolve(config, data_classes=10)
     assert config.objective.name == "msm"
     parts = road.build(config)
@@ -162,7 +167,7 @@ def test_the_masked_loss_is_the_papers_weight_times_the_error_of_visible_patches
     seen = patchify(x0, 2).gather(1, keep[..., None].expand(-1, -1, 12))
     noise = patchify(eps, 2).gather(1, keep[..., None].expand(-1, -1, 12))
     s = sigma.view(-1, 1, 1)
-    if preset == "digits-edm":
+    if prediction == "edm":
         data = 0.7
         skip, out = data**2 / (s**2 + data**2), s * data / (s**2 + data**2).sqrt()
         error = skip * (seen + s * noise) + out * output - seen
