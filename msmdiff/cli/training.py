@@ -14,7 +14,7 @@ import typer
 from msmdiff.cli import completion
 from msmdiff.cli.flags import begun, configure, place, with_training_options
 from msmdiff.core.errors import UsageError
-from msmdiff.core.layers import ALL_TOKENS
+from msmdiff.core.layers import all_tokens
 
 
 def register(app: typer.Typer) -> None:
@@ -98,7 +98,7 @@ def finetune(
             options["tell"](f"no --data: it is fine-tuned on {stored.data.source}")
     else:
         stored = goes_on  # a run that goes on needs the weights it started from no more
-    changes = {**ALL_TOKENS, "train": {"init_from": path}}
+    changes = {**all_tokens(stored.objective.name), "train": {"init_from": path}}
     config = configure(options, warmstart.next_stage(stored), changes)
     _measure_anew(config, stored)
     _train("finetune", options, config, allow_partial)

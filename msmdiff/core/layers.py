@@ -32,6 +32,15 @@ ALL_TOKENS: dict[str, Any] = {
 """The layer of a training that hides nothing, such as a fine-tuning."""
 
 
+def all_tokens(objective: str) -> dict[str, Any]:
+    """The layer of a training that hides nothing, after one with this objective, which stays where
+    it is not about hidden tokens.
+    """
+    known = registry.entries("objective").get(objective)
+    stays = known is not None and getattr(known.make, "for_all_tokens", False)
+    return {"mask": ALL_TOKENS["mask"]} if stays else ALL_TOKENS
+
+
 def merge(base: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
     """`layer` over `base`; neither is changed. An empty section (None) says nothing."""
     merged = dict(base)

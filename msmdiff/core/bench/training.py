@@ -16,7 +16,7 @@ from msmdiff.core.bench import timing
 from msmdiff.core.bench.timing import Clock, Watched
 from msmdiff.core.config import Config
 from msmdiff.core.data.loader import Batch
-from msmdiff.core.layers import ALL_TOKENS, merge
+from msmdiff.core.layers import all_tokens, merge
 from msmdiff.core.seeding import key
 from msmdiff.core.training import cost, launch, memory
 from msmdiff.core.training.meter import forget_peak, peak_memory
@@ -186,7 +186,9 @@ def products(config: Config) -> Counter[timing.Shape]:
 
 def without_route(config: Config) -> Config:
     """A resolved configuration, trained on every token in one plain pass."""
-    layer = configuration.stored(merge(config.as_dict(), ALL_TOKENS), "the configuration")
+    layer = configuration.stored(
+        merge(config.as_dict(), all_tokens(config.objective.name)), "the configuration"
+    )
     return road.resolve(configuration.build(layer))
 
 

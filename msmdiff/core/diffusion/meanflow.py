@@ -8,7 +8,7 @@ r = t it is flow matching's.
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -284,6 +284,8 @@ class MeanFlowKind:
     """MeanFlow: the average velocity between two times, with which one to four steps draw an image
     (sampler meanflow).
     """
+
+    for_all_tokens: ClassVar = True
 
     def __init__(self, **options: Any) -> None:
         self.settings = MeanFlowOptions(**options)

@@ -243,7 +243,8 @@ class Setting:
 
 class Kind(Protocol):
     """What is registered as an objective. An attribute `loss` may name a class of `Objective` with
-    the constructor's options in front.
+    the constructor's options in front; `for_all_tokens`, True, says that a next stage which hides
+    nothing keeps it.
     """
 
     def settle(self, config: Config, backbone: Any) -> list[str]:

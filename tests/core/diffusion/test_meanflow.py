@@ -14,11 +14,13 @@ from msmdiff.core.backbones.routes import Route
 from msmdiff.core.config import section
 from msmdiff.core.diffusion.meanflow import Way
 from msmdiff.core.errors import UsageError
+from msmdiff.core.layers import all_tokens
 from msmdiff.core.model import Model
 from msmdiff.core.samplers.times import visited
 from msmdiff.core.seeding import stream
 from msmdiff.core.training import checkpoint, cost
 from msmdiff.core.training.trainer import train
+from msmdiff.core.training.warmstart import next_stage
 
 SAMPLING = {"sampler": "meanflow", "steps": 1, "clip": False}
 MEANFLOW = {
@@ -411,6 +413,18 @@ def test_a_family_that_knows_no_intervals_is_refused():
     family = {"family": "mdtv2", "depth": 4, "decode_layers": 2}
     with pytest.raises(UsageError, match=r"model.family mdtv2 is not: use dit or uvit"):
         parts_of({"model": family})
+
+
+def test_a_next_stage_of_all_tokens_goes_on_with_it():
+    given = {"objective": {"guidance_kappa": 0.3}}
+    first = road.resolve(configuration.build(MEANFLOW, MODELS["dit"], MASKED, given), 3)
+    layer = next_stage(first)
+    second = configuration.build(layer, all_tokens(first.objective.name))
+    second = road.resolve(second, 3)
+    assert second.objective.name == "meanflow"
+    assert second.objective.guidance_kappa == 0.3
+    assert second.mask.ratio == 0
+    assert all_tokens("msm")["objective"] == {"name": "dsm"}
 
 
 def test_a_network_without_the_embedding_keeps_its_names():
