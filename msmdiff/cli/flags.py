@@ -106,9 +106,9 @@ def with_training_options(verb: Callable[..., None]) -> Callable[..., None]:
 
 
 def place(run: str) -> Path:
-    """The directory that `--run` means: a path, or a name under runs/."""
-    path = Path(run)
-    return path if len(path.parts) > 1 or path.is_absolute() else Path("runs") / path
+    """The directory that `--run` means: a path, `.` and `..` among them, or a name under runs/."""
+    is_name = Path(run).name == run and run != ".."
+    return Path("runs") / run if is_name else Path(run)
 
 
 def begun(options: dict[str, Any]) -> Any:

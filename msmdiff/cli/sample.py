@@ -257,6 +257,9 @@ def _refuse_idle(request: Any, given: dict[str, Any]) -> None:
     """Raises UsageError for an option that has no effect beside the others, or none to have."""
     if request.npz and request.stats and request.npz.resolve() == request.stats.resolve():
         raise UsageError(f"--npz and --stats both name {request.npz}: give two names")
+    for option, path in (("--npz", request.npz), ("--stats", request.stats)):
+        if path is not None and path.is_dir():
+            raise UsageError(f"{option} {path} is a folder: name a file")
     if not (request.png or request.npz or request.stats or request.picture):
         raise UsageError("--no-png leaves nothing to write: give --npz or --stats")
     kinds = ("interpolate", "inpaint", "trajectory")

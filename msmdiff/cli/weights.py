@@ -166,7 +166,7 @@ def convert(
         raise UsageError(
             f"{file} is msmdiff's already: `msmdiff weights export` writes a published layout"
         )
-    target = out or path.with_suffix(".safetensors")
+    target = out or files.named(path).with_suffix(".safetensors")
     if target.exists() and target.samefile(path):
         raise UsageError(f"{target} would replace the file it is read from: give another --out")
     files.require_ours(target, weights.is_conversion(target), overwrite)

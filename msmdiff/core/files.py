@@ -118,6 +118,17 @@ def read_bytes(path: Path | str, limit: int = 2**31) -> bytes:
         return file.read()
 
 
+def named(path: Path) -> Path:
+    """The path with its last part, beside which others can lie: of `.` its real one.
+
+    Raises UsageError where there is none.
+    """
+    found = path if path.name else path.resolve()
+    if not found.name:
+        raise UsageError(f"{path} has no name that others could lie beside: give another place")
+    return found
+
+
 def cache_folder() -> Path:
     """Where things that can be made again are kept: MSMDIFF_CACHE, or ~/.cache/msmdiff.
 

@@ -327,16 +327,16 @@ def write_torch(path: Path, content: Any) -> None:
 
 
 class _Watched:
-    """A file that remembers why it could not be written: torch's own words do not tell."""
+    """A file that remembers why it was not written: torch's own words do not tell."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
-        self.failure: OSError | None = None
+        self.failure: OSError | KeyboardInterrupt | None = None
 
     def write(self, data: bytes) -> int:
         try:
             return self._file.write(data)
-        except OSError as error:
+        except (OSError, KeyboardInterrupt) as error:
             self.failure = error
             raise
 

@@ -1,6 +1,7 @@
 """Flags become a configuration; a run goes on with its own."""
 
 import inspect
+from pathlib import Path
 
 import pytest
 
@@ -62,6 +63,14 @@ def test_a_run_goes_on_with_its_own_settings(tmp_path, quiet):
     other = flags.configure(options, goes_on=goes_on)
     with pytest.raises(UsageError, match=r"mask\.ratio: 0\.75 there, 0\.5 now"):
         train(other, tmp_path / "r", quiet)
+
+
+@pytest.mark.parametrize(
+    ("run", "directory"),
+    [("a", "runs/a"), ("a/b", "a/b"), ("./a", "a"), (".", "."), ("..", ".."), ("/a", "/a")],
+)
+def test_a_run_is_a_path_or_a_name(run, directory):
+    assert flags.place(run) == Path(directory)
 
 
 def test_a_run_to_resume_has_to_be_there(tmp_path):

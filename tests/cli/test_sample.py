@@ -259,6 +259,7 @@ def test_pictures(cli, tmp_path, model):
     ("options", "words"),
     [
         (["--no-png"], "leaves nothing to write"),
+        (["--no-png", "--npz", "."], "--npz . is a folder: name a file"),
         (["--interpolate", "4,9", "--npz", "x.npz"], "--npz has no effect with --interpolate"),
         (["--interpolate", "4,9", "--trajectory"], "--trajectory has no effect with --interpolate"),
         (["--interpolate", "4,9", "--seeds", "0-3"], "--seeds has no effect with --interpolate"),

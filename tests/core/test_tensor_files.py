@@ -12,6 +12,8 @@ import pickle
 import zipfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -169,6 +171,30 @@ def test_what_is_written_is_what_the_library_writes_and_others_may_read_it(tmp_p
     assert torch.equal(load_file(tmp_path / "b")["plain"], TENSORS["plain"])
     for path in (tmp_path / "new").iterdir():
         assert path.stat().st_mode & 0o777 == 0o644
+
+
+def test_an_interrupt_passes_through_torchs_writer(tmp_path: Path):
+    class Interrupted(io.BytesIO):
+        writes = 0
+
+        def write(self, data: Any) -> int:
+            self.writes += 1
+            if self.writes != 2:
+                return super().write(data)
+            super().write(bytes(data)[: len(data) // 2])
+            raise KeyboardInterrupt
+
+    # At its end torch's writer complains of what is missing, and its complaint comes on top.
+    def through() -> None:
+        tensor_files.write_torch(tmp_path / "a.pt", {"a": torch.zeros(10_000)})
+
+    watched = tensor_files._Watched(Interrupted())
+    with (
+        mock.patch.object(tensor_files, "_Watched", return_value=watched),
+        pytest.raises(KeyboardInterrupt),
+    ):
+        through()
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_torchs_words_for_a_failed_write_are_not_passed_on(tmp_path: Path, monkeypatch):

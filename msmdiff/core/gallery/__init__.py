@@ -328,7 +328,8 @@ class Gallery:
     # ------------------------------------------------------------------ what is on disk
 
     def _beside(self, kind: str) -> Path:
-        return self.request.folder.with_name(f"{self.request.folder.name}.{kind}.png")
+        folder = files.named(self.request.folder)
+        return folder.with_name(f"{folder.name}.{kind}.png")
 
     def _record(self, seeds: Iterable[int]) -> dict[str, Any]:
         """What images were made with, as it is stored with them."""

@@ -170,6 +170,7 @@ def pull(place: str, out: Path, revision: str | None = None, overwrite: bool = F
             raise UsageError(f"{out} is where they are already: give another folder with --out")
         return _placed(source, out)
     _require_repository(place)
+    out = files.named(out)
     staging = out.with_name(f".{out.name}.pull")  # stays after a kill, and is gone on with
     try:
         with _asking(place):
