@@ -64,8 +64,9 @@ class RealOnTheCpu(TorchDispatchMode):
 
 
 @pytest.fixture
-def on_the_gpu():
-    """Here new tensors on the GPU have no numbers."""
+def on_the_gpu(monkeypatch):
+    """Here new tensors on the GPU have no numbers, and memory is pinned without a driver."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
     with FakeTensorMode(allow_non_fake_inputs=True), RealOnTheCpu(), torch.no_grad():
         yield
 
