@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: install quickstart does-masking-pay test lint docs gpu clean
+.PHONY: install quickstart does-masking-pay expected test lint docs gpu clean
 
 install: .venv/installed
 
@@ -28,6 +28,17 @@ does-masking-pay: .venv/installed
 	for spec in $(basename $(notdir $(SPECS))); do \
 	  cp runs/does-masking-pay/$$spec/compare.json docs/does-masking-pay/$$spec.json; done
 	$(BIN)/msmdiff compare docs/does-masking-pay/*.json --out docs/does-masking-pay
+
+# The curves that `msmdiff report` draws behind runs with the settings of these presets.
+FAMILIES ?= uvit dit mdt mdtv2 edt maskdwt flow tread pretrain
+
+expected: .venv/installed
+	for name in $(FAMILIES); do \
+	  verb=train; [ $$name != pretrain ] || verb=pretrain; \
+	  $(BIN)/msmdiff $$verb --config digits-$$name --data digits:train --run runs/expected/digits-$$name --steps 600 \
+	    --set eval.every=200 --set eval.n=250 --set eval.features=pixel --set eval.heldout_every=100 \
+	    --set train.preview_every=0 --set train.log_every=20 && \
+	  $(BIN)/msmdiff report runs/expected/digits-$$name --store configs/expected/digits-$$name.json || exit; done
 
 lint: .venv/tested
 	$(BIN)/ruff check .

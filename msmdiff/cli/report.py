@@ -26,6 +26,16 @@ def report(
         Path | None,
         typer.Option("-o", "--out", help="The page; default: RUN/report.html of the first run."),
     ] = None,
+    expect: Annotated[
+        Path | None,
+        typer.Option(
+            help="Stored curves to draw behind; by default a preset's with the same settings."
+        ),
+    ] = None,
+    store: Annotated[
+        Path | None,
+        typer.Option(help="Also store the first run's curves as a JSON file, for --expect."),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace a file that msmdiff did not write.")
     ] = False,
@@ -38,6 +48,7 @@ def report(
     from msmdiff.cli.console import Console
     from msmdiff.core import files
     from msmdiff.core import report as page
+    from msmdiff.core.report import expected
 
     paths = [
         Path(name) if (Path(name) / "config.yaml").is_file() else Path("runs") / name
@@ -46,5 +57,10 @@ def report(
     target = out or paths[0] / "report.html"
     files.require_writable(target)
     files.require_ours(target, page.ours(target), overwrite)
-    size = page.write(paths, target)
+    behind = [] if expect is None else [expected.read(expect)]
+    if store is not None:
+        files.require_writable(store)
+        files.require_ours(store, store.is_file() and expected.ours(store), overwrite)
+        page.store(paths[0], store)
+    size = page.write(paths, target, behind)
     Console().note(f"{target} ({size / 2**20:.2f} MiB): open it in a browser")

@@ -8,9 +8,11 @@ import pytest
 from PIL import Image
 
 from msmdiff.core import config as configuration
-from msmdiff.core import report
+from msmdiff.core import presets, report
 from msmdiff.core.errors import UsageError
+from msmdiff.core.report import expected
 from msmdiff.core.report.charts import chart, short
+from msmdiff.core.training import results
 from msmdiff.core.training.trainer import train
 
 LAYERS = {
@@ -46,6 +48,49 @@ def test_a_page_holds_what_is_known_of_runs_and_loads_nothing(tmp_path, quiet):
     assert "<td>0.0005</td>" in differs
     assert "held-out loss by noise level" in page
     assert "<span>msmdiff</span> <span>finetune</span> <span>--ckpt</span>" in page
+
+
+def test_stored_curves_stand_behind_runs_with_the_same_settings(tmp_path, quiet, monkeypatch):
+    measured = {"eval": {"heldout_n": 8, "every": 2, "n": 4, "features": "pixel"}}
+    train(configuration.build(LAYERS, measured), tmp_path / "one", quiet)
+    (tmp_path / "presets" / "expected").mkdir(parents=True)
+    stored = tmp_path / "presets" / "expected" / "tiny.json"
+    report.store(tmp_path / "one", stored)
+    curves = expected.read(stored).curves
+    log = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").open()]
+    assert curves["loss"] == [(line["images"], line["loss"]) for line in log if "loss" in line]
+    distance = results.distance_key(log)
+    assert {len(curves[key]) for key in ("val_loss", distance)} == {2}
+
+    monkeypatch.setattr(presets, "folder", lambda: tmp_path / "presets")
+    # The whole of the data, another length and other pictures: the same curve is to be expected.
+    alike = {"data": {"source": "digits"}, "train": {"steps": 2, "seed": 1}, "sample": {"steps": 3}}
+    for name, changes, dashed in (
+        ("alike", alike, 1),
+        ("faster", {"optim": {"lr": 5e-4}}, 0),
+        ("wider", {"model": {"hidden_size": 24}}, 0),
+    ):
+        train(configuration.build(LAYERS, {"train": {"steps": 2}}, changes), tmp_path / name, quiet)
+        report.write([tmp_path / name], tmp_path / "page.html")
+        page = (tmp_path / "page.html").read_text(encoding="utf-8")
+        assert page.count("stroke-dasharray") == dashed
+        assert page.count("</i>expected: one</span>") == dashed
+        assert ("Dashed: one, msmdiff" in page) == bool(dashed)
+    # A distance compares where it was measured in the same way only.
+    for name, changes, dashed in (("same", {}, 3), ("fewer", {"eval": {"n": 3}}, 2)):
+        train(configuration.build(LAYERS, measured, changes), tmp_path / name, quiet)
+        report.write([tmp_path / name], tmp_path / "page.html")
+        assert (tmp_path / "page.html").read_text().count("stroke-dasharray") == dashed
+    # Asked for, they stand behind any run.
+    report.write([tmp_path / "wider"], tmp_path / "page.html", [expected.read(stored)])
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    assert page.count("stroke-dasharray") == 2
+
+    (tmp_path / "other.json").write_text("{}")
+    with pytest.raises(UsageError, match=r"other\.json holds no curves: give a file that"):
+        expected.read(tmp_path / "other.json")
+    assert expected.ours(stored)
+    assert not expected.ours(tmp_path / "other.json")
 
 
 def test_pictures_are_thinned_evenly_until_they_fit(tmp_path):

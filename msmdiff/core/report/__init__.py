@@ -14,11 +14,14 @@ from typing import Any
 
 from PIL import Image
 
+import msmdiff
 from msmdiff.core import config as configuration
 from msmdiff.core import files
 from msmdiff.core.config import Config
 from msmdiff.core.errors import MsmdiffError, UsageError
+from msmdiff.core.report import expected
 from msmdiff.core.report.charts import chart, short
+from msmdiff.core.report.expected import Expected
 from msmdiff.core.training import checkpoint, results
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.validation import EDGES
@@ -63,8 +66,9 @@ def read(path: Path) -> Told:
     return Told(path, config, run.metrics(), circumstances)
 
 
-def write(paths: Sequence[Path], out: Path) -> int:
-    """The page of some runs; returns its bytes.
+def write(paths: Sequence[Path], out: Path, expect: Sequence[Expected] = ()) -> int:
+    """The page of some runs, with curves to expect behind theirs; returns its bytes. Without such
+    curves those of a preset with the same settings are taken.
 
     Raises UsageError for what is no run, and MsmdiffError where it cannot be written.
     """
@@ -73,7 +77,7 @@ def write(paths: Sequence[Path], out: Path) -> int:
     body = [
         f"<h1>{html.escape(', '.join(run.name for run in runs))}</h1>",
         _summary(runs),
-        f'<section class="charts">{_charts(runs)}</section>',
+        f'<section class="charts">{_charts(runs, expect or _expected(runs))}</section>',
         *(_pictures(run, share) for run in runs),
         _settings(runs),
         *(_about(run) for run in runs),
@@ -83,6 +87,19 @@ def write(paths: Sequence[Path], out: Path) -> int:
     page = empty.replace("{{title}}", title).replace("{{body}}", "\n".join(body))
     files.write_text(out, page)
     return len(page.encode())
+
+
+def store(path: Path, out: Path) -> None:
+    """Store a run's curves, to be drawn behind others.
+
+    Raises UsageError for what is no run, and MsmdiffError where they cannot be written.
+    """
+    run = read(path)
+    known = {"msmdiff": msmdiff.__version__, **run.circumstances}
+    said = [f"{key} {known[key]}" for key in ("msmdiff", "torch") if known.get(key)]
+    said += [f"on {known['device']}"] if known.get("device") else []
+    said += [f"with seed {run.config.train.seed}"]
+    expected.write(out, run.name, run.config, run.lines, ", ".join(said))
 
 
 def ours(path: Path) -> bool:
@@ -137,17 +154,34 @@ def _summary(runs: Sequence[Told]) -> str:
     )
 
 
-def _points(run: Told, key: str) -> list[tuple[float, float]]:
-    return [(line["images"], line[key]) for line in run.lines if line.get(key) is not None]
+def _points(run: Told, key: str) -> expected.Curve:
+    return expected.curve(run.lines, key)
 
 
-def _charts(runs: Sequence[Told]) -> str:
-    def of_all(key: str) -> dict[str, list[tuple[float, float]]]:
+def _expected(runs: Sequence[Told]) -> list[Expected]:
+    found = [expected.of(run.config) for run in runs]
+    return list({each.name: each for each in found if each is not None}.values())
+
+
+def _charts(runs: Sequence[Told], expect: Sequence[Expected]) -> str:
+    def of_all(key: str) -> dict[str, expected.Curve]:
         return {run.name: _points(run, key) for run in runs}
 
+    ways = [expected.measured_as(run.lines) for run in runs]
+
+    def behind(key: str) -> dict[str, expected.Curve]:
+        """Of distances, only those that were measured in the same way."""
+        told = [each for each in expect if "loss" in key or each.measured_as in ways]
+        return {f"expected: {each.name}": each.curves.get(key, []) for each in told}
+
     found = [
-        chart("training loss", of_all("loss"), log=True),
-        chart("held-out loss, mean over noise levels", of_all("val_loss"), log=True),
+        chart("training loss", of_all("loss"), log=True, behind=behind("loss")),
+        chart(
+            "held-out loss, mean over noise levels",
+            of_all("val_loss"),
+            log=True,
+            behind=behind("val_loss"),
+        ),
     ]
     for run in runs:
         bins = {
@@ -157,10 +191,13 @@ def _charts(runs: Sequence[Told]) -> str:
         found.append(chart(f"{run.name}: held-out loss by noise level", bins, log=True))
     metrics = {results.distance_key(run.lines) for run in runs} - {None}
     for metric in sorted(str(name) for name in metrics):
-        found.append(chart(f"{metric} of samples", of_all(metric)))
+        found.append(chart(f"{metric} of samples", of_all(metric), behind=behind(metric)))
     found.append(chart("images per second", of_all("images_per_s")))
     found.append(chart("learning rate", of_all("lr")))
-    return "".join(found)
+    told = "".join(
+        f"<p>Dashed: {html.escape(each.name)}, {html.escape(each.told)}.</p>" for each in expect
+    )
+    return "".join(found) + told
 
 
 def _pictures(run: Told, budget: int) -> str:

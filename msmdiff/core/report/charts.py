@@ -9,18 +9,27 @@ Points = Sequence[tuple[float, float]]
 WIDTH, HEIGHT = 460, 260
 LEFT, RIGHT, TOP, BOTTOM = 58, 10, 12, 34
 COLOURS = ("#2f6fde", "#d9542b", "#2a9d5c", "#9b59b6", "#b8860b", "#17808f", "#c2255c", "#666f7a")
+BEHIND = "#8a9099"
 MOST_POINTS = 400
 
 
-def chart(title: str, curves: Mapping[str, Points], log: bool = False) -> str:
+def chart(
+    title: str,
+    curves: Mapping[str, Points],
+    log: bool = False,
+    behind: Mapping[str, Points] | None = None,
+) -> str:
     """A figure of named curves over the images seen, with a legend; empty without points.
 
     Args:
         log: a logarithmic axis of values, where all are positive.
+        behind: curves to compare with, in grey and dashed.
     """
-    drawn = {name: _thinned(points) for name, points in curves.items() if points}
-    if not drawn:
+    own = {name: _thinned(points) for name, points in curves.items() if points}
+    if not own:
         return ""
+    grey = {name: _thinned(points) for name, points in (behind or {}).items() if points}
+    drawn = {**grey, **own}
     values = [y for points in drawn.values() for _, y in points]
     log = log and min(values) > 0
     scale = math.log10 if log else float
@@ -36,11 +45,12 @@ def chart(title: str, curves: Mapping[str, Points], log: bool = False) -> str:
 
     parts = [_axes(low, high, last, log)]
     keys = []
-    for i, (name, points) in enumerate(drawn.items()):
-        colour = COLOURS[i % len(COLOURS)]
+    for i, (name, points) in enumerate(drawn.items(), start=-len(grey)):
+        colour = BEHIND if name in grey else COLOURS[i % len(COLOURS)]
+        dashed = ' stroke-dasharray="5 4"' if name in grey else ""
         path = " ".join(place(x, y) for x, y in points)
         parts.append(
-            f'<polyline fill="none" stroke="{colour}" stroke-width="1.6" points="{path}"/>'
+            f'<polyline fill="none" stroke="{colour}" stroke-width="1.6"{dashed} points="{path}"/>'
         )
         if len(points) == 1:
             x, y = place(*points[0]).split(",")
