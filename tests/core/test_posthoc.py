@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from msmdiff.cli.weights import ema as command
+from msmdiff.cli.averages import ema as command
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core import weights
@@ -282,6 +282,7 @@ def test_the_curve_is_of_what_each_average_draws(trained, tmp_path, capsys):
         ({"widths": "0.1"}, "--widths needs images to compare with"),
         ({"widths": "a,b", "data": "digits:test"}, "--widths a,b: give numbers such as"),
         ({"width": 0.5}, "--width 0.5: give a number above 0 and up to 0.28"),
+        ({"width": 0.1, "n": 10}, "--n has no effect with --width: leave it out, or use --widths"),
     ],
 )
 def test_a_wrong_command_is_one_sentence(trained, given, words):
