@@ -117,7 +117,8 @@ def test_attention_is_fused(name):
     assert (got - expected).norm() / expected.norm() < 5e-2
 
 
-@pytest.mark.parametrize("name", DIGITS)
+# Muon is not fused, so that its steps read the norm of their gradients.
+@pytest.mark.parametrize("name", [name for name in DIGITS if name != "digits-muon"])
 def test_a_step_never_waits_for_the_device(name):
     training = Training(resolved(name, {"train": {"batch_size": 8, "precision": "bf16"}}))
     for _ in range(2):

@@ -103,7 +103,7 @@ class Way:
     Attributes:
         x_t, t, r: where it starts, [B, C, H, W], and the times that it leads from and to, [B].
         y, route: what the network is told.
-        apart: of so many images, the first ones, r lies below t.
+        apart: outside of so many images, the first ones, r is t.
     """
 
     x_t: Tensor
@@ -145,10 +145,13 @@ class MeanFlow(Objective):
 
         other = sent(self.times.draw(len(t), second)[0], t.device)
         t, r = torch.maximum(t, other), torch.minimum(t, other)
-        # The number of images with r < t, right on average: a batch of few has to have some.
+        # The number of images with r < t, right on average: a batch of few has to have some. One at
+        # least is differentiated, so that all processes of a sharded training make the same passes;
+        # where it has r = t, that adds nothing.
         chance = torch.rand((), generator=draw("apart", "cpu"), device="cpu").item()
         apart = min(int((1 - self.settings.equal_times) * len(t) + chance), len(t))
         r = torch.cat([r[:apart], t[apart:]])
+        apart = max(apart, int(self.settings.equal_times < 1))
         eps = torch.randn(x0.shape, generator=draw("noise"), device=x0.device)
         told = self._told(y, draw)
         return self.averaged(model, x0, eps, Way(x0, t, r, told, route, apart))

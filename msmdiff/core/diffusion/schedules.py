@@ -280,10 +280,11 @@ class Continuous:
         return 999 * t.float()
 
     def uniform_times(self, n: int, generator: torch.Generator) -> Tensor:
-        return torch.rand(n, generator=generator, device=generator.device)
+        return self.times_of(torch.rand(n, generator=generator, device=generator.device))
 
     def times_of(self, u: Tensor) -> Tensor:
-        return u
+        # One draw in 2^24 is 0, where some predictions have nothing to tell apart.
+        return torch.where(u == 0, self.earliest, u)
 
 
 @register("schedule", "vp_sde")

@@ -73,7 +73,13 @@ def accelerator(config: Config, run_path: Path) -> Any:
         project_dir=str(run_path),
         step_scheduler_with_optimizer=False,
         fsdp_plugin=shards,
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=_has_idle(config))],
+        # Buffers are constants, the same in every process, and a derivative along the flow (jvp)
+        # does not allow that they are written.
+        kwargs_handlers=[
+            DistributedDataParallelKwargs(
+                find_unused_parameters=_has_idle(config), broadcast_buffers=False
+            )
+        ],
     )
     if shards and not made.is_fsdp2:
         raise UsageError(

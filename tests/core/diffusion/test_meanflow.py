@@ -278,6 +278,28 @@ def test_the_improved_form_follows_its_velocity_head():
     assert network.velocity_head.linear.weight.grad.abs().sum() > 0
 
 
+def test_every_step_differentiates_something():
+    """Processes that share a network's shards have to make the same passes, however few images
+    each has; an image with r = t adds nothing.
+    """
+    objective = parts_of({"objective": {"equal_times": 0.75}}).objective
+    passes = []
+
+    def network(x, t, y, *, interval):
+        if not torch.is_grad_enabled():
+            passes.append(len(x))
+        return x.sin()
+
+    x0, y = torch.randn(1, 3, 16, 16), torch.zeros(1, dtype=torch.long)
+    corrections = []
+    for i in range(40):
+        before = len(passes)
+        found = objective(network, x0, y, lambda p, device="cpu", i=i: stream(device, 0, p, i))
+        assert len(passes) > before
+        corrections.append(found["correction"].item())
+    assert 20 < sum(value == 0 for value in corrections) < 38
+
+
 def test_half_of_the_images_have_equal_times_on_average():
     objective = parts_of({"objective": {"equal_times": 0.7}}).objective
     seen = []

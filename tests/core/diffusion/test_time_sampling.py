@@ -33,6 +33,20 @@ def test_log_normal_noise_has_its_mean_and_deviation(schedule):
     assert log_sigma.std().item() == pytest.approx(0.8, abs=0.03)
 
 
+@pytest.mark.parametrize("kind", ["uniform", "stratified"])
+@pytest.mark.parametrize("schedule", ["flow", "ve", "edm", "vp_cosine", "vp_sde"])
+def test_no_time_is_free_of_noise(schedule, kind, monkeypatch):
+    """A uniform number may be 0, where no noise would be told apart."""
+    monkeypatch.setattr(torch, "rand", lambda n, **_: torch.zeros(n))
+    t, noise = drawn(schedule, kind, n=4)
+    assert t.min().float() == torch.tensor(noise.earliest, dtype=torch.float32)
+    for prediction in ("edm", "x0", "eps"):
+        section = {"schedule": schedule, "prediction": prediction}
+        made = process.build(configuration.build({"process": section}).process)
+        x = torch.randn(4, 3, 2, 2)
+        assert made.target(x, x.flip(0), t.float()).isfinite().all()
+
+
 @pytest.mark.parametrize("schedule", SCHEDULES)
 def test_logit_normal_times_are_the_flows_with_the_same_noise(schedule):
     t, noise = drawn(schedule, "logit_normal", time_mean=-0.5, time_std=0.7, time_shift=2.0)
