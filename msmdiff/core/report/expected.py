@@ -19,6 +19,9 @@ SECTIONS = ("model", "codec", "process", "mask", "objective", "optim", "ema")
 KEYS = ("data.image_size", "train.batch_size")
 """Sections and keys on which a curve over the images seen depends, beside the data."""
 
+MEASURED = ("codec.mean", "codec.std")
+"""Settings that are measured on the data, and so differ a little between its halves."""
+
 MARK = "msmdiff-curves"
 
 Curve = list[tuple[float, float]]
@@ -52,6 +55,10 @@ def settings_of(config: Config) -> dict[str, Any]:
     """The settings that a curve depends on; a half of the data counts as the data."""
     flat = flatten(config.as_dict())
     kept = {k: v for k, v in flat.items() if k.partition(".")[0] in SECTIONS or k in KEYS}
+    for key in MEASURED:
+        kept.pop(key, None)
+    if config.optim.schedule == "constant":
+        kept.pop("optim.decay_steps", None)
     kept["data.source"] = halves.parted(config.data.source)[0]
     # As JSON has them: what is stored compares with what is not.
     found: dict[str, Any] = json.loads(json.dumps(kept, default=str))
