@@ -30,6 +30,8 @@ def test_what_a_loss_is_an_error_of():
     assert of(objective={"name": "dsm"}) == "error of eps in pixels, over all tokens"
     masked = of(objective={"name": "msm"}, mask={"ratio": 0.9}, process={"prediction": "x0"})
     assert masked == "error of x0 in pixels, over the visible tokens"
+    tread = of(objective={"name": "msm"}, mask={"ratio": 0.5, "route": "tread"})
+    assert tread == "error of eps in pixels, over all tokens"
     jit = of(process={"schedule": "flow", "prediction": "x0", "weighting": "velocity"})
     assert jit == "error of x0 in pixels, weighted by velocity, over all tokens"
     assert of(codec={"name": "dwt"}, objective={"name": "dsm"}).startswith(

@@ -11,6 +11,7 @@ from typing import Any
 
 from msmdiff.core import figure_files, files
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion.objectives import scores_kept
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.validation import EDGES
@@ -23,9 +24,8 @@ SPACES = {"pixel": "pixels", "dwt": "wavelets", "vae": "latents"}
 
 def meaning(config: Config) -> str:
     """What the training loss is an error of: losses with other words do not compare."""
-    masked = config.objective.name in ("msm", "mdt", "maskdit") or config.mask.ratio > 0
-    where = "the visible tokens" if config.objective.name == "msm" else "all tokens"
-    if masked and config.objective.name != "msm":
+    where = "the visible tokens" if scores_kept(config) else "all tokens"
+    if config.objective.name in ("mdt", "maskdit"):
         where = "its passes with and without the mask"
     space = SPACES.get(config.codec.name, config.codec.name)
     weighting = config.process.weighting
