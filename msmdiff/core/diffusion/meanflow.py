@@ -335,8 +335,6 @@ def _wrong_network(config: Config, settings: MeanFlowOptions) -> list[str]:
     model.interval_embed = True
     if settings.tangent == "head":
         model.velocity_head = True
-    elif model.velocity_head:
-        return ["model.velocity_head learns from objective.tangent head only: set that, or false"]
     return []
 
 

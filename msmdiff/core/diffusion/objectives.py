@@ -344,6 +344,17 @@ def settle(config: Config, backbone: Any) -> list[str]:
         config.objective = settled("objective", config.objective)
     entry = registry.find("objective", config.objective.name, "objective.name")
     problems: list[str] = entry.make(**entry.takes(config.objective)).settle(config, backbone)
+    chosen: Any = config.objective.model_dump()
+    if config.model.model_dump().get("velocity_head") and chosen.get("tangent") != "head":
+        problems.append(
+            "model.velocity_head learns from objective.tangent head only (of objective.name "
+            "meanflow): set that, or false"
+        )
+    if config.process.prediction == "average_velocity" and chosen["name"] != "meanflow":
+        problems.append(
+            "process.prediction average_velocity is learnt with objective.name meanflow only, not "
+            f"{chosen['name']}: use velocity"
+        )
     changes = len(masking.over_training(config.mask)) > 1
     if changes and config.objective.name not in ("msm", "maskdit"):
         problems.append(
