@@ -290,6 +290,13 @@ class MeanFlowKind:
     def __init__(self, **options: Any) -> None:
         self.settings = MeanFlowOptions(**options)
 
+    @property
+    def error(self) -> str:
+        """The loss in words."""
+        power, offset = self.settings.adaptive_power, self.settings.adaptive_offset
+        beside = " and of its velocity head" if self.settings.tangent == "head" else ""
+        return f"adaptive error S / (S + {offset:g})^{power:g}{beside}"
+
     def settle(self, config: Config, backbone: Any) -> list[str]:
         """Give the network what it needs, and say what does not go together."""
         return [

@@ -8,7 +8,7 @@ own is a file of its own (`maskdit`, `meanflow`), or a plugin's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -116,13 +116,15 @@ class Objective:
         t, importance = (sent(v, x0.device) for v in self.times.draw(len(x0), draw))
         aligns = self.alignment is not None and passed < self.alignment.until
         see = self.aligned if aligns else self.seen
-        total = torch.zeros(len(x0), device=x0.device)
+        total, apart = torch.zeros(2, len(x0), device=x0.device)
         named: dict[str, Tensor] = {}
         for number, (name, route_of) in enumerate(stage.passes.items()):
             own = _numbered(draw, number)
             route = route_of(len(x0), own)
             terms = see(model, x0, t, y, route, own)
+            # Times are drawn by the error of the prediction, not by how well features agree.
             total = total + terms["loss"]
+            apart = apart + terms["alignment"].detach() if aligns else apart
             if len(stage.passes) > 1 or len(terms) > 2:
                 for term, value in terms.items():
                     named[f"{name}_{term}" if name else term] = (value * importance).mean()
@@ -130,7 +132,7 @@ class Objective:
                 share = route.keep.shape[1] * self.patch_size**2 / x0[0, 0].numel()
                 named["mask_ratio"] = torch.full((), 1 - share, device=x0.device)
         if self.history is not None:
-            self.history.update(t, total.detach())
+            self.history.update(t, total.detach() - apart)
         return {"loss": (total * importance).mean(), **named}
 
     def seen(
@@ -244,7 +246,8 @@ class Setting:
 class Kind(Protocol):
     """What is registered as an objective. An attribute `loss` may name a class of `Objective` with
     the constructor's options in front; `for_all_tokens`, True, says that a next stage which hides
-    nothing keeps it.
+    nothing keeps it. `error` and `over`, text, say what its loss is, where it is not the mean error
+    of the prediction, over the tokens that the route of one pass says.
     """
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
@@ -287,6 +290,8 @@ class Msm:
 class Mdt:
     """MDT's two passes: all tokens, and a masked set whose gaps the side-interpolater fills."""
 
+    over: ClassVar = "all tokens, with and without the mask"
+
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if backbone.published_objective != "mdt":
             return [does_not_suit(config, backbone)]
@@ -315,6 +320,8 @@ class Mdt:
 @register("objective", "edt")
 class Edt:
     """EDT's two passes: all tokens, and all behind masks that the network draws itself."""
+
+    over: ClassVar = "all tokens, with and without the mask"
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if backbone.published_objective != "edt":
