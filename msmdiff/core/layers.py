@@ -89,6 +89,8 @@ def _stale(section: type[Section], under: dict[str, Any], over: dict[str, Any]) 
         if old == new:
             continue
         before, after = _options(kind, old), _options(kind, new)
+        if kind == "objective" and new == sections.AUTO:
+            after = {}  # it goes by the network and the mask, whatever came before
         for name, field in before.items():
             other = after.get(name)
             alike = other is not None and (field.annotation, field.description) == (

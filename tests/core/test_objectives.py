@@ -5,6 +5,7 @@ from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.backbones.layers import patchify
 from msmdiff.core.backbones.routes import Route
+from msmdiff.core.diffusion.objectives import is_primer
 from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import stream
 
@@ -253,3 +254,27 @@ def test_times_with_large_losses_are_drawn_more_often_and_count_less():
     assert (history.losses == before).all()
     parts.objective(lambda x, *_: torch.zeros_like(x), x0, None, draw)
     assert (history.losses != before).any()
+
+
+STEPS = {"schedule": "steps", "stages": [[0, 0.75], [0.5, 0.5]]}
+PRIMERS = [
+    ({"preset": "digits-pretrain"}, True),
+    ({"preset": "digits-deferred"}, True),
+    ({"preset": "digits-separate"}, True),
+    ({"preset": "digits-tread"}, False),
+    ({"preset": "digits-sprint"}, False),
+    ({"preset": "digits-maskdit"}, False),
+    ({"preset": "digits-mdt"}, False),
+    ({"preset": "digits-flow"}, False),
+    ({**MASKED, "mask": {"ratio": 0.75, "tail": 0.1}}, False),
+    ({**MASKED, "mask": {"ratio": 0.75, **STEPS}}, True),
+    ({**MASKED, "mask": {"ratio": 0.75, **STEPS, "stages": [[0, 0.75], [0.5, 0]]}}, False),
+    ({**MASKED, "mask": {"ratio": 0.75, "schedule": "linear", "final_ratio": 0}}, False),
+]
+
+
+@pytest.mark.parametrize(("layer", "primer"), PRIMERS)
+def test_a_primer_ends_without_a_whole_image_seen(layer, primer):
+    preset = layer.get("preset")
+    config = configuration.build(configuration.preset(preset) if preset else layer)
+    assert is_primer(road.resolve(config, 10)) is primer

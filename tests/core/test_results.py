@@ -9,6 +9,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from msmdiff.cli import app
+from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.errors import UsageError
 from msmdiff.core.training import results, trackers
@@ -30,11 +31,40 @@ def test_what_a_loss_is_an_error_of():
     assert of(objective={"name": "dsm"}) == "error of eps in pixels, over all tokens"
     masked = of(objective={"name": "msm"}, mask={"ratio": 0.9}, process={"prediction": "x0"})
     assert masked == "error of x0 in pixels, over the visible tokens"
+    tread = of(objective={"name": "msm"}, mask={"ratio": 0.5, "route": "tread"})
+    assert tread == "error of eps in pixels, over all tokens"
     jit = of(process={"schedule": "flow", "prediction": "x0", "weighting": "velocity"})
     assert jit == "error of x0 in pixels, weighted by velocity, over all tokens"
     assert of(codec={"name": "dwt"}, objective={"name": "dsm"}).startswith(
         "error of eps in wavelets"
     )
+
+
+WORDS = [
+    ("digits-meanflow", {}, "adaptive error S / (S + 0.01)^1 of average_velocity in pixels, "
+     "over all tokens"),
+    ("digits-meanflow", {"objective": {"tangent": "head", "adaptive_power": 0.5}},
+     "adaptive error S / (S + 0.01)^0.5 and of its velocity head of average_velocity in pixels, "
+     "over all tokens"),
+    ("digits-meanflow", {"mask": {"ratio": 0.5}}, "adaptive error S / (S + 0.01)^1 of "
+     "average_velocity in pixels, over the visible tokens"),
+    ("digits-tread", {}, "error of velocity in pixels, over all tokens"),
+    ("digits-layersync", {"objective": {"align_weight": 0.25, "align_until": 0.5}},
+     "error of velocity in pixels, over all tokens, plus 0.25 x alignment (layersync) until 50% "
+     "of the training"),
+    ("digits-mdt", {}, "over all tokens, with and without the mask"),
+    ("digits-edt", {}, "over all tokens, with and without the mask"),
+    ("digits-maskdit", {}, "over the visible tokens, plus 0.1 x reconstruction of the others"),
+    ("digits-maskdit", {"objective": {"reconstruction": 0}}, "over the visible tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("preset", "layer", "words"), WORDS)
+def test_a_loss_with_more_in_it_says_so(preset, layer, words):
+    config = road.resolve(configuration.build(configuration.preset(preset), layer), 10)
+    assert results.meaning(config).endswith(words)
+    if words.startswith(("error", "adaptive")):
+        assert results.meaning(config) == words
 
 
 def test_a_picture_has_a_panel_for_each_thing_there_is(tmp_path):

@@ -374,6 +374,17 @@ def keys(config: ObjectiveConfig) -> dict[str, Any]:
     return {"alignment": entry.name, **entry.takes(config)}
 
 
+def words(config: ObjectiveConfig) -> str:
+    """What the term adds to the words for a loss; nothing without one."""
+    chosen = keys(config)
+    if config.alignment == "none":
+        return ""
+    weight = f"{chosen['align_weight']:g} x " if "align_weight" in chosen else ""
+    until = chosen.get("align_until", 1.0)
+    ends = f" until {until:.0%} of the training" if until < 1 else ""
+    return f", plus {weight}alignment ({config.alignment}){ends}"
+
+
 def during(config: ObjectiveConfig, start: float, end: float) -> dict[str, Any]:
     """These keys for a training that is the part from start to end of the section's own, which are
     shares of it.

@@ -57,6 +57,10 @@ class MaskDit:
 
     def __init__(self, *, reconstruction: float) -> None:
         self.reconstruction = reconstruction
+        if reconstruction:
+            self.over = (
+                f"the visible tokens, plus {reconstruction:g} x reconstruction of the others"
+            )
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if config.mask.route == AUTO:

@@ -293,6 +293,13 @@ class MeanFlowKind:
     def __init__(self, **options: Any) -> None:
         self.settings = MeanFlowOptions(**options)
 
+    @property
+    def error(self) -> str:
+        """The loss in words."""
+        power, offset = self.settings.adaptive_power, self.settings.adaptive_offset
+        beside = " and of its velocity head" if self.settings.tangent == "head" else ""
+        return f"adaptive error S / (S + {offset:g})^{power:g}{beside}"
+
     def settle(self, config: Config, backbone: Any) -> list[str]:
         """Give the network what it needs, and say what does not go together."""
         return [
@@ -338,8 +345,6 @@ def _wrong_network(config: Config, settings: MeanFlowOptions) -> list[str]:
     model.interval_embed = True
     if settings.tangent == "head":
         model.velocity_head = True
-    elif model.velocity_head:
-        return ["model.velocity_head learns from objective.tangent head only: set that, or false"]
     return []
 
 

@@ -8,7 +8,7 @@ own is a file of its own (`maskdit`, `meanflow`), or a plugin's.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -116,13 +116,15 @@ class Objective:
         t, importance = (sent(v, x0.device) for v in self.times.draw(len(x0), draw))
         aligns = self.alignment is not None and passed < self.alignment.until
         see = self.aligned if aligns else self.seen
-        total = torch.zeros(len(x0), device=x0.device)
+        total, apart = torch.zeros(2, len(x0), device=x0.device)
         named: dict[str, Tensor] = {}
         for number, (name, route_of) in enumerate(stage.passes.items()):
             own = _numbered(draw, number)
             route = route_of(len(x0), own)
             terms = see(model, x0, t, y, route, own)
+            # Times are drawn by the error of the prediction, not by how well features agree.
             total = total + terms["loss"]
+            apart = apart + terms["alignment"].detach() if aligns else apart
             if len(stage.passes) > 1 or len(terms) > 2:
                 for term, value in terms.items():
                     named[f"{name}_{term}" if name else term] = (value * importance).mean()
@@ -130,7 +132,7 @@ class Objective:
                 share = route.keep.shape[1] * self.patch_size**2 / x0[0, 0].numel()
                 named["mask_ratio"] = torch.full((), 1 - share, device=x0.device)
         if self.history is not None:
-            self.history.update(t, total.detach())
+            self.history.update(t, total.detach() - apart)
         return {"loss": (total * importance).mean(), **named}
 
     def seen(
@@ -244,7 +246,8 @@ class Setting:
 class Kind(Protocol):
     """What is registered as an objective. An attribute `loss` may name a class of `Objective` with
     the constructor's options in front; `for_all_tokens`, True, says that a next stage which hides
-    nothing keeps it.
+    nothing keeps it. `error` and `over`, text, say what its loss is, where it is not the mean error
+    of the prediction, over the tokens that the route of one pass says.
     """
 
     def settle(self, config: Config, backbone: Any) -> list[str]:
@@ -287,6 +290,8 @@ class Msm:
 class Mdt:
     """MDT's two passes: all tokens, and a masked set whose gaps the side-interpolater fills."""
 
+    over: ClassVar = "all tokens, with and without the mask"
+
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if backbone.published_objective != "mdt":
             return [does_not_suit(config, backbone)]
@@ -316,6 +321,8 @@ class Mdt:
 class Edt:
     """EDT's two passes: all tokens, and all behind masks that the network draws itself."""
 
+    over: ClassVar = "all tokens, with and without the mask"
+
     def settle(self, config: Config, backbone: Any) -> list[str]:
         if backbone.published_objective != "edt":
             return [does_not_suit(config, backbone)]
@@ -344,6 +351,17 @@ def settle(config: Config, backbone: Any) -> list[str]:
         config.objective = settled("objective", config.objective)
     entry = registry.find("objective", config.objective.name, "objective.name")
     problems: list[str] = entry.make(**entry.takes(config.objective)).settle(config, backbone)
+    chosen: Any = config.objective.model_dump()
+    if config.model.model_dump().get("velocity_head") and chosen.get("tangent") != "head":
+        problems.append(
+            "model.velocity_head learns from objective.tangent head only (of objective.name "
+            "meanflow): set that, or false"
+        )
+    if config.process.prediction == "average_velocity" and chosen["name"] != "meanflow":
+        problems.append(
+            "process.prediction average_velocity is learnt with objective.name meanflow only, not "
+            f"{chosen['name']}: use velocity"
+        )
     changes = len(masking.over_training(config.mask)) > 1
     if changes and config.objective.name not in ("msm", "maskdit"):
         problems.append(
@@ -351,6 +369,42 @@ def settle(config: Config, backbone: Any) -> list[str]:
             f"msm or maskdit, not {config.objective.name}"
         )
     return problems
+
+
+def route_of(config: Config) -> Any:
+    """The class of the route that hides tokens in a training with one pass; None where no token is
+    hidden, and for an objective that chooses its routes itself.
+    """
+    name = config.mask.route
+    if name == AUTO and config.objective.name == "msm":
+        name = "visible"
+    route = registry.entries("route").get(name)
+    hidden = any(_hides(config, ratio) for _, ratio in masking.over_training(config.mask))
+    return route.make if route is not None and hidden else None
+
+
+def scores_kept(config: Config) -> bool:
+    """Whether the loss of a training with one pass counts on the tokens that are kept alone."""
+    route = route_of(config)
+    return route is not None and (
+        getattr(route, "scored", "kept" if route.fill == "none" else "all") == "kept"
+    )
+
+
+def is_primer(config: Config) -> bool:
+    """Whether a training ends without a whole image seen: its network gives the visible tokens
+    only, and draws nothing before it is fine-tuned.
+    """
+    route = route_of(config)
+    return (
+        route is not None
+        and route.fill == "none"
+        and _hides(config, masking.over_training(config.mask)[-1][1])
+    )
+
+
+def _hides(config: Config, ratio: float) -> bool:
+    return masking.hides(config.mask.model_copy(update={"ratio": ratio}))
 
 
 def idle(config: Config, network: Any) -> list[str]:

@@ -28,6 +28,8 @@ class DrawsRoutes(Protocol):
 
     Attributes:
         fill: what stands in the gaps, which not every network has.
+        scored: where the loss counts, as `Route` has it; without it, on the kept tokens of routes
+            that leave gaps empty.
         sparse: the part that the network needs for it (`model.sparse`), if any; a class attribute
             that may be left out.
         copies: passes over each image, each with other tokens; may be left out too.
@@ -44,6 +46,7 @@ class Visible:
     """Kept tokens only, from the patch embedding to the output (masked score matching)."""
 
     fill: ClassVar = "none"
+    scored: ClassVar[Literal["kept", "all"]] = "kept"
 
     def __init__(self, section: MaskConfig, mask: Mask, network: Any) -> None:
         self.mask = mask
@@ -70,6 +73,7 @@ class Side:
     """
 
     fill: ClassVar = "side"
+    scored: ClassVar[Literal["kept", "all"]] = "all"
 
     def __init__(
         self, section: MaskConfig, mask: Mask, network: Any, *, spread: float | None
@@ -86,7 +90,7 @@ class Side:
         generator = draw("mask")
         noise = torch.rand(batch, self.tokens, generator=generator, device=generator.device)
         keep: Tensor = noise.argsort(dim=1)[:, :kept]
-        return Route(keep=keep, enter=0, leave=self.leave, fill="side", scored="all")
+        return Route(keep=keep, enter=0, leave=self.leave, fill="side", scored=self.scored)
 
 
 class TreadOptions(Options):
@@ -104,6 +108,7 @@ class Tread:
     """Hidden tokens skip the blocks in between and come back as they were (TREAD)."""
 
     fill: ClassVar[Literal["own"]] = "own"
+    scored: ClassVar[Literal["kept", "all"]] = "all"
 
     def __init__(
         self, section: MaskConfig, mask: Mask, network: Any, *, enter: int, leave: int
@@ -123,7 +128,9 @@ class Tread:
         return (
             None
             if keep is None
-            else Route(keep=keep, enter=self.enter, leave=self.leave, fill="own", scored="all")
+            else Route(
+                keep=keep, enter=self.enter, leave=self.leave, fill="own", scored=self.scored
+            )
         )
 
 
@@ -150,6 +157,7 @@ class Sprint:
     """
 
     fill: ClassVar = "mask"
+    scored: ClassVar[Literal["kept", "all"]] = "all"
     sparse: ClassVar = "fusion"
 
     def __init__(self, section: MaskConfig, mask: Mask, network: Any, *, path_drop: float) -> None:
@@ -164,7 +172,7 @@ class Sprint:
             enter=self.enter,
             leave=self.leave,
             fill="mask",
-            scored="all",
+            scored=self.scored,
             dropped=chance < self.path_drop,
         )
 
@@ -176,6 +184,7 @@ class MaskDit:
     """
 
     fill: ClassVar = "mask"
+    scored: ClassVar[Literal["kept", "all"]] = "kept"
     sparse: ClassVar = "decoder"
 
     def __init__(self, section: MaskConfig, mask: Mask, network: Any) -> None:
@@ -183,7 +192,7 @@ class MaskDit:
 
     def draw(self, batch: int, draw: Draw) -> Route | None:
         keep = self.mask.draw(batch, draw("mask"))
-        return None if keep is None else Route(keep=keep, fill="mask", scored="kept")
+        return None if keep is None else Route(keep=keep, fill="mask", scored=self.scored)
 
 
 @register("route", "deferred")
@@ -211,6 +220,7 @@ class Separate:
     """
 
     fill: ClassVar = "none"
+    scored: ClassVar[Literal["kept", "all"]] = "kept"
 
     def __init__(
         self, section: MaskConfig, mask: Mask, network: Any, *, groups: int | None

@@ -18,6 +18,7 @@ import msmdiff
 from msmdiff.core import config as configuration
 from msmdiff.core import files
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion.objectives import is_primer
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.report import expected
 from msmdiff.core.report.charts import chart, short
@@ -285,7 +286,7 @@ def _about(run: Told) -> str:
     place = run.path
     following = (
         f"msmdiff finetune --ckpt {place} --run {run.name}-tuned"
-        if run.config.objective.name == "msm"
+        if is_primer(run.config)
         else f"msmdiff sample {place} --n 100"
     )
     rows += [["next", _Command(following)], ["resume", f"--run {place}, with the same command"]]

@@ -18,7 +18,7 @@ from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
 from msmdiff.core.data.images import grid, labelled
 from msmdiff.core.data.loader import TrainingImages
-from msmdiff.core.diffusion.objectives import DrawRoute
+from msmdiff.core.diffusion.objectives import DrawRoute, is_primer
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.model import Model
 from msmdiff.core.samplers import editing
@@ -172,7 +172,7 @@ CONFETTI = (
 def _captioned(picture: Image.Image, model: Model, names: Sequence[str]) -> Image.Image:
     """Samples with the classes over their columns, and a word on what a masked network draws."""
     shown = names if len(names) <= 10 else ()  # more classes do not keep to their columns
-    title = CONFETTI if model.config.objective.name == "msm" else ""
+    title = CONFETTI if is_primer(model.config) else ""
     return labelled(picture, columns=shown, title=title)
 
 

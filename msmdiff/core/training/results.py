@@ -1,6 +1,7 @@
 """Pictures and figures of finished and unfinished runs: `results.png`, and one row a run."""
 
 import os
+import textwrap
 import time
 from collections.abc import Sequence
 from contextlib import suppress
@@ -9,8 +10,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from msmdiff.core import figure_files, files
+from msmdiff.core import figure_files, files, registry
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion import alignment
+from msmdiff.core.diffusion.objectives import scores_kept
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.validation import EDGES
@@ -23,14 +26,15 @@ SPACES = {"pixel": "pixels", "dwt": "wavelets", "vae": "latents"}
 
 def meaning(config: Config) -> str:
     """What the training loss is an error of: losses with other words do not compare."""
-    masked = config.objective.name in ("msm", "mdt", "maskdit") or config.mask.ratio > 0
-    where = "the visible tokens" if config.objective.name == "msm" else "all tokens"
-    if masked and config.objective.name != "msm":
-        where = "its passes with and without the mask"
+    entry = registry.entries("objective").get(config.objective.name)
+    kind = None if entry is None else entry.make(**entry.takes(config.objective))
+    error = getattr(kind, "error", "error")
+    over = getattr(kind, "over", "the visible tokens" if scores_kept(config) else "all tokens")
     space = SPACES.get(config.codec.name, config.codec.name)
     weighting = config.process.weighting
     weighted = "" if weighting == "uniform" else f", weighted by {weighting}"
-    return f"error of {config.process.prediction} in {space}{weighted}, over {where}"
+    whole = f"{error} of {config.process.prediction} in {space}{weighted}, over {over}"
+    return whole + alignment.words(config.objective)
 
 
 def of_run(run: Run, config: Config) -> None:
@@ -74,7 +78,8 @@ def _loss(axis: Any, lines: Lines, config: Config) -> bool:
     points = _points(lines, "loss")
     if axis is not None:
         axis.plot(*zip(*points, strict=True), linewidth=1)
-        axis.set_title(f"training loss\n{meaning(config)}", fontsize=8)
+        words = textwrap.fill(meaning(config), 64)  # as wide as the panel
+        axis.set_title(f"training loss\n{words}", fontsize=8)
     return bool(points)
 
 

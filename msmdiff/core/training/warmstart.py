@@ -39,6 +39,8 @@ def next_stage(config: Config) -> dict[str, Any]:
         del layer[section][key]
     for option in alignment.keys(config.objective):  # of the stage that asks for it
         del layer["objective"][option]
+    if "velocity_head" in layer["model"]:  # for training only: an objective that needs one says so
+        layer["model"]["velocity_head"] = False
     if config.optim.lr == road.derived_rate(config.model):
         del layer["optim"]["lr"]
     return layer

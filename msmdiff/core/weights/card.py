@@ -7,8 +7,8 @@ import shlex
 from pathlib import Path
 from typing import Any
 
-from msmdiff.core.config import Config
 from msmdiff.core.diffusion import codecs
+from msmdiff.core.diffusion.objectives import is_primer
 from msmdiff.core.weights import Stored
 
 MADE_BY = "<!-- Written by msmdiff weights push, which replaces this page. -->"
@@ -53,11 +53,6 @@ def _head(stored: Stored, license: str | None) -> str:
     lines += [f"license: {license}"] if license else []
     lines += ["tags:", "- diffusion", "- msmdiff", f"- {stored.config.model.family}"]
     return "\n".join(["---", *lines, "---"])
-
-
-def is_primer(config: Config) -> bool:
-    """Whether weights come from masked score matching alone: then they draw nothing yet."""
-    return config.objective.name == "msm" and not config.mask.tail
 
 
 def _usage(stored: Stored, name: str, title: str) -> str:

@@ -16,6 +16,7 @@ from typing import Any
 
 from msmdiff.core import files, hub
 from msmdiff.core.config import Config
+from msmdiff.core.diffusion.objectives import is_primer
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.weights import card, is_ours, read, stored_config
 
@@ -102,7 +103,7 @@ def _laid_out(weights: Path, name: str, terms: Terms, folder: Path) -> Iterator[
 
 def _newest_picture(run: Path, config: Config) -> Path | None:
     """The run's last preview of samples, of a network that has seen whole images."""
-    if card.is_primer(config):
+    if is_primer(config):
         return None
     found = run.glob("previews/*-samples.png")
     return max(found, key=lambda path: (len(path.name), path.name), default=None)

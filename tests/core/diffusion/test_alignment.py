@@ -233,6 +233,19 @@ def test_the_rest_of_the_loss_stays_as_it_was():
     assert torch.equal(parts.objective(parts.backbone, x0, None, draw)["mse"], without)
 
 
+def test_times_are_drawn_by_the_loss_without_it():
+    times = {"process": {"time_sampling": "loss_second_moment"}}
+    _, plain = parts_of(times)
+    parts, _ = started(times, aligned("layersync", align_weight=100))
+    learnt(plain.backbone)
+    x0 = torch.randn(4, 3, 16, 16)
+    loss = plain.objective(plain.backbone, x0, None, draw)["loss"]
+    assert parts.objective(parts.backbone, x0, None, draw)["loss"] > 2 * loss
+    wanted, got = (each.objective.history.losses for each in (plain, parts))
+    assert (wanted > 0).any()
+    assert got == pytest.approx(wanted, rel=1e-4, abs=1e-5)
+
+
 def test_it_is_off_after_its_share():
     parts, _ = started(MSM, aligned("sra", align_until=0.5))
     x0 = torch.randn(2, 3, 16, 16)

@@ -413,6 +413,11 @@ def test_passes_without_a_gradient_are_counted():
         ([MASKED, {"mask": {"route": "tread"}}], "mask.route visible, not tread"),
         ([{"model": {"velocity_head": True}}], "learns from objective.tangent head only"),
         (
+            [{"model": {"velocity_head": True}, "objective": {"name": "dsm"}}],
+            "learns from objective.tangent head only",
+        ),
+        ([{"objective": {"name": "dsm"}}], "is learnt with objective.name meanflow only, not dsm"),
+        (
             [{"model": {"num_classes": 0}, "objective": {"guidance_kappa": 0.5}}],
             "ask for guidance, and the network knows no classes",
         ),
@@ -447,6 +452,42 @@ def test_a_next_stage_of_all_tokens_goes_on_with_it():
     assert second.objective.guidance_kappa == 0.3
     assert second.mask.ratio == 0
     assert all_tokens("msm")["objective"] == {"name": "dsm"}
+
+
+@pytest.mark.parametrize("named", ["auto", "dsm"])
+def test_a_next_stage_of_another_objective_inherits_neither_its_options_nor_its_head(named):
+    given = {"objective": {"guidance_kappa": 0.3, "tangent": "head"}}
+    first = road.resolve(configuration.build(MEANFLOW, MODELS["dit"], given), 3)
+    assert first.model.velocity_head is True
+    flow = {"process": {"prediction": "velocity"}, "objective": {"name": named}}
+    sampler = {"sample": {"sampler": "heun"}}
+    layers = (next_stage(first), all_tokens("meanflow"), flow, sampler)
+    second = road.resolve(configuration.build(*layers), 3)
+    assert second.objective.name == "dsm"
+    assert second.model.velocity_head is False
+    assert second.model.interval_embed is True
+    assert "guidance_kappa" not in second.objective.model_dump()
+    third = road.resolve(configuration.build(next_stage(first), all_tokens("meanflow")), 3)
+    assert third.model.velocity_head is True
+
+
+def test_a_meanflow_run_is_fine_tuned_by_a_preset_of_flow_matching(cli, tmp_path):
+    small = ["train.steps=1", "train.batch_size=8", "train.preview_every=0", "model.depth=2"]
+    sets = [word for pair in small for word in ("--set", pair)]
+    cli(
+        "train",
+        "--config",
+        "digits-meanflow",
+        "--run",
+        "m",
+        *sets,
+        "--set",
+        "objective.tangent=head",
+    )
+    cli("finetune", "--ckpt", "m", "--config", "digits-flow", "--run", "f", *sets)
+    again = configuration.preset(str(tmp_path / "runs/f/config.yaml"))
+    assert again["objective"]["name"] == "dsm"
+    assert again["model"]["velocity_head"] is False
 
 
 def test_a_network_without_the_embedding_keeps_its_names():

@@ -170,6 +170,19 @@ def test_without_a_token_nothing_is_sent(tmp_path, monkeypatch):
         sharing.push(path, "me/it", sharing.Terms())
 
 
+@pytest.mark.parametrize(
+    ("mask", "pictured"), [({"route": "tread", "enter": 1, "leave": 0}, True), ({}, False)]
+)
+def test_a_network_that_gives_whole_images_is_no_primer(tmp_path, mask, pictured):
+    layers = {"objective": {"name": "msm"}, "mask": {"ratio": 0.5, **mask}}
+    path = a_run(tmp_path / "runs" / "masked", **layers)
+    sharing.push(path, f"{tmp_path}/shared/", sharing.Terms())
+    card = (tmp_path / "shared" / "README.md").read_text()
+    assert ("fine-tune it before you draw" not in card) is pictured
+    assert ("msmdiff sample shared" in card) is pictured
+    assert (tmp_path / "shared" / "samples.png").exists() is pictured
+
+
 def test_a_push_to_the_hub_is_one_commit_of_the_three_files(answers, tmp_path, monkeypatch):
     path = a_run(tmp_path / "tuned")
     sent = {}
