@@ -96,13 +96,13 @@ class Encoder:
             raise UsageError(
                 f"objective.encoder_weights {weights}: give the file of {self.name}'s weights"
             )
-        state = tensor_files.read(Path(weights))
+        state = _tensors(tensor_files.read(Path(weights)), weights)
         network = self._made()
         # Positions come from another number of patches, and a head that nobody asks for.
         fitted = {k: v for k, v in state.items() if not k.startswith(("head.", "mask_token"))}
         try:
             network.load_state_dict(checkpoint_filter_fn(fitted, network))
-        except (RuntimeError, KeyError, AttributeError) as error:
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             message = f"{weights} does not hold the weights of {self.name}: {reason}"
             raise MsmdiffError(message) from None
@@ -128,6 +128,28 @@ class Encoder:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self._made().eval().forward_features(torch.empty(1, 3, *self.size))
         return counter.get_total_flops()
+
+
+def _tensors(content: Any, path: str) -> dict[str, Tensor]:
+    """The tensors of a network that lie in a file by name, or in its `state_dict` or `model`.
+
+    Raises MsmdiffError where it holds something else.
+    """
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise MsmdiffError(
+            f"{path} holds no network's tensors by name but a {type(content).__name__}: give the "
+            "file of a state dict, as timm stores it"
+        )
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise MsmdiffError(
+                f"{path} holds {key!r}, a {type(value).__name__}, beside or in place of a "
+                "network's tensors: give the file of a state dict, as timm stores it"
+            )
+    return content
 
 
 @register("alignment", "repa", RepaOptions)

@@ -317,6 +317,23 @@ def test_a_missing_or_wrong_encoder_is_said_so(encoder, tmp_path):
         parts_of(aligned("repa", encoder="resnet18"))
 
 
+def test_an_encoder_is_read_from_where_timm_finds_it(encoder, tmp_path):
+    path, network = encoder
+    state, wrapped = network.state_dict(), tmp_path / "wrapped.pt"
+    _, plain = started(repa("repa", path))
+    for content in ({"state_dict": state, "epoch": 3}, {"model": state, "optimizer": {}}):
+        torch.save(content, wrapped)
+        _, alignment = started(repa("repa", wrapped))
+        assert alignment.encoder.digest == plain.encoder.digest
+        images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+        assert torch.equal(alignment.encoder(images), plain.encoder(images))
+    wrong = {"list": list(state.values()), "int": {**state, "epoch": 3}, "dict": {}}
+    for kind, content in wrong.items():
+        torch.save(content, wrapped)
+        with pytest.raises(MsmdiffError, match=rf"wrapped.pt holds .* a {kind}.*state dict"):
+            started(repa("repa", wrapped))
+
+
 # ------------------------------------------------------------------ in a training
 
 RUN = {
