@@ -1,6 +1,7 @@
 """A model: a trained network and the road around it, which images are drawn from."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from msmdiff.core import registry
-from msmdiff.core.backbones.routes import Route, compile_blocks
+from msmdiff.core.backbones.routes import Route, Trunk, compile_blocks
 from msmdiff.core.condition import Condition
 from msmdiff.core.config import Config
 from msmdiff.core.diffusion import routing
@@ -110,12 +111,14 @@ class Model:
         time: float = 0.1,
         block: int | None = None,
     ) -> Tensor:
-        """What a block of the network makes of images: hidden tokens [B, L, D], on the CPU.
+        """What a block of the network makes of images: hidden tokens [B, L, D] of the patches,
+        without special tokens, on the CPU.
 
         Args:
             images: uint8 [B, 3, H, W] of the network's size.
             classes: one for all or each; None is the null.
             time: how noisy the images are made first, 0 not at all; the noise is by their place.
+                The network is told at least the schedule's earliest time.
             block: its number, in the order of the network; None is the middle one.
 
         Raises UsageError for images of another size, and for a block that there is not.
@@ -135,14 +138,31 @@ class Model:
         x0 = self.codec.encode(images.to(self.device), stream(self.device, 0, "features"))
         eps = SeedNoise(list(range(len(images))), self.codec.shape, self.device)()
         t = torch.full((len(images),), time, device=self.device)
+        x_t = self.process.add_noise(x0, t, eps)
+        told = t.clamp(min=self.process.schedule.earliest)  # before it some networks have no time
+        with self._behind(number) as found:
+            self.process.feed(self.backbone, x_t, told, None if y is None else y.to(self.device))
+        return found[-1].float().cpu()
+
+    @contextmanager
+    def _behind(self, number: int) -> Iterator[list[Tensor]]:
+        """Inside, a pass leaves the tokens [B, L, D] behind this block; outside they are there."""
         found: list[Tensor] = []
-        hook = known[number].register_forward_hook(lambda *made: found.append(made[2]))
+        trunk = getattr(self.backbone, "trunk", None)
+        if isinstance(trunk, Trunk):
+            with trunk.watching((number + 1,)) as hidden:
+                yield found
+                found += [hidden[number + 1].tokens]
+            return
+
+        def keep(block: Any, given: Any, made: Any) -> None:
+            found.append(made[0] if isinstance(made, tuple) else made)
+
+        hook = self._blocks()[number].register_forward_hook(keep)
         try:
-            x_t = self.process.add_noise(x0, t, eps)
-            self.process.feed(self.backbone, x_t, t, None if y is None else y.to(self.device))
+            yield found
         finally:
             hook.remove()
-        return found[0].float().cpu()
 
     def _blocks(self) -> list[Any]:
         """The network's blocks in its order; of a plugin's network, what looks like them."""

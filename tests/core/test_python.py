@@ -44,7 +44,7 @@ def test_train_draw_and_compare(tmp_path, photos):
     with pytest.raises(UsageError, match="no such class; did you mean 'dog'"):
         model.draw(1, classes="dogs")
     hidden = model.features(drawn, "cat")
-    assert hidden.shape == (3, 2 + 9, 16)  # label and time, then 3 x 3 patches
+    assert hidden.shape == (3, 9, 16)  # 3 x 3 patches, without label and time
     assert torch.equal(hidden, model.features(drawn, "cat"))
     assert not torch.equal(hidden, model.features(drawn, "cat", block=0))
     with pytest.raises(UsageError, match=r"blocks are 0\.\.2"):
@@ -128,8 +128,40 @@ def test_blocks_are_counted_as_a_pass_meets_them(model, count):
         hidden = made.features(images, block=number)
         extra = len(met) - count  # the light blocks of a mixer come first, of a decoder last
         shift = extra if model.get("sparse") == "mixer" else 0
-        assert torch.equal(hidden, met[shift + number])
+        behind = met[shift + number]  # special tokens are in front
+        assert torch.equal(hidden, behind[:, behind.shape[1] - hidden.shape[1] :])
         met.clear()
     assert torch.equal(made.features(images), made.features(images, block=count // 2))
     with pytest.raises(UsageError, match=rf"blocks are 0\.\.{count - 1}"):
         made.features(images, block=count)
+
+
+@pytest.mark.parametrize(
+    "layers",
+    [
+        ["digits-uvit", {"model": {"value_residual": True}}],
+        ["digits-dit", {"model": {"value_residual": True}}],
+        ["digits-jit"],
+        ["digits-edm"],
+        ["digits-ve"],
+        ["digits-flow"],
+        ["digits-edt"],
+    ],
+    ids=str,
+)
+def test_features_are_of_patches_behind_every_block_and_at_time_0(layers):
+    layers = [configuration.preset(layers[0]), *layers[1:]]
+    config = road.resolve(configuration.build(*layers), 10)
+    parts = road.build(config)
+    model = Model(
+        parts.backbone.eval(), parts.process, parts.codec, parts.objective.condition, config
+    )
+    side = config.data.image_size
+    images = torch.randint(0, 256, (2, 3, side, side), dtype=torch.uint8)
+    grids = [grid for _, grid in getattr(model.backbone, "numbered_blocks", list)()]
+    for block in range(len(model._blocks())):
+        height, width = grids[block] if grids else model.backbone.grid
+        hidden = model.features(images, time=0.0, block=block)
+        assert hidden.shape[:2] == (2, height * width)
+        assert hidden.isfinite().all()
+        assert torch.equal(hidden, model.features(images, time=0.0, block=block))

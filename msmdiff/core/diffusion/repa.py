@@ -26,6 +26,7 @@ from msmdiff.core.diffusion.alignment import (
     paired,
     projection,
 )
+from msmdiff.core.diffusion.codecs import Codec, to_uint8
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import register
 
@@ -78,7 +79,9 @@ class Encoder:
             self.network: Any = self._made()
         self.width: int = self.network.embed_dim
         described: Any = usual.default_cfg
-        self.mean, self.deviation = described["mean"], described["std"]
+        self.mean, self.deviation = (
+            torch.tensor(described[name], device="cpu").view(3, 1, 1) for name in ("mean", "std")
+        )
         self.digest = ""
 
     def _made(self) -> Any:
@@ -96,13 +99,13 @@ class Encoder:
             raise UsageError(
                 f"objective.encoder_weights {weights}: give the file of {self.name}'s weights"
             )
-        state = tensor_files.read(Path(weights))
+        state = _tensors(tensor_files.read(Path(weights)), weights)
         network = self._made()
         # Positions come from another number of patches, and a head that nobody asks for.
         fitted = {k: v for k, v in state.items() if not k.startswith(("head.", "mask_token"))}
         try:
             network.load_state_dict(checkpoint_filter_fn(fitted, network))
-        except (RuntimeError, KeyError, AttributeError) as error:
+        except (RuntimeError, LookupError, AttributeError, TypeError, ValueError) as error:
             reason = " ".join(str(error).split())[:200]
             message = f"{weights} does not hold the weights of {self.name}: {reason}"
             raise MsmdiffError(message) from None
@@ -110,17 +113,19 @@ class Encoder:
         for key in sorted(fitted):
             digest.update(fitted[key].float().numpy().tobytes())
         self.digest = digest.hexdigest()[:16]
-        self.network = network.to(device).eval().requires_grad_(False)
+        self._take(network.to(device))
+
+    def _take(self, network: Any) -> None:
+        """Use this network, on the device where it lies."""
+        self.network = network.eval().requires_grad_(False)
+        device = next(network.parameters()).device
+        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> the features of the student's patches [B, L, E], row by row."""
-        mean, deviation = (
-            torch.tensor(value, device=images.device).view(3, 1, 1)
-            for value in (self.mean, self.deviation)
-        )
         x = F.interpolate(images.float() / 255, self.size, mode="bicubic", antialias=True)
-        tokens = self.network.forward_features((x.clamp(0, 1) - mean) / deviation)
+        tokens = self.network.forward_features((x.clamp(0, 1) - self.mean) / self.deviation)
         return tokens[:, self.network.num_prefix_tokens :]
 
     def passes(self) -> int:
@@ -128,6 +133,34 @@ class Encoder:
         with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
             self._made().eval().forward_features(torch.empty(1, 3, *self.size))
         return counter.get_total_flops()
+
+
+def _tensors(content: Any, path: str) -> dict[str, Tensor]:
+    """The tensors of a network that lie in a file by name, or in its `state_dict` or `model`.
+
+    Raises MsmdiffError where it holds something else.
+    """
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    if not isinstance(content, dict) or not content:
+        raise MsmdiffError(
+            f"{path} holds no network's tensors by name but a {type(content).__name__}: give the "
+            "file of a state dict, as timm stores it"
+        )
+    for key, value in content.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise MsmdiffError(
+                f"{path} holds {key!r}, a {type(value).__name__}, beside or in place of a "
+                "network's tensors: give the file of a state dict, as timm stores it"
+            )
+    return content
+
+
+def decoded(codec: Codec, x0: Tensor) -> Tensor:
+    """The images of x0 [B, C, H, W], uint8 [B, 3, H, W], without a wait for a GPU."""
+    parts = x0.split(DECODED_AT_ONCE)
+    return torch.cat([to_uint8(codec.unrounded(part), checked=False) for part in parts])
 
 
 @register("alignment", "repa", RepaOptions)
@@ -190,8 +223,7 @@ class Repa(Alignment):
     def features(self, seen: Seen) -> Tensor:
         """What the encoder makes of the clean images, [B, L, E]."""
         with self.autocast():
-            images = [self.around.codec.decode(part) for part in seen.x0.split(DECODED_AT_ONCE)]
-            return self.encoder(torch.cat(images))
+            return self.encoder(decoded(self.around.codec, seen.x0))
 
     def passes(self, forward: int, masked: int) -> int:
         return self.encoder.passes()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from msmdiff.core import config as configuration
 from msmdiff.core import files, hub
 from msmdiff.core.config import Config
 from msmdiff.core.diffusion.objectives import is_primer
@@ -71,15 +72,30 @@ def push(weights: Path, place: str, terms: Terms, overwrite: bool = False) -> st
 
 
 def local_paths(weights: Path) -> list[tuple[str, str]]:
-    """(key, path) of the folders of this machine that the file's configuration names."""
-    config = stored_config(weights)
-    named = {
-        "data.source": config.data.source,
-        "train.init_from": config.train.init_from,
-        "eval.reference": config.eval.reference,
-        "eval.heldout": config.eval.heldout,
-    }
-    return [(key, str(path)) for key, path in named.items() if path and Path(path).is_absolute()]
+    """(key, value) of what the file's configuration names of this machine: paths that are absolute,
+    or written as one and there, and plugins, whose files others do not have.
+    """
+    content = stored_config(weights).as_dict()
+    plugins = [("plugins", str(name)) for name in content.pop("plugins")]
+    named = [
+        (key, text)
+        for key, value in configuration.flatten(content).items()
+        for text in (value if isinstance(value, list | tuple) else [value])
+        if isinstance(text, str) and _is_local(text)
+    ]
+    return named + plugins
+
+
+def _is_local(text: str) -> bool:
+    """Whether a value is a path here; a bare word is a name, whatever folder is called like it."""
+    path = Path(text)
+    if path.is_absolute() or text.startswith(("~", "./", "../")):
+        return True
+    if len(path.parts) < 2 and not path.suffix:
+        return False
+    with suppress(OSError, ValueError):  # a text that no path can be
+        return path.exists()
+    return False
 
 
 def _laid_out(weights: Path, name: str, terms: Terms, folder: Path) -> Iterator[Path]:

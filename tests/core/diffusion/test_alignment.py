@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
@@ -328,6 +329,51 @@ def test_a_missing_or_wrong_encoder_is_said_so(encoder, tmp_path):
         parts_of(aligned("repa", encoder="vit_no"))
     with pytest.raises(UsageError, match=r"objective.encoder resnet18 is no vision transformer"):
         parts_of(aligned("repa", encoder="resnet18"))
+
+
+class Operations(TorchDispatchMode):
+    """The names of the operations inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("latent", [False, True])
+def test_features_do_not_wait_for_the_device(encoder, vae, latent):
+    """Nothing reads a number of a tensor, or makes a tensor of numbers."""
+    given = {"data": {"image_size": 64}, "model": {"patch_size": 2 if latent else 16}}
+    if latent:
+        given["codec"] = {"name": "vae", "vae": str(vae)}
+    parts, alignment = started(repa("repa", encoder[0]), given)
+    batch = seen(parts)
+    expected = alignment.encoder(parts.codec.decode(batch.x0))
+    with Operations() as operations:
+        features = alignment.features(batch)
+    assert torch.equal(features, expected)
+    assert "convolution" in operations.names
+    assert not operations.names & {"_local_scalar_dense", "lift_fresh"}
+
+
+def test_an_encoder_is_read_from_where_timm_finds_it(encoder, tmp_path):
+    path, network = encoder
+    state, wrapped = network.state_dict(), tmp_path / "wrapped.pt"
+    _, plain = started(repa("repa", path))
+    for content in ({"state_dict": state, "epoch": 3}, {"model": state, "optimizer": {}}):
+        torch.save(content, wrapped)
+        _, alignment = started(repa("repa", wrapped))
+        assert alignment.encoder.digest == plain.encoder.digest
+        images = torch.randint(0, 256, (1, 3, 16, 16), dtype=torch.uint8)
+        assert torch.equal(alignment.encoder(images), plain.encoder(images))
+    wrong = {"list": list(state.values()), "int": {**state, "epoch": 3}, "dict": {}}
+    for kind, content in wrong.items():
+        torch.save(content, wrapped)
+        with pytest.raises(MsmdiffError, match=rf"wrapped.pt holds .* a {kind}.*state dict"):
+            started(repa("repa", wrapped))
 
 
 # ------------------------------------------------------------------ in a training

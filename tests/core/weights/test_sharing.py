@@ -93,6 +93,41 @@ def test_what_others_wrote_stays(tmp_path):
         sharing.pull(f"{folder}/", tmp_path / "tuned")
 
 
+def test_what_the_file_tells_of_this_machine_is_named(tmp_path, monkeypatch, cli):
+    monkeypatch.chdir(tmp_path)
+    guide = tmp_path / "guides" / "weak.safetensors"
+    guide.parent.mkdir()
+    guide.touch()
+    Path("uvit").mkdir()  # a folder called like a choice
+    path = a_run(
+        tmp_path / "r",
+        data={"source": "/photos/mine"},
+        objective={
+            "alignment": "repa",
+            "encoder": "test_vit",
+            "encoder_weights": "/home/me/vit.safetensors",
+        },
+        codec={"name": "vae", "vae": "~/vae", "channels": 4},
+        eval={"weights": "/nets/inception.pth", "reference": "digits:test"},
+        sample={"guide": "guides/weak.safetensors", "cfg_scale": 2.0},
+    )
+    told = {
+        "data.source": "/photos/mine",
+        "objective.encoder_weights": "/home/me/vit.safetensors",
+        "codec.vae": "~/vae",
+        "eval.weights": "/nets/inception.pth",
+        "sample.guide": "guides/weak.safetensors",
+    }
+    assert dict(sharing.local_paths(path)) == told
+    done = cli("weights", "push", str(path), f"{tmp_path}/shared/")
+    said = [line for line in done.stdout.splitlines() if "tells others" in line]
+    assert len(said) == len(told)
+    assert all(f"your {key}: {value}" in done.stdout for key, value in told.items())
+    config = weights.stored_config(path).model_copy(update={"plugins": ["mine"]})
+    monkeypatch.setattr(sharing, "stored_config", lambda path: config)
+    assert sharing.local_paths(path)[-1] == ("plugins", "mine")
+
+
 def test_damaged_weights_are_not_put_in_place(tmp_path):
     path = a_run(tmp_path / "tuned")
     sharing.push(path, f"{tmp_path}/shared/", sharing.Terms())

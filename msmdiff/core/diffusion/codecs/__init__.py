@@ -68,6 +68,12 @@ class Codec(ABC):
     def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
         """z [B, *shape] -> uint8 images [B, 3, H, W]."""
 
+    def unrounded(self, z: Tensor) -> Tensor:
+        """z [B, *shape] -> images [B, 3, H, W] of about -1..1, which nothing has looked at: where a
+        decoder runs in every step, and a GPU must not be waited for.
+        """
+        return to_unit(self.decode(z))
+
     def clip(self, x0: Tensor) -> Tensor:
         """Bring x0 [B, *shape] into the range that images can have; used at every sampling step."""
         return x0
@@ -95,14 +101,15 @@ def to_unit(images: Tensor) -> Tensor:
     return images.float().div_(127.5).sub_(1)
 
 
-def to_uint8(x: Tensor, rounding: str = "half_even") -> Tensor:
+def to_uint8(x: Tensor, rounding: str = "half_even", *, checked: bool = True) -> Tensor:
     """-1..1 -> uint8 0..255, clamped; `half_even`, `half_up` (DiT, U-ViT, MaskDM) or `truncate`
     (MDT).
 
-    Raises MsmdiffError for numbers that are not finite: as uint8, NaN would be black.
+    Raises MsmdiffError for numbers that are not finite: as uint8, NaN would be black. Looking for
+    them waits for a GPU, and without `checked` nobody does.
     """
     x = x.float()
-    if not x.isfinite().all():
+    if checked and not x.isfinite().all():
         raise MsmdiffError(
             "decoding gave numbers that are not finite: try fp32 (sample.precision, "
             "codec.precision), or another codec.vae"

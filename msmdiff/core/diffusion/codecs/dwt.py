@@ -108,9 +108,12 @@ class DwtCodec(Codec):
         return (z - self._mean) / self._std
 
     def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
+        return to_uint8(self.unrounded(z), rounding)
+
+    def unrounded(self, z: Tensor) -> Tensor:
         z = z.float()
         self._to(z.device)
-        return to_uint8(self.inverse(z * self._std + self._mean), rounding)
+        return self.inverse(z * self._std + self._mean)
 
     def clip(self, x0: Tensor) -> Tensor:
         self._to(x0.device)

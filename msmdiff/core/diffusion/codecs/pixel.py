@@ -22,5 +22,8 @@ class PixelCodec(Codec):
     def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
         return to_uint8(z, rounding)
 
+    def unrounded(self, z: Tensor) -> Tensor:
+        return z
+
     def clip(self, x0: Tensor) -> Tensor:
         return x0.clamp(-1, 1)

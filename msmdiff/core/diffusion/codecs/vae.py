@@ -135,11 +135,13 @@ class VaeCodec(Codec):
         return self._scale * (mean + std * noise - self._mean)
 
     def decode(self, z: Tensor, rounding: str = "half_even") -> Tensor:
+        return to_uint8(self.unrounded(z), rounding)
+
+    def unrounded(self, z: Tensor) -> Tensor:
         vae = self._network(z.device)
         with torch.no_grad():
-            return to_uint8(
-                vae.decode((z.float() / self._scale + self._mean).to(vae.dtype)).sample, rounding
-            )
+            images: Tensor = vae.decode((z.float() / self._scale + self._mean).to(vae.dtype)).sample
+        return images
 
     def identity(self) -> dict[str, Any]:
         """What made a packed set: settings, and the checksum of the network's numbers."""
