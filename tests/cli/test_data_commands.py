@@ -47,7 +47,7 @@ def test_encode_inspect_train_sample_on_latents(cli, photos, vae, tmp_path):
     )
     cli(*train, "--steps", "2", "--batch-size", "4", "--run", "r", "--set", "data.hflip=0.5")
     cli("sample", "r", "--n", "2", "--steps", "2", "--out", "s")
-    assert Image.open(tmp_path / "s" / "000001.png").size == (32, 32)
+    assert Image.open(tmp_path / "s" / "000001-dog.png").size == (32, 32)
 
 
 def test_inspect_names_what_cannot_be_read(cli, photos):
