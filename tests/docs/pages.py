@@ -150,7 +150,8 @@ def _small_spec(path: str) -> str:
     """A comparison with the same arms, one seed and a tiny budget."""
     from msmdiff.core import presets
 
-    spec = presets.parse_yaml((ROOT / path).read_text(), path)  # an absolute path stays one
+    found = Path(path) if Path(path).is_file() else ROOT / path  # written here, or the project's
+    spec = presets.parse_yaml(found.read_text(), path)
     small = {"batch_size": 8, "threads": 1}
     spec |= {"budget": {"images": 32}, "seeds": [0], "slice": 60}
     spec["common"] = {**spec.get("common", {}), "train": small, "sample": {"steps": 2}}
