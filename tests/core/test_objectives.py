@@ -5,7 +5,7 @@ from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.backbones.layers import patchify
 from msmdiff.core.backbones.routes import Route
-from msmdiff.core.diffusion.objectives import is_primer
+from msmdiff.core.diffusion.coverage import is_primer
 from msmdiff.core.errors import UsageError
 from msmdiff.core.seeding import stream
 

@@ -18,7 +18,7 @@ import msmdiff
 from msmdiff.core import config as configuration
 from msmdiff.core import files
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion.objectives import is_primer
+from msmdiff.core.diffusion.coverage import is_primer
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.report import expected
 from msmdiff.core.report.charts import chart, short

@@ -18,7 +18,8 @@ from msmdiff.core.condition import Text
 from msmdiff.core.config import Config
 from msmdiff.core.data.images import grid, labelled
 from msmdiff.core.data.loader import TrainingImages
-from msmdiff.core.diffusion.objectives import DrawRoute, is_primer
+from msmdiff.core.diffusion.coverage import is_primer
+from msmdiff.core.diffusion.objectives import DrawRoute
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.model import Model
 from msmdiff.core.samplers import editing

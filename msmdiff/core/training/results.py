@@ -13,7 +13,7 @@ from typing import Any
 from msmdiff.core import figure_files, files, registry
 from msmdiff.core.config import Config
 from msmdiff.core.diffusion import alignment
-from msmdiff.core.diffusion.objectives import scores_kept
+from msmdiff.core.diffusion.coverage import scores_kept
 from msmdiff.core.errors import MsmdiffError
 from msmdiff.core.training.run import Run
 from msmdiff.core.training.validation import EDGES

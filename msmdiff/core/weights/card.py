@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from msmdiff.core.diffusion import codecs
-from msmdiff.core.diffusion.objectives import is_primer
+from msmdiff.core.diffusion.coverage import is_primer
 from msmdiff.core.weights import Stored
 
 MADE_BY = "<!-- Written by msmdiff weights push, which replaces this page. -->"

@@ -17,7 +17,7 @@ from typing import Any
 from msmdiff.core import config as configuration
 from msmdiff.core import files, hub
 from msmdiff.core.config import Config
-from msmdiff.core.diffusion.objectives import is_primer
+from msmdiff.core.diffusion.coverage import is_primer
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.weights import card, is_ours, read, stored_config
 
