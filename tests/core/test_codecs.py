@@ -206,7 +206,7 @@ def test_numbers_that_are_not_finite_do_not_become_black_images():
 def test_a_vae_that_encodes_to_nan_is_named(vae):
     codec = vae_codec(vae)
     codec.load()
-    codec._vae.quant_conv.weight.data.fill_(float("nan"))
+    codec.network.quant_conv.weight.data.fill_(float("nan"))
     with pytest.raises(MsmdiffError, match=r"codec.vae .*vae encodes images to numbers that are"):
         codec.encode(images(1, 16))
 

@@ -116,11 +116,9 @@ class Alignment:
         projector: trained beside the network, and no part of its weights; None where features are
             compared as they are.
         averaged: whether it needs a moving average of the weights.
-        frozen: numbers of another network that is followed.
     """
 
     averaged: ClassVar[bool] = False
-    frozen: int = 0
     projector: nn.Module | None = None
 
     def __init__(
@@ -189,6 +187,12 @@ class Alignment:
         all tokens and `masked` with the mask.
         """
         return 0
+
+    def rehearsal(self) -> nn.Module | None:
+        """Frozen networks that are not the student's own, on the meta device: called with x0 [B,
+        *shape] they do what a step does with them, to be counted.
+        """
+        return None
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:

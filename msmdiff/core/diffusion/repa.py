@@ -49,7 +49,7 @@ class RepaOptions(AlignmentOptions):
     )
 
 
-class Encoder:
+class Encoder(nn.Module):
     """A frozen vision transformer of timm's, for a grid of as many patches as the student has
     tokens.
 
@@ -60,6 +60,7 @@ class Encoder:
         import timm
         from timm.models.vision_transformer import VisionTransformer
 
+        super().__init__()
         self.name, self.grid = name, grid
         try:
             with torch.device("meta"):
@@ -79,9 +80,11 @@ class Encoder:
             self.network: Any = self._made()
         self.width: int = self.network.embed_dim
         described: Any = usual.default_cfg
-        self.mean, self.deviation = (
-            torch.tensor(described[name], device="cpu").view(3, 1, 1) for name in ("mean", "std")
-        )
+        self.mean: Tensor
+        self.deviation: Tensor
+        for own, theirs in (("mean", "mean"), ("deviation", "std")):
+            numbers = torch.tensor(described[theirs], device="cpu").view(3, 1, 1)
+            self.register_buffer(own, numbers, persistent=False)
         self.digest = ""
 
     def _made(self) -> Any:
@@ -113,26 +116,19 @@ class Encoder:
         for key in sorted(fitted):
             digest.update(fitted[key].float().numpy().tobytes())
         self.digest = digest.hexdigest()[:16]
-        self._take(network.to(device))
-
-    def _take(self, network: Any) -> None:
-        """Use this network, on the device where it lies."""
-        self.network = network.eval().requires_grad_(False)
-        device = next(network.parameters()).device
-        self.mean, self.deviation = self.mean.to(device), self.deviation.to(device)
+        self.network = network.requires_grad_(False)
+        self.to(device).eval()
 
     @torch.no_grad()
-    def __call__(self, images: Tensor) -> Tensor:
+    def forward(self, images: Tensor) -> Tensor:
         """uint8 [B, 3, H, W] -> the features of the student's patches [B, L, E], row by row."""
         x = F.interpolate(images.float() / 255, self.size, mode="bicubic", antialias=True)
         tokens = self.network.forward_features((x.clamp(0, 1) - self.mean) / self.deviation)
         return tokens[:, self.network.num_prefix_tokens :]
 
-    def passes(self) -> int:
-        """Operations of one image."""
-        with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
-            self._made().eval().forward_features(torch.empty(1, 3, *self.size))
-        return counter.get_total_flops()
+    def sketch(self) -> "Encoder":
+        """The same, all of it on the meta device."""
+        return Encoder(self.name, self.grid).to("meta").eval().requires_grad_(False)
 
 
 def _tensors(content: Any, path: str) -> dict[str, Tensor]:
@@ -163,6 +159,18 @@ def decoded(codec: Codec, x0: Tensor) -> Tensor:
     return torch.cat([to_uint8(codec.unrounded(part), checked=False) for part in parts])
 
 
+class Rehearsal(nn.Module):
+    """A decoder and an encoder without numbers, and the pass of a step through them."""
+
+    def __init__(self, codec: Codec, encoder: Encoder) -> None:
+        super().__init__()
+        self.codec, self.decoder, self.encoder = codec, codec.network, encoder
+
+    @torch.no_grad()
+    def forward(self, x0: Tensor) -> Tensor:
+        return self.encoder(decoded(self.codec, x0))
+
+
 @register("alignment", "repa", RepaOptions)
 class Repa(Alignment):
     """REPA: projected tokens follow a frozen encoder's patch features, by their cosine."""
@@ -187,7 +195,6 @@ class Repa(Alignment):
         watched = around.behind("align_block", align_block, 8)
         super().__init__(around, align_weight, align_until, (watched,))
         self.weights, self.encoder = encoder_weights, Encoder(encoder, network.grid)
-        self.frozen = sum(p.numel() for p in self.encoder.network.parameters())
         self.projector = self.make_projector(align_width)
 
     def make_projector(self, inner: int | None) -> nn.Module:
@@ -226,7 +233,12 @@ class Repa(Alignment):
             return self.encoder(decoded(self.around.codec, seen.x0))
 
     def passes(self, forward: int, masked: int) -> int:
-        return self.encoder.passes()
+        with FlopCounterMode(display=False) as counter:
+            self.rehearsal()(torch.empty(1, *self.around.codec.shape, device="meta"))
+        return counter.get_total_flops()
+
+    def rehearsal(self) -> nn.Module:
+        return Rehearsal(self.around.codec.sketch(), self.encoder.sketch())
 
 
 class Convolution(nn.Module):

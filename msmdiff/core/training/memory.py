@@ -75,7 +75,7 @@ def estimate(
     projector = [] if aligned is None else list(aligned.parameters())
     parameters = optim.Parameters.of(parts.backbone, projector)
     beside = sum(p.numel() for p in projector)
-    followed = 0 if aligned is None else 4 * aligned.frozen
+    followed = sum(p.nbytes for network in _frozen(aligned) for p in network.parameters())
     own = 4 * sum(p.numel() for p in parts.backbone.parameters())
     trained = sum(p.numel() for p in parameters)
     activations = _activations(config, parts, aligned, micro, device)
@@ -103,6 +103,12 @@ def _averages(config: Config) -> int:
     return len(ema.decays) + (len(ema.widths) if ema.snapshots_every else 0)
 
 
+def _frozen(aligned: Alignment | None) -> list[torch.nn.Module]:
+    """Other networks that an alignment follows, on the meta device."""
+    found = None if aligned is None else aligned.rehearsal()
+    return [] if found is None else [found]
+
+
 def _activations(
     config: Config, parts: road.Parts, aligned: Alignment | None, micro: int, device: str
 ) -> int:
@@ -114,6 +120,7 @@ def _activations(
     checkpoint_blocks(network, int(config.train.gradient_checkpointing))
     half = config.train.precision in ("bf16", "fp16")
     # A GPU's fused attention keeps no scores, nor does the CPU's in fp16; in bf16 a CPU multiplies.
+    followed = _frozen(aligned)  # not with fake tensors: making a network may read numbers
     dtype = torch.float16 if device == "cuda" else torch.bfloat16
     with FakeTensorMode(allow_non_fake_inputs=True):
         network = network.to_empty(device="cpu")
@@ -122,13 +129,16 @@ def _activations(
         ways = routes(parts, batch, "cpu")
         projector = None if aligned is None else aligned.projector
         trained = [network] if projector is None else [network, projector.to_empty(device="cpu")]
-        alive = _Alive(torch.nn.ModuleList(trained))
+        frozen = [each.to_empty(device="cpu") for each in followed]
+        alive = _Alive(torch.nn.ModuleList([*trained, *frozen]))
         watched: Any = nullcontext({}) if aligned is None else aligned.watching()
         with alive, watched as hidden:
             loss = torch.zeros(())
             with torch.autocast("cpu", dtype=dtype, enabled=half):
                 for route in ways:
                     loss = loss + network(x, t, y, route).float().square().mean()
+                for other in frozen:
+                    other(x)
                 if aligned is not None and projector is not None:
                     told = aligned.projected(hidden[aligned.student]).tokens
                     loss = loss + told.float().square().mean()

@@ -9,13 +9,16 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from msmdiff.core import build as road
 from msmdiff.core import config as configuration
 from msmdiff.core.backbones.layers import gather_tokens
 from msmdiff.core.backbones.routes import Hidden, Route
 from msmdiff.core.diffusion.alignment import Seen, cosine_distance, paired
+from msmdiff.core.diffusion.codecs.vae import VaeCodec
 from msmdiff.core.diffusion.repa import Convolution
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.seeding import stream
@@ -481,6 +484,38 @@ def test_what_it_costs_is_counted(encoder):
     images = 2 * 17 * 64 * 64 * 12 * 6  # 6 blocks of the encoder, by their matrices alone
     assert followed.alignment_flops > images
     assert largest.weights > small.weights + 4 * 280_000
+
+
+def test_the_decoder_that_repa_runs_is_counted(encoder, vae):
+    latent = {
+        "data": {"image_size": 64},
+        "model": {"patch_size": 2},
+        "codec": {"name": "vae", "vae": str(vae)},
+        "train": {"batch_size": 8},
+    }
+    layers = (latent, repa("repa", encoder[0]))
+    config, parts = parts_of(*layers)
+    alignment = parts.alignment(config)
+    alignment.encoder.load(str(encoder[0]), torch.device("cpu"))
+    plain = sdpa_kernel(SDPBackend.MATH)  # the CPU's fused one is not counted
+    with plain, FlopCounterMode(display=False) as counter:
+        images = parts.codec.decode(torch.zeros(1, *parts.codec.shape))
+        decoding = counter.get_total_flops()
+        alignment.encoder(images)
+    assert 0 < decoding < counter.get_total_flops()
+    assert alignment.passes(0, 0) == counter.get_total_flops()
+    found = memory.estimate(config, device="cpu")
+    numbers = sum(p.numel() for p in parts.codec.network.parameters())
+    numbers += sum(p.numel() for p in alignment.encoder.network.parameters())
+    own = sum(p.numel() for p in parts.backbone.parameters())
+    projector = sum(p.numel() for p in alignment.parameters())
+    assert found.weights == 4 * (own + projector + numbers)
+    without = memory.estimate(parts_of(latent)[0], device="cpu")
+    assert found.activations > without.activations + 4 * 8 * 8 * 64 * 64  # 8 maps of the last level
+    usual = VaeCodec(256).sketch()  # Stable Diffusion's
+    with FlopCounterMode(display=False) as counter:
+        usual.unrounded(torch.empty(1, *usual.shape, device="meta"))
+    assert counter.get_total_flops() == pytest.approx(622e9, rel=0.01)
 
 
 def test_a_mask_that_ends_keeps_its_alignment_for_its_share():

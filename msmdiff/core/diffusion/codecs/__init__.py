@@ -26,6 +26,7 @@ class Codec(ABC):
             `pack` made it.
         bounded: whether x0 lies in -1..1, to which `sample.threshold` scales it.
         measures: the options that may be measured of the data, where they are not given.
+        network: what decodes, once it is loaded; None where there is none.
     """
 
     shape: tuple[int, int, int]
@@ -33,6 +34,7 @@ class Codec(ABC):
     packs: ClassVar[str] = "pixel"
     bounded: ClassVar[bool] = False
     measures: ClassVar[tuple[str, ...]] = ()
+    network: Any = None
 
     @classmethod
     def factor_of(cls, options: dict[str, Any]) -> int:
@@ -73,6 +75,12 @@ class Codec(ABC):
         decoder runs in every step, and a GPU must not be waited for.
         """
         return to_unit(self.decode(z))
+
+    def sketch(self) -> "Codec":
+        """The same codec, whose network, if it has one, lies on the meta device: to count with,
+        before anything is loaded.
+        """
+        return self
 
     def clip(self, x0: Tensor) -> Tensor:
         """Bring x0 [B, *shape] into the range that images can have; used at every sampling step."""

@@ -1,5 +1,6 @@
 """Latents of an autoencoder."""
 
+import copy
 import hashlib
 from pathlib import Path
 from typing import Any, Literal
@@ -8,7 +9,7 @@ import torch
 from pydantic import Field, StrictBool
 from torch import Tensor
 
-from msmdiff.core import hub, tensor_files
+from msmdiff.core import files, hub, tensor_files
 from msmdiff.core.diffusion.codecs import Codec, to_uint8, to_unit
 from msmdiff.core.errors import MsmdiffError, UsageError
 from msmdiff.core.registry import Options, register
@@ -106,7 +107,6 @@ class VaeCodec(Codec):
         self._mean = torch.tensor(config.mean or [0.0], device="cpu").view(-1, 1, 1)
         deviation = torch.tensor(config.std or [1.0], device="cpu").view(-1, 1, 1)
         self._scale = config.scale / deviation
-        self._vae: Any = None
 
     def load(self, device: torch.device | str = "cpu") -> None:
         self._network(torch.device(device))
@@ -143,6 +143,15 @@ class VaeCodec(Codec):
             images: Tensor = vae.decode((z.float() / self._scale + self._mean).to(vae.dtype)).sample
         return images
 
+    def sketch(self) -> "VaeCodec":
+        """Of the folder's settings where it is here, else of Stable Diffusion's with as many
+        channels and this factor. Raises MsmdiffError where diffusers is missing.
+        """
+        drawn = copy.copy(self)
+        with torch.device("meta"):
+            drawn.network = _sketched(self.config)
+        return drawn
+
     def identity(self) -> dict[str, Any]:
         """What made a packed set: settings, and the checksum of the network's numbers."""
         self._network(torch.device("cpu"))
@@ -160,7 +169,7 @@ class VaeCodec(Codec):
             self._mean, self._scale = self._mean.to(device), self._scale.to(device)
 
     def _network(self, device: torch.device) -> Any:
-        if self._vae is None:
+        if self.network is None:
             vae, config = _load_vae(self.config), self.config
             self._checksum = checksum(vae.state_dict())
             wanted = config.vae_sha256
@@ -178,11 +187,11 @@ class VaeCodec(Codec):
                     f"{found[0]} and codec.factor={found[1]}, not {config.channels} and "
                     f"{config.factor}"
                 )
-            if config.tile:
-                vae.enable_tiling()
-            self._vae = vae.bfloat16() if config.precision == "bf16" else vae
+            self.network = _in_precision(vae, config)
         self._to(device)
-        return self._vae.to(device)
+        if self.network.device != device:
+            self.network.to(device)
+        return self.network
 
 
 def checksum(tensors: dict[str, Tensor]) -> str:
@@ -194,13 +203,44 @@ def checksum(tensors: dict[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-STABLE_DIFFUSION_VAE = dict(
+NO_DIFFUSERS = "latents need diffusers: pip install 'msmdiff[vae]'"
+STABLE_DIFFUSION_VAE: dict[str, Any] = dict(
     block_out_channels=(128, 256, 512, 512),
     down_block_types=("DownEncoderBlock2D",) * 4,
     up_block_types=("UpDecoderBlock2D",) * 4,
     layers_per_block=2,
     sample_size=512,
 )
+
+
+def _in_precision(vae: Any, config: VaeOptions) -> Any:
+    if config.tile:
+        vae.enable_tiling()
+    return vae.bfloat16() if config.precision == "bf16" else vae
+
+
+def _sketched(config: VaeOptions) -> Any:
+    """The network without numbers, on the default device; the hub is not asked."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError:
+        raise MsmdiffError(NO_DIFFUSERS) from None
+    own = config.vae_config or config.vae or ""
+    if (Path(own) / "config.json").is_file():
+        with files.reading(Path(own) / "config.json", "the settings of an AutoencoderKL"):
+            vae = AutoencoderKL.from_config(AutoencoderKL.load_config(own))
+    else:
+        usual = STABLE_DIFFUSION_VAE
+        levels = max(1, config.factor.bit_length())
+        widths = (*usual["block_out_channels"], *[512] * levels)[:levels]
+        vae = AutoencoderKL(
+            block_out_channels=widths,
+            down_block_types=("DownEncoderBlock2D",) * levels,
+            up_block_types=("UpDecoderBlock2D",) * levels,
+            layers_per_block=2,
+            latent_channels=config.channels,
+        )
+    return _in_precision(vae, config).eval().requires_grad_(False)
 
 
 def _load_vae(config: VaeOptions) -> Any:
@@ -215,7 +255,7 @@ def _load_vae(config: VaeOptions) -> Any:
         from diffusers import AutoencoderKL
         from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
     except ImportError:
-        raise MsmdiffError("latents need diffusers: pip install 'msmdiff[vae]'") from None
+        raise MsmdiffError(NO_DIFFUSERS) from None
     try:
         if not Path(source).is_file():
             with hub.loading(source, "codec.vae", "give a folder or a file"):
