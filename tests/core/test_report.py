@@ -86,9 +86,11 @@ def test_stored_curves_stand_behind_runs_with_the_same_settings(tmp_path, quiet,
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert page.count("stroke-dasharray") == 2
 
-    (tmp_path / "other.json").write_text("{}")
-    with pytest.raises(UsageError, match=r"other\.json holds no curves: give a file that"):
-        expected.read(tmp_path / "other.json")
+    nameless = {**json.loads(stored.read_text()), "name": None}
+    for other in ("{}", "[1]", json.dumps(nameless)):
+        (tmp_path / "other.json").write_text(other)
+        with pytest.raises(UsageError, match=r"other\.json holds no curves: give a file that"):
+            expected.read(tmp_path / "other.json")
     assert expected.ours(stored)
     assert not expected.ours(tmp_path / "other.json")
 

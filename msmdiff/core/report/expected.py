@@ -5,7 +5,7 @@ Those of presets lie in `configs/expected/`, a file each; anyone can store more.
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,10 @@ def read(path: Path) -> Expected:
             str(key): [(float(x), float(y)) for x, y in points]
             for key, points in stored.pop("curves").items()
         }
-        return Expected(curves=curves, **stored)
+        found = Expected(curves=curves, **stored)
+        if not (isinstance(found.settings, dict) and isinstance(found.name, str)):
+            raise TypeError
+        return replace(found, told=str(found.told))
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise UsageError(
             f"{path} holds no curves: give a file that `msmdiff report RUN --store FILE` wrote"
